@@ -46,7 +46,9 @@ class CacheKind(Protocol):
     ) -> Attended:
         """`extend` by one token in every row."""
 
-    def flush(self, spec: AttentionSpec, state: State, due: jax.Array, length_B: jax.Array) -> State:
+    def flush(
+        self, spec: AttentionSpec, state: State, due: jax.Array, length_B: jax.Array
+    ) -> State:
         """Where `due` (bool), compress the tokens that still wait in full precision."""
 
 

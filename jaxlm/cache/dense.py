@@ -66,7 +66,7 @@ class Dense:
 def append(
     buffer_BKSH: jax.Array, x_BTKH: jax.Array, start_B: jax.Array, count_B: jax.Array
 ) -> jax.Array:
-    """Write the first `count_B` of T tokens at each row's `start_B`; what does not fit is dropped."""
+    """Write the first `count_B` of T tokens at each row's `start_B`; what overflows is dropped."""
     batch, time = x_BTKH.shape[:2]
     slots = buffer_BKSH.shape[2]
     x_BTKH = x_BTKH.astype(buffer_BKSH.dtype)

@@ -29,7 +29,8 @@ def versions() -> dict[str, str]:
 def visible_accelerators() -> list[str]:
     """Accelerators that the machine shows, whether or not jax uses them."""
     found = []
-    if pathlib.Path("/proc/driver/nvidia/version").exists() or pathlib.Path("/dev/nvidia0").exists():
+    nvidia = ("/proc/driver/nvidia/version", "/dev/nvidia0")
+    if any(pathlib.Path(path).exists() for path in nvidia):
         found.append("NVIDIA GPU")
     if list(pathlib.Path("/dev").glob("accel*")) or pathlib.Path("/dev/vfio/0").exists():
         found.append("TPU")

@@ -1,4 +1,4 @@
-"""What a decoder is: a frozen description, hashed by value, that carries every family by switches."""
+"""What a decoder is: a frozen description, hashed by value; families differ by switches."""
 
 import math
 from dataclasses import dataclass, replace
