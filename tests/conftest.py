@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _configure_jax() -> None:
-    """Eight CPU devices and a compilation cache; whatever the caller set in the environment wins."""
+    """Eight CPU devices and a compilation cache; what the environment already says wins."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # libtpu is loaded only to compile; two test workers may do so at once, on a machine without a TPU.
+    # libtpu only compiles here: two workers may load it at once, and no TPU need be looked for.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
