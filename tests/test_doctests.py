@@ -12,7 +12,11 @@ import pytest
 from tests.source_tree import PACKAGES, ROOT, module_name, python_files
 
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-MODULES = [module_name(p) for p in python_files(*PACKAGES) if ">>> " in p.read_text()]
+MODULES = [
+    module_name(path)
+    for path in python_files(*PACKAGES, "experiments")
+    if ">>> " in path.read_text()
+]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
