@@ -1,6 +1,7 @@
 """The contract of every experiment: the same arguments, the same JSON, results to trust.
 
 A script's docstring has lines `Command:`, `Hardware:`, `Minutes:` and `Expected:`, and it ends in
+
     if __name__ == "__main__":
         run(__file__, __doc__, measure)
 
