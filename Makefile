@@ -28,6 +28,8 @@ test-matrix:
 	python3 scripts/test_matrix.py
 
 test-gpu-targets: .venv-gpu/.targets
+	JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \
+	XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" \
 	.venv-gpu/bin/python -m pytest -q -m gpu_target
 
 lint: $(VENV)/.dev
