@@ -1,0 +1,73 @@
+"""Set up jax before its first import, and find the data that some tests need."""
+
+import hashlib
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _configure_jax() -> None:
+    """Eight CPU devices and a compilation cache; what the environment already says wins."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # libtpu only compiles here: two workers may load it at once, and no TPU need be looked for.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def _compilation_cache() -> Path:
+    """One folder per jaxlib and processor: XLA's CPU code does not carry over between either."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = platform.processor()
+    processor = hashlib.sha256(features.encode()).hexdigest()[:8]
+    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return base / "jaxlm-tests" / f"jaxlib{version('jaxlib')}-{processor}"
+
+
+_configure_jax()
+
+
+def _folder(variable: str, default: Path, what: str, marker: str) -> Path:
+    folder = Path(os.environ.get(variable, default)).expanduser()
+    if not (folder / marker).exists():
+        pytest.skip(f"{what} not found: no {marker} in {folder}; set {variable}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The public data sets (experiments/get_data.py --out FOLDER; JAXLM_DATA=FOLDER)."""
+    return _folder("JAXLM_DATA", ROOT.parent / "shared" / "data", "public data sets", "gsm8k")
+
+
+@pytest.fixture(scope="session")
+def models_dir(data_dir: Path) -> Path:
+    """The small real checkpoints that stand beside the data sets."""
+    if not (data_dir / "models").is_dir():
+        pytest.skip(f"small checkpoints not found: no models in {data_dir}")
+    return data_dir / "models"
+
+
+@pytest.fixture(scope="session")
+def goldens_dir() -> Path:
+    """All reference vectors (JAXLM_GOLDENS=FOLDER); a small part is always at `golden_subset`."""
+    default = ROOT.parent / "shared" / "goldens"
+    return _folder("JAXLM_GOLDENS", default, "reference vectors", "squat_keys.npz")
+
+
+@pytest.fixture(scope="session")
+def golden_subset() -> Path:
+    """The reference vectors committed with the tests."""
+    return ROOT / "tests" / "data"

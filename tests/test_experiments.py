@@ -1,0 +1,174 @@
+"""Every script under experiments/ follows the contract, and the contract's own parts work."""
+
+import argparse
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import _harness, device_suite, report
+from tests.source_tree import ROOT
+
+TOOLS = {"__init__.py", "_harness.py", "report.py", "get_data.py"}  # they measure nothing
+LIBRARY = re.compile(r"^if __name__ == ", re.M)  # without it, a module that scripts share
+SCRIPTS = [
+    path
+    for path in sorted((ROOT / "experiments").glob("*.py"))
+    if path.name not in TOOLS and LIBRARY.search(path.read_text())
+]
+SMOKE_LIMIT_S = 60 * 3  # the contract says 60 s; a test machine may be busy
+
+
+def script(path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(path), *arguments],
+        capture_output=True, text=True, env=environment, timeout=SMOKE_LIMIT_S, cwd=ROOT,
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_header_says_how_to_run_it(path):
+    header = ast.get_docstring(ast.parse(path.read_text())) or ""
+    missing = [
+        word for word in ("Command", "Hardware", "Minutes", "Expected")
+        if not re.search(rf"^{word}: \S", header, re.M)
+    ]
+    assert not missing, f"{path.name}: its docstring lacks lines {missing}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_has_the_contract_s_arguments(path):
+    done = script(path, "--help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(flag in done.stdout for flag in ("--smoke", "--out", "--seed", "--data"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_smoke_run_writes_the_contract_s_json(path, tmp_path):
+    out = tmp_path / "result.json"
+    done = script(path, "--smoke", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert set(result) == set(_harness.FIELDS)
+    assert result["name"] == path.stem and result["smoke"] is True and result["metrics"]
+
+
+@pytest.mark.parametrize("path", sorted(_harness.RESULTS.rglob("*.json")), ids=lambda p: p.stem)
+def test_committed_results(path):
+    result = json.loads(path.read_text())
+    assert set(_harness.FIELDS) <= set(result) and result["smoke"] is False
+    assert path.parent.name == result["name"] and path.stem.startswith(result["device"])
+
+
+def run(tmp_path: Path, metrics: dict, *arguments: str) -> dict:
+    return _harness.run("experiments/example.py", "doc", lambda args: metrics, argv=[*arguments])
+
+
+def test_run_writes_what_was_measured(tmp_path):
+    out = tmp_path / "deep" / "x.json"
+    metrics = {"a": np.float32(0.5), "b": {"c": np.arange(2)}, "d": [1, None, True, "s"]}
+    result = run(tmp_path, metrics, "--out", str(out), "--seed", "3")
+    assert result == json.loads(out.read_text())
+    assert result["metrics"] == {"a": 0.5, "b": {"c": [0, 1]}, "d": [1, None, True, "s"]}
+    assert result["name"] == "example" and result["seed"] == 3 and result["device"] == "cpu"
+    assert result["command"] == f"python experiments/example.py --out {out} --seed 3"
+    assert [path.name for path in out.parent.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.inf, np.array([1.0, np.nan])])
+def test_a_number_that_is_none_is_refused(tmp_path, value):
+    out = tmp_path / "x.json"
+    with pytest.raises(ValueError, match="finite"):
+        run(tmp_path, {"loss": value}, "--out", str(out))
+    assert not out.exists()
+
+
+def test_smoke_is_refused_among_the_results(tmp_path):
+    def never(args):
+        raise AssertionError("measured")
+
+    out = _harness.RESULTS / "example" / "cpu.json"
+    with pytest.raises(SystemExit, match="smoke"):
+        _harness.run("example.py", "doc", never, argv=["--smoke", "--out", str(out)])
+    assert not out.exists()
+
+
+def test_resumable_goes_on_and_refuses_other_settings(tmp_path):
+    path, calls = tmp_path / "parts.json", []
+
+    def part(value):
+        calls.append(value)
+        return {"value": np.float64(value)}
+
+    first = _harness.Resumable(path, {"seed": 0})
+    assert first("a", lambda: part(1)) == {"value": 1.0}
+    again = _harness.Resumable(path, {"seed": 0})
+    assert again("a", lambda: part(2)) == {"value": 1.0}
+    assert again("b", lambda: part(3)) == {"value": 3.0}
+    assert calls == [1, 3]
+    with pytest.raises(ValueError, match="seed"):
+        _harness.Resumable(path, {"seed": 1})
+    again.done()
+    assert not path.exists()
+
+
+def test_paired_ratio_finds_the_faster():
+    found = _harness.paired_ratio(lambda: time.sleep(0.03), lambda: time.sleep(0.01))
+    assert 1.5 < found["ratio"] < 6 and found["ratio_min"] <= found["ratio"] <= found["ratio_max"]
+    assert 0.03 <= _harness.median_seconds(lambda: time.sleep(0.03)) < 0.3
+
+
+def test_device_labels():
+    kinds = {"NVIDIA H200": "h200", "NVIDIA L4": "l4", "TPU v6 lite": "v6e", "TPU v4": "v4",
+             "NVIDIA H100 80GB HBM3": "h100", "Some Card": "some-card"}
+    assert {kind: _harness.label(kind) for kind in kinds} == kinds
+
+
+def test_suite_reports_failures_and_what_did_not_fit(tmp_path, monkeypatch):
+    def broken(args):
+        raise RuntimeError("no kernel")
+
+    parts = [
+        device_suite.Part("good", lambda args: {"x": 1}, 0),
+        device_suite.Part("broken", broken, 0),
+        device_suite.Part("long", lambda args: {"x": 2}, 1000),
+    ]
+    monkeypatch.setattr(device_suite, "PARTS", parts)
+    args = argparse.Namespace(smoke=True, seed=0, out=tmp_path / "x.json", budget=10)
+    found = device_suite.measure(args)
+    assert found["good"] == {"x": 1} and "no kernel" in found["broken"]["failed"]
+    assert "not_run" in found["long"]
+    args.budget = 2000
+    monkeypatch.setattr(device_suite, "PARTS", [parts[0], parts[2]])
+    assert device_suite.measure(args) == {"good": {"x": 1}, "long": {"x": 2}}
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_holds_everything_and_needs_nothing(tmp_path):
+    folder = tmp_path / "results" / "bench"
+    folder.mkdir(parents=True)
+    result = dict(zip(_harness.FIELDS, ["bench", "python x <y>", "cpu", False, {}, 0, "c0ffee",
+                  {"speed": 2.5, "rows": [{"n": 1, "t": 0.25}, {"n": 2}]}], strict=True))
+    (folder / "cpu.json").write_text(json.dumps(result))
+    (folder / "cpu_speed.png").write_bytes(b"\x89PNG data")
+    out = tmp_path / "report.html"
+    report.main(["--results", str(tmp_path / "results"), "--out", str(out)])
+    text = out.read_text()
+    for part in ("bench", "python x &lt;y&gt;", "2.5", "0.25", "c0ffee", "data:image/png;base64,"):
+        assert part in text
+    assert "http://" not in text and "https://" not in text and 'src="data:' in text
+
+
+def test_report_refuses_what_is_no_result(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="metrics"):
+        report.load(tmp_path)
