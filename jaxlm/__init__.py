@@ -1,4 +1,37 @@
-"""JAX language models from Hugging Face checkpoints, as pure functions over plain pytrees."""
+"""jaxlm: Hugging Face checkpoints in JAX, with the methods that go on top of them.
 
-__all__ = ["__version__"]
+Names are loaded when first used, so that `import jaxlm` costs little beyond `import jax`.
+"""
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "jaxlm.core.device": ("enable_compilation_cache",),
+    "jaxlm.core.errors": ("JaxlmError",),
+    "jaxlm.core.mesh": ("make_mesh",),
+    "jaxlm.models.attention": ("Mask",),
+    "jaxlm.models.config": ("LayerPlan", "ModelConfig", "Rope"),
+    "jaxlm.models.lm": ("LM", "Output"),
+    "jaxlm.cache.dense": ("Dense",),
+    "jaxlm.hf.bundle": ("Bundle", "load", "save"),
+    "jaxlm.hf.tokenizer": ("Tokenizer",),
+    "jaxlm.decode.samplers": ("Greedy", "Temperature"),
+    "jaxlm.decode.state": ("DecodeState", "Stop", "decode", "decode_step", "extend", "prefill"),
+    "jaxlm.decode.generate": ("Generation", "generate", "stream"),
+    "jaxlm.decode.score": ("Score", "perplexity", "score"),
+}
+_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,5 @@
+"""Cache kinds: frozen descriptions with pure functions over one layer's state."""
+
+from jaxlm.cache.base import CacheKind as CacheKind
+from jaxlm.cache.base import init_caches as init_caches
+from jaxlm.cache.dense import Dense as Dense

@@ -1,0 +1,82 @@
+"""The plain cache: every key and value, in full precision."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.cache.base import Attended, State
+from jaxlm.models.attention import Mask, attend, visible
+from jaxlm.models.config import AttentionSpec
+from jaxlm.models.layers import apply_rope
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Rotated keys and values as (B, K, S, H). `dtype`: of storage; None: as computed."""
+
+    dtype: str | None = None
+
+    flush_every = None
+
+    def init(self, spec: AttentionSpec, batch: int, slots: int, dtype: Any) -> State:
+        """Zeros for `slots` tokens a row."""
+        shape = (batch, spec.num_kv_heads, slots, spec.head_dim)
+        return {name: jnp.zeros(shape, self.dtype or dtype) for name in ("k", "v")}
+
+    def prefill(self, spec, state, q_BTNH, k_BTKH, v_BTKH, pos_BT, count_B) -> Attended:
+        """Tokens attend among themselves; slots beyond `count_B` hold padding, never seen."""
+        time = q_BTNH.shape[1]
+        q, k = (apply_rope(x, pos_BT, spec.rope) for x in (q_BTNH, k_BTKH))
+        k, v = (x.transpose(0, 2, 1, 3) for x in (k, v_BTKH))
+        valid_BT = jnp.arange(time)[None] < count_B[:, None]
+        seen = visible(Mask(window=spec.window), pos_BT, pos_BT, key_valid_BS=valid_BT)
+        out, lse = attend(q, k, v, seen, scale=spec.scale, softcap=spec.softcap)
+        put = lambda buffer, x: jax.lax.dynamic_update_slice(
+            buffer, x.astype(buffer.dtype), (0, 0, 0, 0)
+        )
+        return out, lse, {"k": put(state["k"], k), "v": put(state["v"], v)}
+
+    def extend(self, spec, state, q_BTNH, k_BTKH, v_BTKH, pos_BT, start_B, count_B) -> Attended:
+        """Write, then attend over everything a row holds."""
+        q, k = (apply_rope(x, pos_BT, spec.rope) for x in (q_BTNH, k_BTKH))
+        state = {"k": append(state["k"], k, start_B, count_B),
+                 "v": append(state["v"], v_BTKH, start_B, count_B)}
+        slots = state["k"].shape[2]
+        slot_1S = jnp.arange(slots)[None]
+        key_pos_BS = slot_1S + (pos_BT[:, :1] - start_B[:, None])
+        valid_BS = slot_1S < (start_B + count_B)[:, None]
+        seen = visible(Mask(window=spec.window), pos_BT, key_pos_BS, key_valid_BS=valid_BS)
+        keys, values = (state[name].astype(q.dtype) for name in ("k", "v"))
+        out, lse = attend(q, keys, values, seen, scale=spec.scale, softcap=spec.softcap)
+        return out, lse, state
+
+    def step(self, spec, state, q_B1NH, k_B1KH, v_B1KH, pos_B, start_B) -> Attended:
+        """One token in every row."""
+        return self.extend(
+            spec, state, q_B1NH, k_B1KH, v_B1KH, pos_B[:, None], start_B, jnp.ones_like(start_B)
+        )
+
+    def flush(self, spec, state, due, length_B) -> State:
+        """Nothing waits here."""
+        return state
+
+
+def append(
+    buffer_BKSH: jax.Array, x_BTKH: jax.Array, start_B: jax.Array, count_B: jax.Array
+) -> jax.Array:
+    """Write the first `count_B` of T tokens at each row's `start_B`; what overflows is dropped."""
+    batch, time = x_BTKH.shape[:2]
+    slots = buffer_BKSH.shape[2]
+    x_BTKH = x_BTKH.astype(buffer_BKSH.dtype)
+    if batch == 1 and time == 1:  # a slice update is far cheaper than a scatter
+        at = (0, 0, jnp.minimum(start_B[0], slots - 1), 0)
+        new = x_BTKH.transpose(0, 2, 1, 3)
+        old = jax.lax.dynamic_slice(buffer_BKSH, at, new.shape)
+        fits = (count_B[0] > 0) & (start_B[0] < slots)
+        return jax.lax.dynamic_update_slice(buffer_BKSH, jnp.where(fits, new, old), at)
+    step_1T = jnp.arange(time)[None]
+    slot_BT = jnp.where(step_1T < count_B[:, None], start_B[:, None] + step_1T, slots)
+    rows = jnp.arange(batch)[:, None]
+    return buffer_BKSH.at[rows, :, slot_BT].set(x_BTKH, mode="drop")

@@ -1,0 +1,98 @@
+"""Where a mesh enters: one constructor, one table of rules, one function that places a tree."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxlm.core.errors import DeviceError
+from jaxlm.core.tree import Params, flatten, unflatten
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
+    "batch": ("data", "fsdp"), "vocab": "tensor", "embed": "fsdp", "heads": "tensor",
+    "kv_heads": "tensor", "mlp": "tensor", "head_dim": None, "norm": None,
+}
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None
+) -> Mesh:
+    """A mesh with axes `data`, `fsdp` and `tensor`, in Auto mode.
+
+    Args: sizes of at least 1, whose product is the number of devices; `devices` defaults to all.
+    Raises: DeviceError when the product does not match.
+
+    Example:
+      >>> make_mesh(devices=jax.devices()[:1]).shape["tensor"]
+      1
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name, size in sizes.items():
+        if size < 1:
+            raise DeviceError(f"mesh axis {name!r} has size {size}; expected at least 1")
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise DeviceError(
+            f"mesh {sizes} needs {int(np.prod(list(sizes.values())))} devices, got {len(devices)} "
+            f"({devices[0].platform}); change an axis or pass `devices`"
+        )
+    # Explicit axes, the default of jax.make_mesh, refuse gathers and cache writes
+    grid = np.asarray(devices).reshape(tuple(sizes.values()))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES,
+              path: str = "array") -> PartitionSpec:
+    """The PartitionSpec of one array; a dimension that does not divide is replicated, with a
+    warning that names it."""
+    spec: list[str | tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        target = rules.get(axis)
+        names = (target,) if isinstance(target, str) else tuple(target or ())
+        names = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+        ways = int(np.prod([mesh.shape[name] for name in names], dtype=int))
+        if size % ways:
+            warnings.warn(
+                f"{path}: dimension {axis!r} of size {size} does not divide over {ways} devices "
+                f"of mesh axes {names}; replicated instead", stacklevel=2,
+            )
+            names = ()
+        spec.append(names[0] if len(names) == 1 else names or None)
+    return PartitionSpec(*spec)
+
+
+def shardings(axes: Params, shapes: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
+    """A NamedSharding for every leaf of `shapes`, from the axis names in `axes`.
+
+    A tuple of names is one leaf of `axes`. Warnings are given once per kind of parameter.
+    """
+    names, seen, out = flatten(axes), set(), {}
+    for path, leaf in flatten(shapes).items():
+        kind = tuple(names[path]), tuple(leaf.shape)
+        with warnings.catch_warnings():
+            if kind in seen:
+                warnings.simplefilter("ignore")
+            out[path] = NamedSharding(
+                mesh, partition(names[path], leaf.shape, mesh, rules, path)
+            )
+        seen.add(kind)
+    return unflatten(out)
+
+
+def shard_batch(tree: Any, mesh: Mesh | None, rules: Rules = RULES) -> Any:
+    """Place arrays that lead with the batch; without a mesh, leave them as they are."""
+    if mesh is None:
+        return tree
+
+    def place(x):
+        axes = ("batch",) + ("",) * (x.ndim - 1)
+        return jax.device_put(x, NamedSharding(mesh, partition(axes, x.shape, mesh, rules)))
+
+    return jax.tree.map(place, tree)
+
+

@@ -1,0 +1,1 @@
+"""Decoding: the state, samplers, generation and scoring."""

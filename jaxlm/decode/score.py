@@ -1,0 +1,117 @@
+"""Scoring: per-token log-probabilities, and perplexity over windows with a stride."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.core.errors import ConfigError, NumericsError, ShapeError
+from jaxlm.core.mesh import shard_batch
+from jaxlm.core.tree import Params
+from jaxlm.decode.generate import BUCKET, Prompt, round_up, to_ids
+from jaxlm.hf.bundle import Bundle
+from jaxlm.models.lm import LM
+
+
+@dataclass(frozen=True)
+class Score:
+    """`logprobs[i]` belongs to `tokens[i + 1]`: the first token has nothing before it."""
+
+    tokens: tuple[int, ...]
+    logprobs: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(-mean log p)`."""
+        return float(np.exp(-self.logprobs.mean()))
+
+
+def score(
+    bundle: Bundle, texts: Prompt | Sequence[Prompt], *, window: int | None = None,
+    stride: int | None = None, batch: int = 8,
+) -> Any:
+    """Log-probability of every token of every text, float32.
+
+    A text longer than `window` is read in windows that start `stride` tokens apart; each token
+    is scored once, in the first window that holds it, with the context that window gives.
+
+    Args:
+      texts: a text or token ids, or a list of either; at least 2 tokens each.
+      window: tokens a window, 2 to the model's length (the default).
+      stride: 1 to window; default half a window. The smaller, the more context and time.
+      batch: windows computed together.
+    Returns: a Score, or a list of them when a list was given.
+    Raises: ShapeError, ConfigError, TokenizerError before any compute; NumericsError on NaN.
+
+    Example:
+      >>> from jaxlm.hf.bundle import load
+      >>> score(load("tiny"), "Q: 1+1=").perplexity > 1
+      True
+    """
+    limit = bundle.lm.config.max_len
+    window = limit if window is None else window
+    stride = max(window // 2, 1) if stride is None else stride
+    if not 2 <= window <= limit:
+        raise ConfigError(f"window is {window}; expected 2 to {limit}, the model's length")
+    if not 1 <= stride < window:
+        raise ConfigError(f"stride is {stride}; expected 1 to {window - 1}, below the window")
+    if batch < 1:
+        raise ConfigError(f"batch is {batch}; expected at least 1")
+    ids, many = to_ids(bundle, texts)
+    for number, text in enumerate(ids):
+        if len(text) < 2:
+            raise ShapeError(f"text {number} has 1 token; scoring needs at least 2")
+    found = [np.full(len(text) - 1, np.nan, np.float32) for text in ids]
+    jobs = [(row, *w) for row, text in enumerate(ids) for w in windows(len(text), window, stride)]
+    jobs.sort(key=lambda job: job[2] - job[1])
+    for first in range(0, len(jobs), batch):
+        group = jobs[first: first + batch]
+        logprobs = _score_group(bundle, [ids[row][a:b] for row, a, b, _ in group], batch)
+        for line, (row, start, end, new) in zip(logprobs, group, strict=False):
+            found[row][new - 1: end - 1] = line[new - 1 - start: end - 1 - start]
+    for number, line in enumerate(found):
+        if not np.isfinite(line).all():
+            raise NumericsError(
+                f"text {number}: log-probability {int(np.argmin(np.isfinite(line)))} is not "
+                "finite; check the weights, or load in float32"
+            )
+    scores = [Score(tuple(text), line) for text, line in zip(ids, found, strict=True)]
+    return scores if many else scores[0]
+
+
+def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, end, first newly scored token) of each window over a text.
+
+    >>> windows(10, 6, 3)
+    [(0, 6, 1), (3, 9, 6), (6, 10, 9)]
+    """
+    out, scored, start = [], 1, 0
+    while scored < length:
+        end = min(start + window, length)
+        out.append((start, end, scored))
+        scored, start = end, start + stride
+    return out
+
+
+def perplexity(scores: Sequence[Score]) -> float:
+    """`exp` of the mean negative log-probability over all tokens of all texts."""
+    return float(np.exp(-np.concatenate([s.logprobs for s in scores]).mean(dtype=np.float64)))
+
+
+@partial(jax.jit, static_argnames=("lm",))
+def _logprobs(lm: LM, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    return lm.logprobs(params, tokens_BT[:, :-1], tokens_BT[:, 1:])
+
+
+def _score_group(bundle: Bundle, rows: list[list[int]], batch: int) -> np.ndarray:
+    """One padded batch; causal attention makes right padding harmless."""
+    width = round_up(max(map(len, rows)), BUCKET) + 1
+    tokens = np.zeros((batch, width), np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = ids
+    tokens_BT = shard_batch(jnp.asarray(tokens), bundle.mesh)
+    return np.asarray(_logprobs(bundle.lm, bundle.params, tokens_BT))

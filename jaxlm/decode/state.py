@@ -1,0 +1,241 @@
+"""DecodeState and the four functions on it: prefill, extend, decode_step, decode."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxlm.cache.base import CacheKind, State, init_caches
+from jaxlm.core.errors import ConfigError, ShapeError
+from jaxlm.core.tree import Params
+from jaxlm.decode.samplers import Sampler
+from jaxlm.models.lm import LM, pick
+
+Kinds = tuple[CacheKind | None, ...]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a row is done: one of `ids` was drawn. Static, hashed by value."""
+
+    ids: tuple[int, ...] = ()
+
+
+@struct.dataclass
+class DecodeState:
+    """Everything that a batch of growing texts carries; every leaf but `since_flush` leads with B.
+
+    tokens_BS: int32, the text so far, prompt included; slots beyond `length_B` are unspecified.
+    length_B: int32, tokens in the caches. logits_BV: float32, the next token's.
+    logprob_BS: float32, each drawn token's log-probability under the sampler; 0 in the prompt.
+    done_B: rows that stopped or are full. keys_B: a key a row, never moved with the text.
+    since_flush: int32, steps since quantised kinds were flushed.
+    """
+
+    tokens_BS: jax.Array
+    length_B: jax.Array
+    logits_BV: jax.Array
+    logprob_BS: jax.Array
+    done_B: jax.Array
+    keys_B: jax.Array
+    caches: tuple[State, ...]
+    sampler: Any
+    since_flush: jax.Array
+    kinds: Kinds = struct.field(pytree_node=False)
+
+
+def layer_kinds(lm: LM, cache: CacheKind | Kinds) -> Kinds:
+    """One kind a layer; None where the plan skips attention."""
+    layers = lm.config.num_layers
+    kinds = cache if isinstance(cache, tuple) else (cache,) * layers
+    if len(kinds) != layers:
+        raise ConfigError(f"cache has {len(kinds)} kinds for {layers} layers; give one a layer")
+    return tuple(kinds[i] if i in lm.attention_layers else None for i in range(layers))
+
+
+def prefill(
+    lm: LM, params: Params, sampler: Sampler, tokens_BT: jax.Array, lengths_B: jax.Array,
+    cache: CacheKind | Kinds, slots: int, keys_B: jax.Array,
+) -> DecodeState:
+    """Read the prompts and stand ready to draw the first token.
+
+    Args:
+      tokens_BT: int32 ids, right-padded; `compact` turns left padding into this.
+      lengths_B: int32, 1 to T.
+      cache: one kind, or one a layer. slots: static, tokens a row can hold in all.
+      keys_B: typed keys, one a row.
+    Raises: ShapeError when the prompts do not fit.
+    """
+    batch, time = tokens_BT.shape
+    if batch == 0 or time == 0:
+        raise ShapeError(f"tokens are {tokens_BT.shape}; expected at least one row and one token")
+    if time > slots:
+        raise ShapeError(f"prompts are {time} tokens wide but the cache holds {slots}; raise slots")
+    kinds = layer_kinds(lm, cache)
+    dtype = params["embed"]["table"].dtype
+    specs = tuple(lm.config.attention(i) for i in range(lm.config.num_layers))
+    caches = init_caches(kinds, specs, batch, slots, dtype)
+    pos_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+    hidden, caches = cached_run(
+        lm, params, tokens_BT, kinds, caches,
+        lambda kind, spec, state, q, k, v: kind.prefill(spec, state, q, k, v, pos_BT, lengths_B),
+    )
+    logits = lm.head(params, pick(hidden, "last", lengths_B))[:, 0]
+    return DecodeState(
+        tokens_BS=jnp.zeros((batch, slots), jnp.int32).at[:, :time].set(tokens_BT),
+        length_B=lengths_B.astype(jnp.int32), logits_BV=logits,
+        logprob_BS=jnp.zeros((batch, slots), jnp.float32),
+        done_B=lengths_B >= slots, keys_B=keys_B, caches=caches, sampler=sampler.init(batch),
+        since_flush=jnp.zeros((), jnp.int32), kinds=kinds,
+    )
+
+
+def extend(
+    lm: LM, params: Params, state: DecodeState, tokens_BT: jax.Array, counts_B: jax.Array,
+    logits_at: jax.Array | str | None = None,
+) -> tuple[DecodeState, jax.Array | None]:
+    """Append ragged pieces of text to a live state: chat turns, chunked prefill, re-scoring.
+
+    Args:
+      tokens_BT: int32, right-padded. counts_B: tokens of each row to append, 0 to T.
+      logits_at: "all", or int32 (B, M) indices into T, for logits besides the next token's.
+    Returns: the state, live again where it was done, and float32 logits (B, M, V) or None.
+      A row that would outgrow its cache gets NaN logits, never wrong ones.
+    """
+    batch, time = tokens_BT.shape
+    slots = state.tokens_BS.shape[1]
+    start_B, counts_B = state.length_B, counts_B.astype(jnp.int32)
+    pos_BT = start_B[:, None] + jnp.arange(time, dtype=jnp.int32)
+    hidden, caches = cached_run(
+        lm, params, tokens_BT, state.kinds, state.caches,
+        lambda kind, spec, cache, q, k, v: kind.extend(
+            spec, cache, q, k, v, pos_BT, start_B, counts_B
+        ),
+    )
+    fits_B = start_B + counts_B <= slots
+    new_BV = lm.head(params, pick(hidden, "last", jnp.maximum(counts_B, 1)))[:, 0]
+    new_BV = jnp.where((counts_B > 0)[:, None], new_BV, state.logits_BV)
+    rows = jnp.arange(batch)[:, None]
+    slot_BT = jnp.where(jnp.arange(time) < counts_B[:, None], pos_BT, slots)
+    length_B = jnp.where(fits_B, start_B + counts_B, start_B)
+    asked = None if logits_at is None else lm.head(params, pick(hidden, logits_at, counts_B))
+    state = state.replace(
+        tokens_BS=state.tokens_BS.at[rows, slot_BT].set(tokens_BT, mode="drop"),
+        logprob_BS=state.logprob_BS.at[rows, slot_BT].set(0.0, mode="drop"),
+        length_B=length_B, logits_BV=jnp.where(fits_B[:, None], new_BV, jnp.nan),
+        done_B=jnp.where(counts_B > 0, length_B >= slots, state.done_B), caches=caches,
+    )
+    if asked is not None:
+        asked = jnp.where(fits_B[:, None, None], asked, jnp.nan)
+    return state, asked
+
+
+def decode_step(
+    lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop = Stop()
+) -> DecodeState:
+    """Draw exactly one token in every live row, and read it into the caches."""
+    state = draw_and_read(lm, params, sampler, state, stop)
+    period = flush_period(state.kinds)
+    return state if period is None else flush(lm, state, state.since_flush >= period)
+
+
+def decode(
+    lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop = Stop(),
+    max_new: jax.Array | int = 1,
+) -> DecodeState:
+    """Draw up to `max_new` tokens in every live row, as one loop on the device.
+
+    Quantised kinds are flushed by an outer loop: a flush inside every step, even a conditional
+    one, would copy the codes. `max_new` may be traced.
+    """
+    period = flush_period(state.kinds)
+
+    def more(carry):
+        drawn, state = carry
+        return (drawn < max_new) & ~jnp.all(state.done_B)
+
+    def step(carry):
+        drawn, state = carry
+        return drawn + 1, draw_and_read(lm, params, sampler, state, stop)
+
+    carry = (jnp.zeros((), jnp.int32), state)
+    if period is None:
+        return jax.lax.while_loop(more, step, carry)[1]
+
+    def round_of_steps(carry):
+        within = lambda inner: more(inner) & (inner[1].since_flush < period)
+        drawn, state = jax.lax.while_loop(within, step, carry)
+        return drawn, flush(lm, state, state.since_flush >= period)
+
+    return jax.lax.while_loop(more, round_of_steps, carry)[1]
+
+
+def draw_and_read(
+    lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop
+) -> DecodeState:
+    """One token a live row, without the flush; done rows keep their text, length and logits."""
+    batch, slots = state.tokens_BS.shape
+    live_B, at_B = ~state.done_B, state.length_B
+    keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, at_B)
+    token_B, logprob_B, sampler_state = sampler.step(keys_B, state.logits_BV, state.sampler)
+    hidden, caches = cached_run(
+        lm, params, token_B[:, None], state.kinds, state.caches,
+        lambda kind, spec, cache, q, k, v: kind.step(spec, cache, q, k, v, at_B, at_B),
+    )
+    logits_BV = lm.head(params, hidden)[:, 0]
+    length_B = at_B + live_B
+    stopped_B = jnp.isin(token_B, jnp.asarray(stop.ids, jnp.int32)) if stop.ids else False
+    rows, slot_B = jnp.arange(batch), jnp.where(live_B, at_B, slots)
+    keep = lambda new, old: jnp.where(live_B.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
+    return state.replace(
+        tokens_BS=state.tokens_BS.at[rows, slot_B].set(token_B, mode="drop"),
+        logprob_BS=state.logprob_BS.at[rows, slot_B].set(logprob_B, mode="drop"),
+        length_B=length_B, logits_BV=keep(logits_BV, state.logits_BV),
+        done_B=state.done_B | stopped_B | (length_B >= slots),
+        caches=caches, sampler=jax.tree.map(keep, sampler_state, state.sampler),
+        since_flush=state.since_flush + 1,
+    )
+
+
+def flush(lm: LM, state: DecodeState, due: jax.Array) -> DecodeState:
+    """Where due, let every layer compress what waits in full precision."""
+    caches = tuple(
+        cache if kind is None else kind.flush(lm.config.attention(i), cache, due, state.length_B)
+        for i, (kind, cache) in enumerate(zip(state.kinds, state.caches, strict=True))
+    )
+    return state.replace(caches=caches, since_flush=jnp.where(due, 0, state.since_flush))
+
+
+def flush_period(kinds: Kinds) -> int | None:
+    """Steps between flushes that suit every layer; None when no kind needs one."""
+    periods = [kind.flush_every for kind in kinds if kind is not None and kind.flush_every]
+    return min(periods) if periods else None
+
+
+def cached_run(
+    lm: LM, params: Params, tokens_BT: jax.Array, kinds: Kinds, caches: tuple[State, ...],
+    operation: Callable[..., Any],
+) -> tuple[jax.Array, tuple[State, ...]]:
+    """Run the decoder with `operation(kind, spec, state, q, k, v)` as every layer's attention."""
+    new = list(caches)
+
+    def attend(layer, q, k, v):
+        spec = lm.config.attention(layer)
+        out, _, new[layer] = operation(kinds[layer], spec, caches[layer], q, k, v)
+        return out
+
+    return lm.run(params, tokens_BT, attend), tuple(new)
+
+
+def compact(tokens_BT: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Move each row's valid tokens to the front, in order: left padding becomes right padding.
+
+    Returns: tokens (B, T), with 0 behind the valid ones, and lengths (B,).
+    """
+    order = jnp.argsort(~valid_BT, axis=1, stable=True)
+    lengths_B = valid_BT.sum(1).astype(jnp.int32)
+    moved = jnp.take_along_axis(tokens_BT, order, axis=1)
+    return jnp.where(jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None], moved, 0), lengths_B

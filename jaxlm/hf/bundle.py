@@ -1,0 +1,203 @@
+"""Bundle: a model, its parameters and its tokenizer, read from and written to a model folder."""
+
+import ctypes
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxlm.core.device import require
+from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError
+from jaxlm.core.mesh import RULES, Rules, shardings
+from jaxlm.core.tree import Params
+from jaxlm.hf.config import from_hf, read_json, to_hf
+from jaxlm.hf.families import family_of
+from jaxlm.hf.hub import fetch
+from jaxlm.hf.tokenizer import FILES, Tokenizer
+from jaxlm.hf.weights import load_params, save_params
+from jaxlm.models.lm import LM
+
+BUNDLED = {"tiny": pathlib.Path(__file__).parents[1] / "bundled" / "tiny"}
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model to use: the only object here that holds arrays.
+
+    `stop_ids` end a text; `extra` keeps the token ids of config.json for `save`.
+    """
+
+    lm: LM
+    params: Params
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+    mesh: Mesh | None = None
+
+    def replace(self, **changes: Any) -> "Bundle":
+        """A copy with some fields changed, such as `params` or `lm`."""
+        return replace(self, **changes)
+
+
+def load(
+    source: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None,
+    rules: Rules = RULES, device: str | None = None, revision: str | None = None,
+) -> Bundle:
+    """Load a Hugging Face checkpoint.
+
+    Args:
+      source: a model folder, a hub id such as `org/name`, or "tiny", the bundled model.
+      dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
+      mesh: place every parameter over this mesh by `rules`, tensor by tensor.
+      device: "cpu", "gpu" or "tpu"; default whatever jax uses.
+      revision: of a hub id.
+    Returns: Bundle.
+    Raises: ConfigError, CheckpointError, TokenizerError, DeviceError; all before any compute.
+
+    Example:
+      >>> load("tiny").lm.config.family
+      'llama'
+    """
+    if device is not None and mesh is not None:
+        raise ConfigError("pass either a device or a mesh, not both")
+    target = require(device)[0] if device is not None else None
+    folder = resolve(source, revision)
+    raw = read_json(folder / "config.json")
+    config = from_hf(raw)
+    lm = LM(config)
+    tokenizer = Tokenizer(folder)
+    stop_ids = _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
+    on_cpu = (device or jax.default_backend()) == "cpu"
+    shapes = lm.shapes(dtype or jnp.float32)
+    placement = None
+    if mesh is not None:
+        placement = shardings(lm.axes(), shapes, mesh, rules)
+    elif target is not None:
+        placement = jax.tree.map(lambda _: target, shapes)
+    params = load_params(
+        folder, shapes, family_of(config.family),
+        dtype if dtype is not None else (jnp.float32 if on_cpu else None), placement,
+    )
+    extra = {name: raw[name] for name in TOKEN_FIELDS if raw.get(name) is not None}
+    return Bundle(lm, params, tokenizer, stop_ids, extra, mesh)
+
+
+def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+    """The folder of a source: a path, the bundled model's name, or a hub id to be fetched."""
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return path
+    name = str(source)
+    if name in BUNDLED:
+        return BUNDLED[name]
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; expected a model folder or a hub id")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{name!r} is neither a folder, nor a hub id like 'org/name', nor one of "
+            f"{sorted(BUNDLED)}"
+        )
+    return fetch(name, revision)
+
+
+def _check_tokenizer(
+    tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
+) -> tuple[int, ...]:
+    """The tokenizer belongs to this model; returns the ids that end a text."""
+    if tokenizer.size > vocab:
+        raise TokenizerError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} but the model's "
+            f"vocabulary is {vocab}; it belongs to another model"
+        )
+    ours, theirs = tokenizer.id_of("bos_token"), raw.get("bos_token_id")
+    if ours is not None and isinstance(theirs, int) and ours != theirs:
+        raise TokenizerError(
+            f"{folder}: the tokenizer's bos_token is id {ours} but config.json says {theirs}; "
+            "the tokenizer belongs to another model"
+        )
+    path = folder / "generation_config.json"
+    defaults = read_json(path) if path.exists() else {}
+    stops = defaults.get("eos_token_id", raw.get("eos_token_id"))
+    found = stops if isinstance(stops, list) else [stops]
+    if any(i is not None and not (isinstance(i, int) and 0 <= i < vocab) for i in found):
+        raise ConfigError(
+            f"{folder}: eos_token_id is {stops}; expected ids from 0 to {vocab - 1}"
+        )
+    eos = tokenizer.id_of("eos_token")
+    return tuple(sorted({i for i in (*found, eos) if i is not None}))
+
+
+def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) -> pathlib.Path:
+    """Write a folder that transformers loads: config, safetensors, tokenizer.
+
+    All is written beside `folder` under a temporary name and then put in place in one move, so
+    a full disk or a kill leaves what was there. Other files of an overwritten folder are kept.
+
+    Raises: CheckpointError when `folder` exists and `overwrite` is false; ConfigError when the
+      family's config.json cannot express the model (a plan, say).
+    """
+    if bundle.lm.plan or bundle.lm.labels is not None:
+        raise ConfigError(
+            "a Hugging Face folder cannot hold a layer plan or a label head; save "
+            "LM(config) with the full parameters instead"
+        )
+    config = bundle.lm.config
+    dtype = str(bundle.params["embed"]["table"].dtype)
+    raw = to_hf(config, dtype=dtype, **bundle.extra)
+    with staged(pathlib.Path(folder), overwrite) as stage:
+        (stage / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        generation = {**bundle.extra, "eos_token_id": list(bundle.stop_ids)}
+        (stage / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        save_params(stage, bundle.params, family_of(config.family))
+        for name in FILES:
+            if (bundle.tokenizer.folder / name).exists():
+                shutil.copyfile(bundle.tokenizer.folder / name, stage / name)
+    return pathlib.Path(folder)
+
+
+@contextmanager
+def staged(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well."""
+    if folder.exists() and not overwrite:
+        raise CheckpointError(f"{folder} exists; pass overwrite=True or choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield stage
+        if folder.exists():
+            for old in folder.iterdir():
+                if not (stage / old.name).exists() and not old.name.endswith(".safetensors"):
+                    (shutil.copytree if old.is_dir() else shutil.copy2)(old, stage / old.name)
+            _exchange(stage, folder)
+        else:
+            os.rename(stage, folder)
+        os.chmod(folder, 0o755)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _exchange(stage: pathlib.Path, folder: pathlib.Path) -> None:
+    """Swap two folders: in one system call where Linux has it, else by two renames."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        at_cwd, exchange = -100, 2
+        done = libc.renameat2(
+            at_cwd, os.fsencode(stage), at_cwd, os.fsencode(folder), ctypes.c_uint(exchange)
+        ) == 0
+    except (OSError, AttributeError):
+        done = False
+    if not done:
+        aside = stage.with_name(stage.name + "-old")
+        os.rename(folder, aside)
+        os.rename(stage, folder)
+        os.rename(aside, stage)

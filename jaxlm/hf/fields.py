@@ -1,0 +1,80 @@
+"""Reading a config.json so that no field that changes the maths is passed over in silence."""
+
+from typing import Any
+
+from jaxlm.core.errors import ConfigError
+
+# Fields that say nothing about the forward pass of a decoder at inference.
+IGNORED = frozenset("""
+    _name_or_path add_cross_attention architectures attention_dropout auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
+    is_decoder is_llama_config label2id length_penalty max_length min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    transformers.js_config typical_p unk_token_id use_bfloat16 use_cache name
+""".split())
+
+MISSING = object()
+
+
+class Fields:
+    """A config.json, field by field; `finish` raises if a field with a value was never read."""
+
+    def __init__(self, raw: dict[str, Any], where: str = "config.json"):
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{where} holds {type(raw).__name__}; expected a JSON object")
+        self.raw, self.where = raw, where
+        self.read: set[str] = set()
+
+    def take(self, name: str, default: Any = MISSING, kind: type | tuple | None = None) -> Any:
+        """The value of a field; null counts as absent."""
+        self.read.add(name)
+        value = self.raw.get(name)
+        if value is None:
+            if default is MISSING:
+                raise ConfigError(f"{self.where}: field {name!r} is missing; the model needs it")
+            return default
+        if kind is not None and (not isinstance(value, kind) or
+                                 (isinstance(value, bool) and kind is not bool)):
+            raise ConfigError(f"{self.where}: field {name!r} is {value!r}; expected {kind}")
+        return value
+
+    def count(self, name: str, default: Any = MISSING) -> int:
+        """A whole number of at least 1."""
+        value = self.take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{self.where}: field {name!r} is {value!r}; expected a whole number above 0"
+            )
+        return value
+
+    def number(self, name: str, default: Any = MISSING) -> Any:
+        """A number, or the default."""
+        value = self.take(name, default)
+        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{self.where}: field {name!r} is {value!r}; expected a number")
+        return value
+
+    def expect(self, name: str, *allowed: Any) -> None:
+        """A field whose other values would change the maths."""
+        value = self.take(name, allowed[0])
+        if value not in allowed:
+            raise ConfigError(
+                f"{self.where}: field {name!r} is {value!r}, which this model cannot express; "
+                f"supported: {', '.join(map(repr, allowed))}"
+            )
+
+    def finish(self) -> None:
+        """Every field with a value was read, or is known not to matter."""
+        for name, value in self.raw.items():
+            if name not in self.read | IGNORED and value not in (None, False, [], {}):
+                raise ConfigError(
+                    f"{self.where}: field {name!r} = {value!r} is not known to jaxlm and may "
+                    "change the maths; remove it from config.json if you know that it does not"
+                )

@@ -1,0 +1,75 @@
+"""A thin tokenizer: the `tokenizers` file where there is one, transformers only where needed."""
+
+import pathlib
+from typing import Any
+
+from jaxlm.core.errors import TokenizerError
+from jaxlm.hf.config import read_json
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+         "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Importing transformers takes seconds, so it is left alone where `tokenizer.json` suffices;
+    chat templates and slow tokenizers do import it.
+
+    Args: folder: a model folder with `tokenizer.json`, or with files that transformers reads.
+    Raises: TokenizerError when there is no tokenizer or its file is damaged.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        self.folder = pathlib.Path(folder)
+        self.settings: dict[str, Any] = {}
+        if (self.folder / "tokenizer_config.json").exists():
+            self.settings = read_json(self.folder / "tokenizer_config.json")
+        self._backend = self._open()
+
+    def _open(self) -> Any:
+        path = self.folder / "tokenizer.json"
+        if path.exists():
+            import tokenizers
+
+            try:
+                return tokenizers.Tokenizer.from_file(str(path))
+            except Exception as error:  # the binding raises bare Exception
+                raise TokenizerError(f"{path} is damaged: {error}") from error
+        try:
+            return self._transformers().backend_tokenizer
+        except (OSError, ValueError, AttributeError, ImportError) as error:
+            raise TokenizerError(
+                f"{self.folder} has no tokenizer.json that can be read ({error}); copy the "
+                "tokenizer files beside the weights"
+            ) from error
+
+    def _transformers(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a special token by its role, such as `eos_token`."""
+        token = self.settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        return None if token is None else self._backend.token_to_id(token)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a text, with the tokenizer's own begin and end marks where `special`."""
+        return self._backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: Any, special: bool = False) -> str:
+        """Text of ids; special tokens are dropped unless `special`."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+    def chat(self, messages: list[dict[str, str]]) -> str:
+        """The model's chat template over messages, ready for its answer."""
+        return self._transformers().apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )

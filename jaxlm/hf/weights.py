@@ -1,0 +1,201 @@
+"""Safetensors both ways: headers are checked first, then tensors stream one at a time."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxlm.core.errors import CheckpointError
+from jaxlm.core.tree import Params, flatten, unflatten
+from jaxlm.hf.config import read_json
+from jaxlm.hf.families import Family, tensor_name
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def locate(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Which file holds each tensor; every header is read, and no tensor.
+
+    Raises: CheckpointError for missing, truncated or corrupt files, and for pickles.
+    """
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map; the index is damaged")
+        names = sorted({str(name) for name in weight_map.values()})
+    else:
+        weight_map, names = None, [SINGLE]
+    files: dict[str, pathlib.Path] = {}
+    for name in names:
+        if pathlib.PurePath(name).name != name:
+            raise CheckpointError(f"{folder / INDEX} names {name!r}; expected a plain file name")
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(_missing(folder, path))
+        with open_file(path) as file:
+            files |= dict.fromkeys(file.keys(), path)
+    if weight_map is not None and (lost := sorted(set(weight_map) - set(files))):
+        raise CheckpointError(f"{folder}: the index names {lost[0]!r}, but no file holds it")
+    return files
+
+
+def _missing(folder: pathlib.Path, path: pathlib.Path) -> str:
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in
+               sorted(folder.glob(pattern))]
+    if pickles:
+        return (f"{folder} holds {pickles[0]}, a pickle, which is never loaded because it can run "
+                "code; convert it to safetensors with transformers' save_pretrained first")
+    return f"{path} is missing; expected {SINGLE} or {INDEX} with its shards"
+
+
+def open_file(path: pathlib.Path) -> Any:
+    """A safetensors file, lazily."""
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+
+
+def load_params(
+    folder: pathlib.Path, shapes: Params, family: Family, dtype: Any = None,
+    placement: Params | None = None,
+) -> Params:
+    """A checkpoint's tensors as our tree, each read, checked, cast and placed in turn.
+
+    Args:
+      shapes: the tree to fill, from `LM.shapes`.
+      dtype: of the result; None keeps the file's.
+      placement: a tree of shardings, or None for the default device.
+    Raises: CheckpointError for a missing, surplus or misshapen tensor, and for NaN or infinity.
+    """
+    wanted = flatten(shapes)
+    places = flatten(placement) if placement is not None else {}
+    files = locate(folder)
+    names = {path: tensor_name(path, family) for path in wanted}
+    _check_headers(folder, files, names, wanted)
+    out: dict[str, jax.Array] = {}
+    for file_path in dict.fromkeys(files.values()):
+        with open_file(file_path) as file:
+            for path, name in names.items():
+                if files[name] == file_path:
+                    array = to_ours(_read(file, name, file_path), name, wanted[path].shape)
+                    array = array.astype(dtype) if dtype is not None else array
+                    out[path] = jax.device_put(array, places.get(path))
+    return unflatten({path: out[path] for path in wanted})
+
+
+def _check_headers(folder, files, names, wanted) -> None:
+    """Names and shapes agree, before any tensor is read."""
+    needed = {name: path for path, name in names.items()}
+    if lost := sorted(set(needed) - set(files)):
+        raise CheckpointError(f"{folder}: tensor {lost[0]!r} is missing ({len(lost)} in all)")
+    surplus = [n for n in files if n not in needed and not _harmless(n, needed)]
+    if surplus:
+        raise CheckpointError(
+            f"{folder}: tensor {sorted(surplus)[0]!r} has no place in the model "
+            f"({len(surplus)} in all); is config.json the right one?"
+        )
+    for file_path in dict.fromkeys(files.values()):
+        with open_file(file_path) as file:
+            for name, path in needed.items():
+                if files[name] == file_path:
+                    _check_slice(folder, file.get_slice(name), name, wanted[path].shape)
+
+
+def _check_slice(folder, piece, name, shape) -> None:
+    if piece.get_dtype() not in DTYPES:
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} is {piece.get_dtype()}; expected one of {list(DTYPES)}"
+        )
+    expected = hf_shape(name, shape)
+    if tuple(piece.get_shape()) != expected:
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} is {tuple(piece.get_shape())}; expected {expected} by "
+            "config.json"
+        )
+
+
+def _harmless(name: str, needed: dict[str, str]) -> bool:
+    """Tensors that old exports carry and nobody needs."""
+    tied = name == "lm_head.weight" and "model.embed_tokens.weight" in needed
+    return tied or name.endswith("rotary_emb.inv_freq")
+
+
+def _read(file: Any, name: str, path: pathlib.Path) -> np.ndarray:
+    try:
+        array = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from error
+    if not np.isfinite(array.astype(np.float32, copy=False).sum(dtype=np.float64)):
+        raise CheckpointError(f"{path}: tensor {name!r} holds NaN or infinity; the file is damaged")
+    return array
+
+
+def is_kernel(name: str) -> bool:
+    """Whether a Hugging Face tensor is a projection, stored (out, in)."""
+    return "_proj." in name and name.endswith(".weight")
+
+
+def hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stored shape of one of our arrays: (out, in) for projections, flat for biases."""
+    if not is_kernel(name):
+        return (int(np.prod(shape)),) if name.endswith(".bias") else tuple(shape)
+    inputs = 2 if ".o_proj." in name else 1
+    return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
+
+
+def to_ours(array: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """(out, in) to our (*in, *out); tables, scales and biases keep their order."""
+    return (array.T if is_kernel(name) else array).reshape(shape)
+
+
+def to_theirs(array: Any, name: str) -> np.ndarray:
+    """The inverse of `to_ours`, contiguous."""
+    host = np.asarray(array)
+    out_in = hf_shape(name, host.shape)
+    flat = host.reshape(out_in[::-1]).T if is_kernel(name) else host.reshape(out_in)
+    return np.ascontiguousarray(flat)
+
+
+def save_params(
+    folder: pathlib.Path, params: Params, family: Family, shard_bytes: int = 5 * 2**30
+) -> None:
+    """Write our tree as safetensors, in shards of at most `shard_bytes` with an index."""
+    flat = flatten(params)
+    shards = list(_shards(flat, shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, paths in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = SINGLE if len(shards) == 1 else name
+        tensors = {tensor_name(p, family): to_theirs(flat[p], tensor_name(p, family))
+                   for p in paths}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        total = sum(int(x.size) * x.dtype.itemsize for x in flat.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _shards(flat: dict[str, Any], limit: int) -> Iterator[list[str]]:
+    """Paths in order, cut where a shard would outgrow the limit."""
+    paths: list[str] = []
+    held = 0
+    for path, array in flat.items():
+        size = int(array.size) * jnp.dtype(array.dtype).itemsize
+        if paths and held + size > limit:
+            yield paths
+            paths, held = [], 0
+        paths.append(path)
+        held += size
+    yield paths

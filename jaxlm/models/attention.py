@@ -1,0 +1,126 @@
+"""Attention as a free function, masks as a description, and the exact merge of segments."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.core.errors import ConfigError
+from jaxlm.models.layers import softcap as cap_scores
+
+NEG = float(-0.7 * np.finfo(np.float32).max)  # finite: exp gives 0, differences give no NaN
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Who sees whom, as a rule over positions rather than a matrix.
+
+    `causal`: a query sees keys at its own position or before it. `window`: only the last
+    `window` positions, its own included. With `prefix` lengths given to `visible`, keys of the
+    prefix are seen by every query (prefix language models).
+    """
+
+    causal: bool = True
+    window: int | None = None
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"mask window is {self.window}; expected None or at least 1")
+
+
+def visible(
+    mask: Mask,
+    query_pos_BT: jax.Array,
+    key_pos_BS: jax.Array,
+    *,
+    key_valid_BS: jax.Array | None = None,
+    query_segment_BT: jax.Array | None = None,
+    key_segment_BS: jax.Array | None = None,
+    prefix_B: jax.Array | None = None,
+) -> jax.Array:
+    """True where query t may look at key s.
+
+    Args:
+      query_pos_BT, key_pos_BS: int32 positions.
+      key_valid_BS: false for padding and for slots not yet written.
+      query_segment_BT, key_segment_BS: packed documents; only equal segments see each other.
+      prefix_B: length of the part every query sees; int32.
+    Returns: bool (B, T, S).
+    """
+    query, key = query_pos_BT[:, :, None], key_pos_BS[:, None, :]
+    seen = jnp.ones(jnp.broadcast_shapes(query.shape, key.shape), bool)
+    if mask.causal:
+        seen = key <= query
+    if mask.window is not None:
+        seen &= jnp.abs(query - key) < mask.window
+    if prefix_B is not None:
+        seen |= key < prefix_B[:, None, None]
+    if query_segment_BT is not None and key_segment_BS is not None:
+        seen &= query_segment_BT[:, :, None] == key_segment_BS[:, None, :]
+    if key_valid_BS is not None:
+        seen &= key_valid_BS[:, None, :]
+    return seen
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    visible_BTS: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias_BNTS: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention with grouped queries: `softmax(cap(scale q k^T) + bias) v`.
+
+    Args:
+      q_BTNH: queries; head n reads kv head `n // (N / K)`.
+      k_BKSH, v_BKSH: keys and values, heads before slots.
+      visible_BTS: bool, from `visible`.
+      bias_BNTS: added to the scores after scale and cap; broadcastable.
+    Returns:
+      out_BTNH in q's dtype, and lse_BTN, the float32 log-sum-exp of the scores. A query that
+      sees nothing gets zeros and an lse of `NEG`, so that `merge` ignores it.
+    """
+    batch, time, heads, width = q_BTNH.shape
+    kv_heads, slots = k_BKSH.shape[1], k_BKSH.shape[2]
+    grouped = q_BTNH.reshape(batch, time, kv_heads, heads // kv_heads, width)
+    q = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)  # B K (G T) H
+    scores = jnp.einsum("bkqh,bksh->bkqs", q, k_BKSH, preferred_element_type=jnp.float32) * scale
+    scores = cap_scores(scores, softcap).reshape(batch, heads, time, slots)
+    if bias_BNTS is not None:
+        scores = scores + bias_BNTS
+    seen = visible_BTS[:, None]
+    scores = jnp.where(seen, scores, NEG)
+    peak = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
+    weights = jnp.where(seen, jnp.exp(scores - peak), 0.0)
+    total = jnp.sum(weights, -1, keepdims=True)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, peak + jnp.log(safe), NEG)[..., 0]  # B N T
+    mixed = jnp.einsum(
+        "bkqs,bksh->bkqh",
+        weights.reshape(batch, kv_heads, -1, slots).astype(v_BKSH.dtype), v_BKSH,
+        preferred_element_type=jnp.float32,
+    ).reshape(batch, heads, time, width) / safe
+    return mixed.transpose(0, 2, 1, 3).astype(q_BTNH.dtype), lse.transpose(0, 2, 1)
+
+
+def merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """Attention over several segments from attention over each, exactly.
+
+    `lse = log sum_i exp(lse_i)`, `out = sum_i exp(lse_i - lse) out_i`.
+
+    Args: parts: (out_BTNH, lse_BTN) of each segment.
+    Returns: (out_BTNH, lse_BTN) of their union.
+    """
+    lse = jnp.stack([part_lse for _, part_lse in parts])
+    peak = jnp.max(lse, 0)
+    total = peak + jnp.log(jnp.sum(jnp.exp(lse - peak), 0))
+    dtype = parts[0][0].dtype
+    mixed = sum(
+        jnp.exp(part_lse - total)[..., None] * out.astype(jnp.float32) for out, part_lse in parts
+    )
+    return jnp.asarray(mixed).astype(dtype), jnp.maximum(total, NEG)

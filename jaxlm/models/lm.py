@@ -1,0 +1,228 @@
+"""LM: a frozen handle on a decoder, with pure functions over a plain tree of parameters."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core.errors import ConfigError, ShapeError
+from jaxlm.core.tree import Params, flatten, map_with_path
+from jaxlm.models.attention import Mask, attend, visible
+from jaxlm.models.axes import axes_of
+from jaxlm.models.config import LayerPlan, ModelConfig
+from jaxlm.models.decoder import Attend, Decoder, Tap
+from jaxlm.models.layers import apply_rope, softcap
+from jaxlm.models.xent import token_logprobs
+
+Slots = jax.Array | str  # "all", "last", or int32 positions (B, M)
+
+
+class Output(NamedTuple):
+    """What `LM.apply` returns; what was not asked for is None.
+
+    logits: float32 (B, M, V). hidden: tuple of L + 1 (B, T, D): each layer's input, then the
+    final normed state. taps: path of a projection -> (input, output).
+    """
+
+    logits: jax.Array | None
+    hidden: tuple[jax.Array, ...] | None = None
+    taps: dict[str, tuple[jax.Array, jax.Array]] | None = None
+
+
+@dataclass(frozen=True)
+class LM:
+    """A language model's shape and rules, hashed by value: pass it to jit as static.
+
+    Args:
+      config: the decoder.
+      plan: one `LayerPlan` a layer, or empty.
+      labels: rows of a classification or scalar head instead of a vocabulary; None for a
+        language model.
+      remat: recompute each block in the backward pass instead of storing it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxlm.models.config import ModelConfig
+      >>> lm = LM(ModelConfig(vocab_size=16, dim=8, num_layers=2, num_heads=2, num_kv_heads=1,
+      ...                     head_dim=4, ffn_dim=16))
+      >>> params = lm.init(jax.random.key(0))
+      >>> lm.apply(params, jnp.ones((2, 3), jnp.int32)).logits.shape
+      (2, 3, 16)
+    """
+
+    config: ModelConfig
+    plan: tuple[LayerPlan, ...] = ()
+    labels: int | None = None
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.plan and len(self.plan) != self.config.num_layers:
+            raise ConfigError(
+                f"plan has {len(self.plan)} entries for {self.config.num_layers} layers"
+            )
+
+    @property
+    def module(self) -> Decoder:
+        """The linen module that holds the parameters."""
+        outputs = self.labels
+        if outputs is None and not self.config.tie_embeddings:
+            outputs = self.config.vocab_size
+        return Decoder(self.config, self.plan, outputs, self.remat)
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that attend, and so keep a cache."""
+        layers = range(self.config.num_layers)
+        return tuple(i for i in layers if not (self.plan and self.plan[i].skip_attention))
+
+    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+        """Random parameters as a nested dict of arrays."""
+        module, tokens = self.module, jnp.zeros((1, 1), jnp.int32)
+        tree = module.init(key, tokens, lambda layer, q, k, v: q, _no_tap)["params"]
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    def shapes(self, dtype: Any = jnp.float32) -> Params:
+        """The tree of `init` as shapes, with nothing computed."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0), dtype))
+
+    def axes(self) -> Params:
+        """The logical axis names of every parameter, in the tree of `init`."""
+        return map_with_path(lambda path, _: axes_of(path), self.shapes())
+
+    def run(
+        self, params: Params, tokens_BT: jax.Array, attend: Attend,
+        tap: Tap | None = None, keep: list | None = None,
+    ) -> jax.Array:
+        """Tokens to final normed hidden states (B, T, D), with attention handed in."""
+        return self.module.apply({"params": params}, tokens_BT, attend, tap or _no_tap, keep)
+
+    def head(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Hidden states (..., D) to float32 logits (..., V) or labels."""
+        table = self.head_table(params)
+        logits = jnp.einsum(
+            "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+        return self.shape_logits(logits)
+
+    def head_table(self, params: Params) -> jax.Array:
+        """The output weights (V, D): the head's own, or the embedding's when tied."""
+        return params["head"]["table"] if "head" in params else params["embed"]["table"]
+
+    def shape_logits(self, logits: jax.Array) -> jax.Array:
+        """The family's scale and soft cap on raw logits."""
+        if self.labels is not None:
+            return logits
+        return softcap(logits * self.config.logit_scale, self.config.logit_softcap)
+
+    def apply(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        *,
+        lengths_B: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        prefix_B: jax.Array | None = None,
+        bias_BNTS: jax.Array | None = None,
+        mask: Mask = Mask(),
+        logits_at: Slots | None = "all",
+        want: tuple[str, ...] = (),
+    ) -> Output:
+        """One forward pass without a cache.
+
+        Args:
+          params: the tree of `init`.
+          tokens_BT: int32 ids, right-padded.
+          lengths_B: valid tokens a row; default all.
+          positions_BT: default 0, 1, 2, ...; with `segments_BT`, give positions that restart.
+          segments_BT: ids of packed documents; a token sees only its own segment.
+          prefix_B: length of a part that every query sees, besides the mask.
+          bias_BNTS: additive attention bias, broadcastable.
+          mask: static rule; each layer's own window is applied on top.
+          logits_at: "all", "last" (of each row), int32 (B, M) indices, or None for no logits.
+          want: any of "hidden" and "taps".
+        Returns: `Output`.
+        Raises: ShapeError for arrays that do not fit together, ConfigError for an unknown want.
+        """
+        batch, time = tokens_BT.shape
+        if unknown := set(want) - {"hidden", "taps"}:
+            raise ConfigError(f"want holds {sorted(unknown)}; expected 'hidden' or 'taps'")
+        if want and "taps" in want and self.remat:
+            raise ConfigError("taps cannot be read through remat; use LM(remat=False)")
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+        for name, array in (("positions_BT", positions_BT), ("segments_BT", segments_BT)):
+            if array is not None and array.shape != (batch, time):
+                raise ShapeError(f"{name} is {array.shape}; expected {(batch, time)}, as tokens")
+        valid_BT = None
+        if lengths_B is not None:
+            valid_BT = jnp.arange(time)[None] < lengths_B[:, None]
+        taps: dict[str, tuple[jax.Array, jax.Array]] = {}
+        keep: list[jax.Array] | None = [] if "hidden" in want else None
+        hidden = self.run(
+            params, tokens_BT,
+            self._full_attention(mask, positions_BT, valid_BT, segments_BT, prefix_B, bias_BNTS),
+            (lambda name, x, y: taps.update({name: (x, y)})) if "taps" in want else None,
+            keep,
+        )
+        logits = None
+        if logits_at is not None:
+            logits = self.head(params, pick(hidden, logits_at, lengths_B))
+        return Output(logits, tuple(keep) if keep is not None else None, taps or None)
+
+    def _full_attention(self, mask, pos_BT, valid_BT, segments_BT, prefix_B, bias_BNTS) -> Attend:
+        """Every token against the tokens of the same call."""
+
+        def full(layer: int, q, k, v):
+            spec = self.config.attention(layer)
+            window = min((w for w in (mask.window, spec.window) if w), default=None)
+            seen = visible(
+                Mask(mask.causal, window), pos_BT, pos_BT, key_valid_BS=valid_BT,
+                query_segment_BT=segments_BT, key_segment_BS=segments_BT, prefix_B=prefix_B,
+            )
+            q, k = (apply_rope(x, pos_BT, spec.rope) for x in (q, k))
+            k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+            return attend(q, k, v, seen, scale=spec.scale, softcap=spec.softcap,
+                          bias_BNTS=bias_BNTS)[0]
+
+        return full
+
+    def logprobs(
+        self, params: Params, tokens_BT: jax.Array, targets_BT: jax.Array,
+        *, chunk: int = 8192, **apply_args,
+    ) -> jax.Array:
+        """`log p(target_t | tokens_<=t)`, float32 (B, T), the vocabulary taken in chunks.
+
+        Never holds (B, T, V) logits; the backward pass recomputes each chunk.
+        """
+        hidden = self.apply(
+            params, tokens_BT, logits_at=None, want=("hidden",), **apply_args
+        ).hidden
+        assert hidden is not None
+        table = self.head_table(params)
+        return token_logprobs(hidden[-1], table, targets_BT, self.shape_logits, chunk)
+
+
+def pick(hidden_BTD: jax.Array, at: Slots, lengths_B: jax.Array | None) -> jax.Array:
+    """The hidden states whose logits are wanted, (B, M, D)."""
+    if isinstance(at, str):
+        if at == "all":
+            return hidden_BTD
+        if at != "last":
+            raise ConfigError(f"logits_at is {at!r}; expected 'all', 'last', indices or None")
+        if lengths_B is None:
+            return hidden_BTD[:, -1:]
+        at = lengths_B[:, None] - 1
+    return jnp.take_along_axis(hidden_BTD, at[..., None], axis=1, mode="clip")
+
+
+def count_params(lm: LM) -> int:
+    """How many numbers the model holds."""
+    return sum(int(x.size) for x in flatten(lm.shapes()).values())
+
+
+def _no_tap(name: str, x: jax.Array, y: jax.Array) -> None:
+    """The tap that does nothing."""
+
+

@@ -1,0 +1,55 @@
+"""Log-probabilities of target tokens without the full matrix of logits."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.models.attention import NEG
+
+
+def token_logprobs(
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    shape_logits: Callable[[jax.Array], jax.Array] = lambda logits: logits,
+    chunk: int = 8192,
+) -> jax.Array:
+    """`log softmax(f(h W^T))[target]`, one slice of the vocabulary at a time.
+
+    `log p_y = l_y - log sum_v exp(l_v)`, the sum carried over slices as a running peak and total.
+
+    Args:
+      hidden_BTD: final hidden states, any float dtype.
+      table_VD: output weights.
+      targets_BT: int32 ids in [0, V).
+      shape_logits: elementwise scale and cap on float32 logits.
+      chunk: vocabulary rows held at once; at least 1.
+    Returns: float32 (B, T), at most 0. The backward pass recomputes each slice.
+    """
+    vocab, dim = table_VD.shape
+    chunk = min(chunk, vocab)
+    count = -(-vocab // chunk)
+    slices = jnp.pad(table_VD, ((0, count * chunk - vocab), (0, 0))).reshape(count, chunk, dim)
+
+    @jax.checkpoint
+    def fold(carry, inputs):
+        peak, total, target_logit = carry
+        index, rows = inputs
+        ids = index * chunk + jnp.arange(chunk)
+        logits = shape_logits(jnp.einsum(
+            "btd,vd->btv", hidden_BTD, rows.astype(hidden_BTD.dtype),
+            preferred_element_type=jnp.float32,
+        ))
+        logits = jnp.where(ids < vocab, logits, NEG)
+        new_peak = jnp.maximum(peak, jax.lax.stop_gradient(logits).max(-1))
+        total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None]).sum(-1)
+        local = targets_BT - index * chunk
+        here = (local >= 0) & (local < chunk)
+        found = jnp.take_along_axis(logits, jnp.clip(local, 0, chunk - 1)[..., None], -1)[..., 0]
+        return (new_peak, total, jnp.where(here, found, target_logit)), None
+
+    shape = targets_BT.shape
+    start = (jnp.full(shape, NEG, jnp.float32), jnp.zeros(shape), jnp.zeros(shape))
+    (peak, total, target_logit), _ = jax.lax.scan(fold, start, (jnp.arange(count), slices))
+    return target_logit - peak - jnp.log(total)
