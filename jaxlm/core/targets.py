@@ -80,7 +80,7 @@ def _tpu(name: str, kind: str, shape: str) -> Target:
 
 def _gpu(name: str, card: Card, count: str) -> Target:
     if not count.isdigit() or int(count) < 1:
-        raise DeviceError(f"target {name!r}: count {count!r}; expected a whole number, as in h100:8")
+        raise DeviceError(f"target {name!r}: count {count!r}; expected a number, as in h100:8")
     plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     if not any(_found(plugin) for plugin in plugins):
         raise DeviceError(
