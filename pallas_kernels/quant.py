@@ -10,6 +10,7 @@ the tile. A flush of one group is an OR into one slot, and scales fold in slot b
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -174,19 +175,20 @@ def quantise(x: jax.Array, axis: int, bits: int, scales: str = "float32",
     [0, 1, 2, 3]
     """
     low, high = jnp.min(x, axis, keepdims=True), jnp.max(x, axis, keepdims=True)
-    best, best_error = None, None
-    for shrink in shrinks if bits < 8 else (1.0,):  # at 8 bits clipping never pays
+
+    def attempt(shrink: float) -> tuple[Grid, jax.Array]:
         cut = (high - low) * ((1.0 - shrink) / 2) if shrink < 1.0 else 0.0
         stored = encode_scales(low + cut, high - cut, bits, scales, center, exact)
         grid = _on_grid(x, *stored, bits, center, exact)
-        error = jnp.sum((grid.value - x) ** 2, axis, keepdims=True)
-        if best is None:
-            best, best_error = grid, error
-        else:
-            better = error < best_error
-            best = Grid(*(jnp.where(better, new, old) for new, old in zip(grid, best, strict=True)))
-            best_error = jnp.where(better, error, best_error)
-    assert best is not None
+        return grid, jnp.sum((grid.value - x) ** 2, axis, keepdims=True)
+
+    tried = shrinks if bits < 8 else (1.0,)  # at 8 bits clipping never pays
+    best, least = attempt(tried[0])
+    for shrink in tried[1:]:
+        grid, error = attempt(shrink)
+        better = error < least
+        best = Grid(*(jnp.where(better, new, old) for new, old in zip(grid, best, strict=True)))
+        least = jnp.minimum(error, least)
     return best
 
 
@@ -201,6 +203,7 @@ def _on_grid(x, scale, minimum, bits, center, exact) -> Grid:
     return Grid(codes.astype(jnp.int32), scale, minimum, codes * step + low)
 
 
+@functools.partial(jax.jit, static_argnames="fmt")
 def quantise_keys(k: jax.Array, fmt: QuantFormat, center: jax.Array | None = None) -> Grid:
     """Keys [..., S, H], one scale per channel and `group` tokens; scales [..., S/group, H].
 
@@ -215,6 +218,7 @@ def quantise_keys(k: jax.Array, fmt: QuantFormat, center: jax.Array | None = Non
                 grid.value.reshape(k.shape))
 
 
+@functools.partial(jax.jit, static_argnames="fmt")
 def quantise_values(v: jax.Array, fmt: QuantFormat) -> Grid:
     """Values [..., S, H], one scale per token and channel group; scales [..., C, S]."""
     *lead, size, head_dim = v.shape
@@ -251,5 +255,5 @@ def pack(keys: Grid, values: Grid, capacity: int, fmt: QuantFormat,
     v_scales = [to(x, 3, size) for x in (values.scale, values.minimum)]
     if fmt.scales == "int8" and center is None:
         center = jnp.zeros((*keys.codes.shape[:2], keys.codes.shape[3]), jnp.float32)
-    return PackedKV(words[0], *k_scales, words[1], *v_scales,
+    return PackedKV(words[0], k_scales[0], k_scales[1], words[1], v_scales[0], v_scales[1],
                     center if fmt.scales == "int8" else None)

@@ -11,6 +11,7 @@ right of the diagonal of `M = blockdiag(U) U^{-1}`, applied as `x <- x + delta M
 rounded channels; columns: the ones that follow).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -73,6 +74,7 @@ def metric(gram: jax.Array, lam: float, lam_mode: str = "energy", rank: int | No
     return jnp.eye(head_dim) + lam * gram
 
 
+@functools.partial(jax.jit, static_argnames=("block", "lam_mode", "rank", "energy_order"))
 def compensation(gram: jax.Array, block: int = 16, lam: float = 10.0, lam_mode: str = "energy",
                  rank: int | None = None, rows: jax.Array | None = None,
                  energy_order: bool = True) -> Compensation:
@@ -109,6 +111,7 @@ def _permute(matrix: jax.Array, order: jax.Array) -> jax.Array:
     return jnp.take_along_axis(rows, order[..., None, :], axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames=("fmt", "block", "guard"))
 def quantise_keys_squat(k: jax.Array, comp: Compensation, fmt: QuantFormat, block: int = 16,
                         guard: bool = True, center: jax.Array | None = None) -> Grid:
     """Keys [..., S, H] under compensation; the same codes, scales and shapes as `quantise_keys`.
