@@ -1,0 +1,2 @@
+def attend(*args, **kwargs):
+    raise NotImplementedError("to come")
