@@ -85,6 +85,14 @@ class Squat(Kivi):
                       "rows_B": jnp.zeros(batch, jnp.int32)}
         return state
 
+    def inherit(self, state, prompt, particles: int):
+        """Rows that go on from shared prompts code their keys by the prompts' queries."""
+        prompt = getattr(prompt, "own", prompt)  # of a fork that is forked again
+        copies = particles if "moves" in prompt else 0
+        names = [name for name in ("moves", "order", "gram", "rows_B")
+                 if copies and name in state and name in prompt]
+        return state | {name: jnp.repeat(prompt[name], copies, axis=0) for name in names}
+
     def read_prompt(self, spec, state, q_BTNH, k_BKTH, valid_BT):
         """The Gram of the prompt's queries, and from it both compensations."""
         count_B = valid_BT.sum(1).astype(jnp.int32)
