@@ -5,7 +5,6 @@ import pathlib
 import sys
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 
 from jaxlm.cache.base import CacheKind
@@ -26,7 +25,7 @@ def open_model(
 ) -> Bundle:
     """Load a model, with compiled programs kept on disk from run to run."""
     try:
-        if not jax.config.jax_compilation_cache_dir:  # what the environment says wins
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else the person has chosen
             enable_compilation_cache()
     except OSError as error:
         note(f"compiled programs are not kept, so each start compiles anew: {error}")
