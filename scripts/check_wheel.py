@@ -17,7 +17,7 @@ NEEDED = ("jaxlm/__init__.py", "jaxlm/py.typed", "pallas_kernels/__init__.py")
 LIMIT_MB = 15
 COMMANDS = (
     ["jaxlm", "info"],
-    ["jaxlm", "generate", "--max-new-tokens", "16"],
+    ["jaxlm", "generate", "tiny", "Q: 12+30=", "--max-new-tokens", "16"],
     ["jaxlm", "demo", "--out", "report"],
 )
 

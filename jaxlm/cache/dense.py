@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.cache.base import Attended, State
-from jaxlm.models.attention import Mask, attend, visible
+from jaxlm.models.attention import Mask, attention
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
 
@@ -31,8 +31,8 @@ class Dense:
         q, k = (apply_rope(x, pos_BT, spec.rope) for x in (q_BTNH, k_BTKH))
         k, v = (x.transpose(0, 2, 1, 3) for x in (k, v_BTKH))
         valid_BT = jnp.arange(time)[None] < count_B[:, None]
-        seen = visible(Mask(window=spec.window), pos_BT, pos_BT, key_valid_BS=valid_BT)
-        out, lse = attend(q, k, v, seen, scale=spec.scale, softcap=spec.softcap)
+        out, lse = attention(q, k, v, Mask(window=spec.window), pos_BT, pos_BT, scale=spec.scale,
+                             softcap=spec.softcap, key_valid_BS=valid_BT)
         put = lambda buffer, x: jax.lax.dynamic_update_slice(
             buffer, x.astype(buffer.dtype), (0, 0, 0, 0)
         )
@@ -47,9 +47,9 @@ class Dense:
         slot_1S = jnp.arange(slots)[None]
         key_pos_BS = slot_1S + (pos_BT[:, :1] - start_B[:, None])
         valid_BS = slot_1S < (start_B + count_B)[:, None]
-        seen = visible(Mask(window=spec.window), pos_BT, key_pos_BS, key_valid_BS=valid_BS)
         keys, values = (state[name].astype(q.dtype) for name in ("k", "v"))
-        out, lse = attend(q, keys, values, seen, scale=spec.scale, softcap=spec.softcap)
+        out, lse = attention(q, keys, values, Mask(window=spec.window), pos_BT, key_pos_BS,
+                             scale=spec.scale, softcap=spec.softcap, key_valid_BS=valid_BS)
         return out, lse, state
 
     def step(self, spec, state, q_B1NH, k_B1KH, v_B1KH, pos_B, start_B) -> Attended:

@@ -143,8 +143,9 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
     All is written beside `folder` under a temporary name and then put in place in one move, so
     a full disk or a kill leaves what was there. Other files of an overwritten folder are kept.
 
-    Raises: CheckpointError when `folder` exists and `overwrite` is false; ConfigError when the
-      family's config.json cannot express the model (a plan, say).
+    Raises:
+      CheckpointError: `folder` exists and `overwrite` is false.
+      ConfigError: the family's config.json cannot express the model (a plan, say).
     """
     if bundle.lm.plan or bundle.lm.labels is not None:
         raise ConfigError(

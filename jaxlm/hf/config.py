@@ -26,8 +26,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def from_hf(raw: dict[str, Any]) -> ModelConfig:
     """A config.json's content as a ModelConfig.
 
-    Raises: ConfigError that names the field, for an unknown model_type, a missing or malformed
-      value, and any field that would change the maths and is not expressed here.
+    Raises:
+      ConfigError: names the field: an unknown model_type, a missing or malformed value, or a
+        field that would change the maths and is not expressed here.
     """
     fields = Fields(raw)
     config = family_of(fields.take("model_type", None)).read(fields)

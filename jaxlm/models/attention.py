@@ -108,6 +108,52 @@ def attend(
     return mixed.transpose(0, 2, 1, 3).astype(q_BTNH.dtype), lse.transpose(0, 2, 1)
 
 
+def attention(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    mask: Mask,
+    query_pos_BT: jax.Array,
+    key_pos_BS: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias_BNTS: jax.Array | None = None,
+    query_segment_BT: jax.Array | None = None,
+    chunk: int = 512,
+    **keys,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend` under a mask rule, `chunk` queries at a time, so that T x S is never held whole.
+
+    Args: as `attend` and `visible`; `keys` are the key side of `visible`.
+    Returns: out_BTNH and lse_BTN. The backward pass recomputes each chunk.
+    """
+    batch, time = query_pos_BT.shape
+
+    def some(q, pos, segment, bias):
+        seen = visible(mask, pos, key_pos_BS, query_segment_BT=segment, **keys)
+        return attend(q, k_BKSH, v_BKSH, seen, scale=scale, softcap=softcap, bias_BNTS=bias)
+
+    if time <= chunk:
+        return some(q_BTNH, query_pos_BT, query_segment_BT, bias_BNTS)
+    count = -(-time // chunk)
+
+    def pieces(x, axis=1):
+        if x is None:
+            return None
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (0, count * chunk - time)
+        shape = (*x.shape[:axis], count, chunk, *x.shape[axis + 1:])
+        return jnp.moveaxis(jnp.pad(x, pads).reshape(shape), axis, 0)
+
+    if bias_BNTS is not None:
+        bias_BNTS = jnp.broadcast_to(bias_BNTS, (*bias_BNTS.shape[:2], time, bias_BNTS.shape[3]))
+    parts = (pieces(q_BTNH), pieces(query_pos_BT), pieces(query_segment_BT), pieces(bias_BNTS, 2))
+    out, lse = jax.lax.map(jax.checkpoint(lambda part: some(*part)), parts)
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, count * chunk, *x.shape[3:])[:, :time]
+    return join(out), join(lse)
+
+
 def merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
     """Attention over several segments from attention over each, exactly.
 

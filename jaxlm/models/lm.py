@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import Params, flatten, map_with_path
-from jaxlm.models.attention import Mask, attend, visible
+from jaxlm.models.attention import Mask, attention
 from jaxlm.models.axes import axes_of
 from jaxlm.models.config import LayerPlan, ModelConfig
-from jaxlm.models.decoder import Attend, Decoder, Tap
+from jaxlm.models.decoder import Attend, Block, Decoder, Embed, Norm, Tap
 from jaxlm.models.layers import apply_rope, softcap
+from jaxlm.models.stack import STACK, split
 from jaxlm.models.xent import token_logprobs
 
 Slots = jax.Array | str  # "all", "last", or int32 positions (B, M)
@@ -21,11 +22,12 @@ Slots = jax.Array | str  # "all", "last", or int32 positions (B, M)
 class Output(NamedTuple):
     """What `LM.apply` returns; what was not asked for is None.
 
-    logits: float32 (B, M, V). hidden: tuple of L + 1 (B, T, D): each layer's input, then the
-    final normed state. taps: path of a projection -> (input, output).
+    logits: float32 (B, M, V). final: normed hidden states (B, T, D). hidden: tuple of L + 1
+    (B, T, D): each layer's input, then `final`. taps: path of a projection -> (input, output).
     """
 
     logits: jax.Array | None
+    final: jax.Array
     hidden: tuple[jax.Array, ...] | None = None
     taps: dict[str, tuple[jax.Array, jax.Array]] | None = None
 
@@ -94,8 +96,35 @@ class LM:
         self, params: Params, tokens_BT: jax.Array, attend: Attend,
         tap: Tap | None = None, keep: list | None = None,
     ) -> jax.Array:
-        """Tokens to final normed hidden states (B, T, D), with attention handed in."""
-        return self.module.apply({"params": params}, tokens_BT, attend, tap or _no_tap, keep)
+        """Tokens to final normed hidden states (B, T, D), with attention handed in.
+
+        A tree from `stack.stack` runs its layers as a scan, without taps or kept states.
+        """
+        if STACK not in params:
+            return self.module.apply({"params": params}, tokens_BT, attend, tap or _no_tap, keep)
+        if tap is not None or keep is not None:
+            raise ConfigError("a stacked tree gives no taps or hidden states; unstack it first")
+        return self._run_stacked(params, tokens_BT, attend)
+
+    def _run_stacked(self, params: Params, tokens_BT: jax.Array, attend: Attend) -> jax.Array:
+        c = self.config
+        groups, size = split(c, self.plan)
+
+        def block(layer: int, tree: Params, x: jax.Array) -> jax.Array:
+            plan = self.plan[layer] if self.plan else LayerPlan()
+            return Block(c, layer, plan).apply({"params": tree}, x, attend, _no_tap)
+
+        def one_period(x, trees):
+            for j in range(size):
+                x = block(j, trees[f"layers_{j}"], x)
+            return x, None
+
+        x = Embed(c).apply({"params": params["embed"]}, tokens_BT)
+        step = jax.checkpoint(one_period) if self.remat else one_period
+        x, _ = jax.lax.scan(step, x, params[STACK])
+        for layer in range(groups * size, c.num_layers):
+            x = block(layer, params[f"layers_{layer}"], x)
+        return Norm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
 
     def head(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., D) to float32 logits (..., V) or labels."""
@@ -160,7 +189,7 @@ class LM:
             valid_BT = jnp.arange(time)[None] < lengths_B[:, None]
         taps: dict[str, tuple[jax.Array, jax.Array]] = {}
         keep: list[jax.Array] | None = [] if "hidden" in want else None
-        hidden = self.run(
+        final = self.run(
             params, tokens_BT,
             self._full_attention(mask, positions_BT, valid_BT, segments_BT, prefix_B, bias_BNTS),
             (lambda name, x, y: taps.update({name: (x, y)})) if "taps" in want else None,
@@ -168,8 +197,8 @@ class LM:
         )
         logits = None
         if logits_at is not None:
-            logits = self.head(params, pick(hidden, logits_at, lengths_B))
-        return Output(logits, tuple(keep) if keep is not None else None, taps or None)
+            logits = self.head(params, pick(final, logits_at, lengths_B))
+        return Output(logits, final, tuple(keep) if keep is not None else None, taps or None)
 
     def _full_attention(self, mask, pos_BT, valid_BT, segments_BT, prefix_B, bias_BNTS) -> Attend:
         """Every token against the tokens of the same call."""
@@ -177,14 +206,14 @@ class LM:
         def full(layer: int, q, k, v):
             spec = self.config.attention(layer)
             window = min((w for w in (mask.window, spec.window) if w), default=None)
-            seen = visible(
-                Mask(mask.causal, window), pos_BT, pos_BT, key_valid_BS=valid_BT,
-                query_segment_BT=segments_BT, key_segment_BS=segments_BT, prefix_B=prefix_B,
-            )
             q, k = (apply_rope(x, pos_BT, spec.rope) for x in (q, k))
             k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-            return attend(q, k, v, seen, scale=spec.scale, softcap=spec.softcap,
-                          bias_BNTS=bias_BNTS)[0]
+            return attention(
+                q, k, v, Mask(mask.causal, window), pos_BT, pos_BT,
+                scale=spec.scale, softcap=spec.softcap, bias_BNTS=bias_BNTS,
+                query_segment_BT=segments_BT, key_segment_BS=segments_BT,
+                key_valid_BS=valid_BT, prefix_B=prefix_B,
+            )[0]
 
         return full
 
@@ -196,12 +225,9 @@ class LM:
 
         Never holds (B, T, V) logits; the backward pass recomputes each chunk.
         """
-        hidden = self.apply(
-            params, tokens_BT, logits_at=None, want=("hidden",), **apply_args
-        ).hidden
-        assert hidden is not None
+        final = self.apply(params, tokens_BT, logits_at=None, **apply_args).final
         table = self.head_table(params)
-        return token_logprobs(hidden[-1], table, targets_BT, self.shape_logits, chunk)
+        return token_logprobs(final, table, targets_BT, self.shape_logits, chunk)
 
 
 def pick(hidden_BTD: jax.Array, at: Slots, lengths_B: jax.Array | None) -> jax.Array:

@@ -1,0 +1,178 @@
+"""Does a job fit a chip? Compiles the real program for it, with no such chip present."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlm.cache.base import CacheKind
+from jaxlm.cache.dense import Dense
+from jaxlm.core.aot import Program, compile_program
+from jaxlm.core.errors import ConfigError
+from jaxlm.core.mesh import make_mesh, partition, shardings
+from jaxlm.core.targets import Target, target
+from jaxlm.core.tree import Params, nbytes
+from jaxlm.decode.placement import state_shardings
+from jaxlm.decode.samplers import Greedy
+from jaxlm.decode.state import Kinds, decode, prefill
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.lm import LM
+from jaxlm.models.stack import stack, stack_axes
+from jaxlm.train.step import init_state, lm_objective, train_step
+
+JOBS = ("decode", "prefill", "train")
+RESERVE = 0.05  # of a device: the runtime's own, the program's code, fragments
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One job on one target: the program, the memory of a device, and the parts of the state."""
+
+    target: Target
+    mesh: dict[str, int]
+    job: str
+    program: Program
+    param_bytes: int
+    cache_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program's memory, by the compiler's own count, leaves `RESERVE` free."""
+        usable = (1 - RESERVE) * self.target.bytes_per_device
+        return self.program.refused is None and self.program.total <= usable
+
+
+def fit(
+    config: ModelConfig, job: str, target_name: str, *, batch: int = 1, context: int = 4096,
+    cache: CacheKind | Kinds = Dense(), dtype: Any = jnp.bfloat16,
+    data: int | None = None, fsdp: int | None = None, tensor: int | None = None,
+) -> Fit:
+    """Compile one step of a job for a target and read the compiler's memory and cost analysis.
+
+    Args:
+      job: "decode" (the loop, over a full cache of `context` tokens), "prefill" (a prompt of
+        `context`), or "train" (AdamW in float32, bf16 compute, rematerialised).
+      target_name: as `jaxlm.core.targets.target`.
+      batch: rows in all. context: tokens a row.
+      data, fsdp, tensor: mesh axes; by default tensor takes what divides the kv heads, and the
+        rest goes to data (fsdp when training).
+    Raises: ConfigError, DeviceError.
+    """
+    if job not in JOBS:
+        raise ConfigError(f"job is {job!r}; expected one of {JOBS}")
+    if batch < 1 or context < 2:
+        raise ConfigError(f"batch is {batch} and context {context}; expected at least 1 and 2")
+    chips = target(target_name)
+    sizes = mesh_sizes(len(chips.devices), config.num_kv_heads, job, data, fsdp, tensor)
+    mesh = make_mesh(**sizes, devices=list(chips.devices))
+    build = {"decode": _decode, "prefill": _prefill, "train": _train}[job]
+    program, param_bytes, cache_bytes = build(config, mesh, batch, context, cache, dtype)
+    return Fit(chips, sizes, job, program, param_bytes, cache_bytes)
+
+
+def mesh_sizes(
+    devices: int, kv_heads: int, job: str, data: int | None = None, fsdp: int | None = None,
+    tensor: int | None = None,
+) -> dict[str, int]:
+    """Mesh axes for a number of devices; given ones are kept.
+
+    >>> mesh_sizes(16, 8, "decode")
+    {'data': 2, 'fsdp': 1, 'tensor': 8}
+    """
+    given = (data or 1) * (fsdp or 1)
+    if tensor is None:
+        tensor = max(n for n in range(1, kv_heads + 1)
+                     if kv_heads % n == 0 and devices % (n * given) == 0) if job != "train" else 1
+    rest = max(devices // (given * tensor), 1)
+    if job == "train":
+        return {"data": data or 1, "fsdp": fsdp or rest, "tensor": tensor}
+    return {"data": data or rest, "fsdp": fsdp or 1, "tensor": tensor}
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    """Shapes with shardings, ready to be lowered."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, places
+    )
+
+
+def _batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    """An array that leads with the batch."""
+    spec = partition(("batch",) + ("",) * (len(shape) - 1), shape, mesh, path="batch")
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _prompt(mesh: Mesh, batch: int, width: int) -> tuple[Any, Any, Any]:
+    """tokens_BT, lengths_B and keys_B as shapes."""
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    return (_batch(mesh, jnp.int32, batch, width), _batch(mesh, jnp.int32, batch),
+            _batch(mesh, keys.dtype, batch))
+
+
+def _params(lm: LM, mesh: Mesh, dtype: Any) -> Params:
+    shapes = lm.shapes(dtype)
+    return _placed(shapes, shardings(lm.axes(), shapes, mesh))
+
+
+def _prefill(config, mesh, batch, context, cache, dtype):
+    lm = LM(config)
+    params = _params(lm, mesh, dtype)
+    tokens, lengths, keys = _prompt(mesh, batch, context)
+    start = partial(prefill, lm, cache=cache, slots=context)
+    make = lambda params, tokens, lengths, keys: start(
+        params, Greedy(), tokens, lengths, keys_B=keys
+    )
+    state = jax.eval_shape(make, params, tokens, lengths, keys)
+    places = state_shardings(state, config.num_kv_heads, mesh)
+    program = compile_program(
+        jax.jit(make, out_shardings=places), params, tokens, lengths, keys
+    )
+    return program, nbytes(params), nbytes(state.caches)
+
+
+def _decode(config, mesh, batch, context, cache, dtype):
+    lm = LM(config)
+    params = _params(lm, mesh, dtype)
+    tokens, lengths, keys = _prompt(mesh, batch, min(context, 128))
+    make = lambda params, tokens, lengths, keys: prefill(
+        lm, params, Greedy(), tokens, lengths, cache, context, keys
+    )
+    state = jax.eval_shape(make, params, tokens, lengths, keys)
+    places = state_shardings(state, config.num_kv_heads, mesh)
+    loop = jax.jit(
+        lambda params, state, count: decode(lm, params, Greedy(), state, max_new=count),
+        donate_argnums=1, out_shardings=places,
+    )
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    program = compile_program(loop, params, _placed(state, places), count)
+    return program, nbytes(params), nbytes(state.caches)
+
+
+def _train(config, mesh, batch, context, cache, dtype):
+    lm = LM(config, remat=True)
+    shapes = jax.eval_shape(lambda tree: stack(tree, config), lm.shapes(jnp.float32))
+    places = shardings(stack_axes(lm.axes(), config), shapes, mesh)
+    optimizer = optax.adamw(1e-5)
+
+    def cast(params, batch, key):
+        low = jax.tree.map(lambda x: x.astype(dtype), params)
+        return lm_objective(lm)(low, batch, key)
+
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer), shapes)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state_places = optax.tree.map_params(
+        optimizer, lambda _, where: where, state.opt_state, places,
+        transform_non_params=lambda _: everywhere,
+    )
+    where = state.replace(params=places, opt_state=state_places, step=everywhere)
+    step = jax.jit(
+        lambda state, batch: train_step(cast, optimizer, state, batch, None),
+        donate_argnums=0, out_shardings=(where, everywhere),
+    )
+    tokens = _batch(mesh, jnp.int32, batch, context + 1)
+    program = compile_program(step, _placed(state, where), {"tokens": tokens})
+    return program, nbytes(shapes), 0

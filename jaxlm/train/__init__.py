@@ -1,0 +1,1 @@
+"""Training: objectives and step pairs over plain trees."""
