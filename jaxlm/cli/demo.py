@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from jaxlm.cli.options import Device, columns, note, open_model
 from jaxlm.eval import demo_page
 from jaxlm.eval.demo import QUICK, Plan, measure
@@ -23,6 +21,8 @@ def run(
       quick: a handful of problems, to see that all works.
       device: where to run; default what jax finds.
     """
+    from tqdm import tqdm  # comes with huggingface_hub
+
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; --out names the report's folder")
     bundle = open_model(model, device)
