@@ -46,6 +46,16 @@ class CacheKind(Protocol):
     ) -> Attended:
         """`extend` by one token in every row."""
 
+    def attend(
+        self, spec: AttentionSpec, state: State, q_BTNH: jax.Array, pos_BT: jax.Array,
+        length_B: jax.Array, first_B: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Read-only: out_BTNH and lse_BTN of queries over each row's first `length_B` tokens.
+
+        Token `i` of a row stands at position `first_B + i`. A query sees what is not behind it,
+        so that several rows' queries may be laid along T, in any order.
+        """
+
     def flush(
         self, spec: AttentionSpec, state: State, due: jax.Array, length_B: jax.Array
     ) -> State:

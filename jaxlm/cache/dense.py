@@ -43,14 +43,22 @@ class Dense:
         q, k = (apply_rope(x, pos_BT, spec.rope) for x in (q_BTNH, k_BTKH))
         state = {"k": append(state["k"], k, start_B, count_B),
                  "v": append(state["v"], v_BTKH, start_B, count_B)}
-        slots = state["k"].shape[2]
-        slot_1S = jnp.arange(slots)[None]
-        key_pos_BS = slot_1S + (pos_BT[:, :1] - start_B[:, None])
-        valid_BS = slot_1S < (start_B + count_B)[:, None]
-        keys, values = (state[name].astype(q.dtype) for name in ("k", "v"))
-        out, lse = attention(q, keys, values, Mask(window=spec.window), pos_BT, key_pos_BS,
-                             scale=spec.scale, softcap=spec.softcap, key_valid_BS=valid_BS)
+        out, lse = self._look(spec, state, q, pos_BT, start_B + count_B, pos_BT[:, 0] - start_B)
         return out, lse, state
+
+    def attend(self, spec, state, q_BTNH, pos_BT, length_B, first_B) -> tuple[jax.Array, jax.Array]:
+        """Read-only: queries over what each row holds."""
+        q = apply_rope(q_BTNH, pos_BT, spec.rope)
+        return self._look(spec, state, q, pos_BT, length_B, first_B)
+
+    def _look(self, spec, state, q_BTNH, pos_BT, length_B, first_B):
+        """Rotated queries over the first `length_B` slots, the first of them at `first_B`."""
+        slot_1S = jnp.arange(state["k"].shape[2])[None]
+        keys, values = (state[name].astype(q_BTNH.dtype) for name in ("k", "v"))
+        return attention(
+            q_BTNH, keys, values, Mask(window=spec.window), pos_BT, slot_1S + first_B[:, None],
+            scale=spec.scale, softcap=spec.softcap, key_valid_BS=slot_1S < length_B[:, None],
+        )
 
     def step(self, spec, state, q_B1NH, k_B1KH, v_B1KH, pos_B, start_B) -> Attended:
         """One token in every row."""

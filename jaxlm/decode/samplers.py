@@ -1,32 +1,74 @@
 """Samplers: small pytrees whose numbers may be swept without a new compilation."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxlm.core.errors import ConfigError
-from jaxlm.models.attention import NEG
+from jaxlm.decode.transforms import (
+    add_bias,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_unsurprising,
+    logprob_of,
+    penalise,
+    per_row,
+    temper,
+)
 
 
 class Sampler(Protocol):
-    """From logits to a token, and the token's log-probability under the sampling distribution."""
+    """From logits to a token, and the token's log-probability under the sampling distribution.
 
-    def init(self, batch: int) -> Any:
-        """The state carried from step to step."""
+    The state's leaves lead with the batch. Text that a sampler did not draw (prompts, chat
+    turns) reaches it through `read_text`, which adds to every `Seen` inside the state.
+    """
+
+    def init(self, batch: int, vocab: int) -> Any:
+        """The state carried from step to step, before any text."""
 
     def step(
         self, keys_B: jax.Array, logits_BV: jax.Array, state: Any
     ) -> tuple[jax.Array, jax.Array, Any]:
         """Tokens int32 (B,), log-probabilities float32 (B,), and the new state."""
 
+    def logprob(self, logits_BV: jax.Array, token_B: jax.Array, state: Any) -> jax.Array:
+        """What `step` would have reported, had it drawn `token_B`; float32 (B,)."""
+
+
+@struct.dataclass
+class Seen:
+    """Which tokens a row's text holds, bool (B, V)."""
+
+    seen_BV: jax.Array
+
+    def add(self, tokens_BT: jax.Array, counts_B: jax.Array) -> "Seen":
+        """With the first `counts_B` of T tokens."""
+        batch, time = tokens_BT.shape
+        read_BT = jnp.arange(time) < counts_B[:, None]
+        index_BT = jnp.where(read_BT, tokens_BT, self.seen_BV.shape[1])
+        rows = jnp.arange(batch)[:, None]
+        return Seen(self.seen_BV.at[rows, index_BT].set(True, mode="drop"))
+
+
+def read_text(state: Any, tokens_BT: jax.Array, counts_B: jax.Array) -> Any:
+    """A sampler's state after text that it did not draw itself."""
+    is_seen = lambda node: isinstance(node, Seen)
+    add = lambda node: node.add(tokens_BT, counts_B) if is_seen(node) else node
+    return jax.tree.map(add, state, is_leaf=is_seen)
+
 
 @struct.dataclass
 class Greedy:
     """The most likely token; log-probabilities are the model's own."""
 
-    def init(self, batch: int) -> tuple:
+    def init(self, batch: int, vocab: int) -> tuple:
         """Nothing to carry."""
         return ()
 
@@ -35,54 +77,180 @@ class Greedy:
         token_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
         return token_B, logprob_of(logits_BV, token_B), state
 
+    def logprob(self, logits_BV, token_B, state):
+        """`log softmax(l)[token]`."""
+        return logprob_of(logits_BV, token_B)
+
 
 @struct.dataclass
-class Temperature:
-    """`p_v` proportional to `exp(l_v / temperature)`; 0 is greedy.
+class Categorical:
+    """`p_v` proportional to `exp(l'_v)`, with l' the logits after, in this order, logit bias,
+    repetition penalty, temperature, top-k, top-p and min-p. None leaves a transform out.
 
-    Args: temperature: float or (B,), at least 0; a leaf, so a sweep compiles once.
+    A cold row (temperature 0) takes the argmax of l'; its log-probability is stated at
+    temperature 1, since a certainty of 0 would say nothing. Tokens that tie with the last one
+    that top-k or top-p keeps are kept. All numbers are leaves, top-k too: a sweep compiles once.
+
+    Args:
+      temperature: at least 0. top_k: whole, at least 1; the vocabulary's size or more keeps all.
+      top_p: in (0, 1]. min_p: in [0, 1]. repetition_penalty: above 0; 1 changes nothing; counts
+        the row's whole text, prompt included. Each one number, or (B,).
+      logit_bias: (V,) or (B, V), finite, or -inf to ban a token; see `bias_array`.
+    Raises: ConfigError for a concrete number outside its range.
 
     Example:
-      >>> Temperature(0.8).temperature
-      0.8
+      >>> sampler = Categorical(0.8, top_k=2)
+      >>> logits = jnp.array([[0.0, 8.0, 8.8, 1.0]])
+      >>> print(sampler.logprob(logits, jnp.array([1]), sampler.init(1, 4)))
+      [-1.3132999]
     """
 
     temperature: Any = 1.0
+    top_k: Any = None
+    top_p: Any = None
+    min_p: Any = None
+    repetition_penalty: Any = None
+    logit_bias: Any = None
 
     def __post_init__(self):
-        check_range("temperature", self.temperature, low=0.0)
+        check(self, "temperature", low=0.0)
+        check(self, "top_k", low=1.0, whole=True)
+        check(self, "top_p", low=0.0, high=1.0, above=True)
+        check(self, "min_p", low=0.0, high=1.0)
+        check(self, "repetition_penalty", low=0.0, above=True)
+        check(self, "logit_bias", low=float("-inf"), above=None)
 
-    def init(self, batch: int) -> tuple:
-        """Nothing to carry."""
-        return ()
+    def init(self, batch: int, vocab: int) -> Any:
+        """The tokens seen, where they are penalised."""
+        if self.repetition_penalty is None:
+            return ()
+        return Seen(jnp.zeros((batch, vocab), bool))
 
     def step(self, keys_B, logits_BV, state):
-        """Gumbel-max over the tempered logits, each row with its own key."""
-        scaled_BV, cold_B = temper(logits_BV, self.temperature)
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
-        drawn_BV = jnp.where(cold_B[:, None], scaled_BV, scaled_BV + noise_BV)
-        token_B = jnp.argmax(drawn_BV, -1).astype(jnp.int32)
-        return token_B, logprob_of(scaled_BV, token_B), state
+        """One draw from the transformed logits."""
+        changed_BV, cold_B = self.transform(logits_BV, state)
+        token_B = draw(keys_B, changed_BV, cold_B)
+        state = read_text(state, token_B[:, None], jnp.ones_like(token_B))
+        return token_B, logprob_of(changed_BV, token_B), state
+
+    def logprob(self, logits_BV, token_B, state):
+        """`log softmax(l')[token]`."""
+        return logprob_of(self.transform(logits_BV, state)[0], token_B)
+
+    def transform(self, logits_BV: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
+        """The logits drawn from, float32 (B, V), and which rows are cold."""
+        l = logits_BV.astype(jnp.float32)
+        if self.logit_bias is not None:
+            l = add_bias(l, self.logit_bias)
+        if self.repetition_penalty is not None:
+            l = penalise(l, state.seen_BV, self.repetition_penalty)
+        l, cold_B = temper(l, self.temperature)
+        if self.top_k is not None:
+            l = keep_top_k(l, self.top_k)
+        if self.top_p is not None:
+            l = keep_top_p(l, self.top_p)
+        if self.min_p is not None:
+            l = keep_min_p(l, self.min_p)
+        return l, cold_B
 
 
-def temper(logits_BV: jax.Array, temperature: Any) -> tuple[jax.Array, jax.Array]:
-    """Logits over temperature, and which rows are cold (temperature 0, left as they are)."""
-    value_B = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), logits_BV.shape[:1])
-    cold_B = value_B <= 0
-    return logits_BV / jnp.where(cold_B, 1.0, value_B)[:, None], cold_B
+Temperature = Categorical  # the plain case: Temperature(0.8)
 
 
-def logprob_of(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
-    """`log softmax(l)[token]`, float32."""
-    logits_BV = jnp.maximum(logits_BV.astype(jnp.float32), NEG)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, -1)
+@struct.dataclass
+class Mirostat2:
+    """Text of steady surprise: keep tokens of at most mu bits, then `mu -= eta (s - tau)`.
+
+    `s = -log2 p` of the drawn token under the truncated distribution; mu starts at `2 tau`.
+
+    Args: tau: the surprise aimed at, bits a token, above 0. eta: the rate, at least 0.
+      temperature: at least 0; 0 is greedy. Each one number, or (B,).
+    Raises: ConfigError for a concrete number outside its range.
+    Source: 2007.14966, section 5 (the second, simpler algorithm of its authors' code).
+
+    Example:
+      >>> Mirostat2(tau=3.0).init(2, vocab=50).tolist()
+      [6.0, 6.0]
+    """
+
+    tau: Any = 5.0
+    eta: Any = 0.1
+    temperature: Any = 1.0
+
+    def __post_init__(self):
+        check(self, "tau", low=0.0, above=True)
+        check(self, "eta", low=0.0)
+        check(self, "temperature", low=0.0)
+
+    def init(self, batch: int, vocab: int) -> jax.Array:
+        """`mu_B = 2 tau`."""
+        return 2.0 * per_row("tau", self.tau, batch)
+
+    def step(self, keys_B, logits_BV, state):
+        """Truncate at mu, draw, correct mu; logits without a number leave mu alone."""
+        changed_BV, cold_B = self.transform(logits_BV, state)
+        token_B = draw(keys_B, changed_BV, cold_B)
+        logprob_B = logprob_of(changed_BV, token_B)
+        batch = token_B.shape[0]
+        error_B = -logprob_B / jnp.log(2.0) - per_row("tau", self.tau, batch)
+        mu_B = state - per_row("eta", self.eta, batch) * error_B
+        return token_B, logprob_B, jnp.where(jnp.isfinite(mu_B), mu_B, state)
+
+    def logprob(self, logits_BV, token_B, state):
+        """Under the distribution truncated at the row's present mu."""
+        return logprob_of(self.transform(logits_BV, state)[0], token_B)
+
+    def transform(self, logits_BV: jax.Array, mu_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The logits drawn from, float32 (B, V), and which rows are cold."""
+        l, cold_B = temper(logits_BV.astype(jnp.float32), self.temperature)
+        return keep_unsurprising(l, mu_B), cold_B
 
 
-def check_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Raise ConfigError where a concrete number is outside [low, high] or not finite."""
-    if isinstance(value, jax.core.Tracer) or not isinstance(value, (int, float, jax.Array)):
+def bias_array(biases: Mapping[int, float], vocab: int) -> np.ndarray:
+    """Biases by token id as a float32 (V,) array.
+
+    >>> bias_array({1: float("-inf")}, 3).tolist()
+    [0.0, -inf, 0.0]
+    """
+    bias_V = np.zeros(vocab, np.float32)
+    for token, value in biases.items():
+        if not 0 <= token < vocab:
+            raise ConfigError(f"logit_bias names token {token}; expected ids in [0, {vocab})")
+        bias_V[token] = value
+    return bias_V
+
+
+def check(
+    sampler: Any, name: str, low: float, high: float = float("inf"), above: bool | None = False,
+    whole: bool = False,
+) -> None:
+    """Hold a concrete number to its range, and store it as float32.
+
+    Numbers of any type become one array type, so that 0, 0.5 and np.float64(0.5) share one
+    compilation. `above`: low itself is excluded; None: -inf is allowed. What stands for a number
+    while jax traces or rebuilds the tree passes unchecked.
+    Raises: ConfigError.
+    """
+    value = getattr(sampler, name)
+    end = ")" if high == float("inf") else "]"
+    kind = "whole numbers" if whole else "numbers"
+    wanted = f"{kind} in {'(' if above else '['}{low:g}, {high:g}{end}"
+    if isinstance(value, (bool, str, list, tuple, dict)):
+        raise ConfigError(f"{name} is {value!r}; expected {wanted}, or an array of them")
+    concrete = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    if not (concrete or isinstance(value, (int, float, np.ndarray, np.number))):
         return
-    array = jnp.asarray(value)
-    if not bool(jnp.all(jnp.isfinite(array) & (array >= low) & (array <= high))):
-        raise ConfigError(f"{name} is {value}; expected finite numbers in [{low}, {high}]")
+    if concrete and not value.is_fully_addressable:
+        return
+    array = np.asarray(value)
+    if array.dtype.kind not in "iuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ConfigError(f"{name} holds {array.dtype}; expected {wanted}")
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
+        array = array.astype(np.float32)
+    inside = (array >= low) & (array <= high)
+    inside &= array > low if above else True
+    inside &= array < np.inf if above is None else np.isfinite(array)
+    inside &= array == np.floor(array) if whole else True
+    if not inside.all():
+        raise ConfigError(f"{name} is {value}; expected {wanted}")
+    object.__setattr__(sampler, name, value.astype(jnp.float32) if concrete else array)

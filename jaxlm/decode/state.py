@@ -1,7 +1,6 @@
 """DecodeState and the four functions on it: prefill, extend, decode_step, decode."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,17 +10,11 @@ from flax import struct
 from jaxlm.cache.base import CacheKind, State, init_caches
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import Params
-from jaxlm.decode.samplers import Sampler
+from jaxlm.decode.samplers import Sampler, read_text
+from jaxlm.decode.stop import NEVER, Stop
 from jaxlm.models.lm import LM, pick
 
 Kinds = tuple[CacheKind | None, ...]
-
-
-@dataclass(frozen=True)
-class Stop:
-    """When a row is done: one of `ids` was drawn. Static, hashed by value."""
-
-    ids: tuple[int, ...] = ()
 
 
 @struct.dataclass
@@ -31,7 +24,9 @@ class DecodeState:
     tokens_BS: int32, the text so far, prompt included; slots beyond `length_B` are unspecified.
     length_B: int32, tokens in the caches. logits_BV: float32, the next token's.
     logprob_BS: float32, each drawn token's log-probability under the sampler; 0 in the prompt.
-    done_B: rows that stopped or are full. keys_B: a key a row, never moved with the text.
+    limit_B: int32, tokens the row may hold in all. done_B: rows that stopped or are full.
+    hold_B: rows that wait behind a delimiter. match_B2: int32, where the stop rule's matchers
+    stand in the text drawn so far. keys_B: a key a row, never moved with the text.
     since_flush: int32, steps since quantised kinds were flushed.
     """
 
@@ -39,7 +34,10 @@ class DecodeState:
     length_B: jax.Array
     logits_BV: jax.Array
     logprob_BS: jax.Array
+    limit_B: jax.Array
     done_B: jax.Array
+    hold_B: jax.Array
+    match_B2: jax.Array
     keys_B: jax.Array
     caches: tuple[State, ...]
     sampler: Any
@@ -88,7 +86,10 @@ def prefill(
         tokens_BS=jnp.zeros((batch, slots), jnp.int32).at[:, :time].set(tokens_BT),
         length_B=lengths_B.astype(jnp.int32), logits_BV=logits,
         logprob_BS=jnp.zeros((batch, slots), jnp.float32),
-        done_B=lengths_B >= slots, keys_B=keys_B, caches=caches, sampler=sampler.init(batch),
+        limit_B=jnp.full(batch, slots, jnp.int32), done_B=lengths_B >= slots,
+        hold_B=jnp.zeros(batch, bool), match_B2=jnp.zeros((batch, 2), jnp.int32),
+        keys_B=keys_B, caches=caches,
+        sampler=read_text(sampler.init(batch, lm.config.vocab_size), tokens_BT, lengths_B),
         since_flush=jnp.zeros((), jnp.int32), kinds=kinds,
     )
 
@@ -102,7 +103,7 @@ def extend(
     Args:
       tokens_BT: int32, right-padded. counts_B: tokens of each row to append, 0 to T.
       logits_at: "all", or int32 (B, M) indices into T, for logits besides the next token's.
-    Returns: the state, live again where it was done, and float32 logits (B, M, V) or None.
+    Returns: the state, live again where tokens came, and float32 logits (B, M, V) or None.
       A row that would outgrow its cache gets NaN logits, never wrong ones.
     """
     batch, time = tokens_BT.shape
@@ -115,9 +116,9 @@ def extend(
             spec, cache, q, k, v, pos_BT, start_B, counts_B
         ),
     )
-    fits_B = start_B + counts_B <= slots
+    fits_B, read_B = start_B + counts_B <= state.limit_B, counts_B > 0
     new_BV = lm.head(params, pick(hidden, "last", jnp.maximum(counts_B, 1)))[:, 0]
-    new_BV = jnp.where((counts_B > 0)[:, None], new_BV, state.logits_BV)
+    new_BV = jnp.where(read_B[:, None], new_BV, state.logits_BV)
     rows = jnp.arange(batch)[:, None]
     slot_BT = jnp.where(jnp.arange(time) < counts_B[:, None], pos_BT, slots)
     length_B = jnp.where(fits_B, start_B + counts_B, start_B)
@@ -126,7 +127,9 @@ def extend(
         tokens_BS=state.tokens_BS.at[rows, slot_BT].set(tokens_BT, mode="drop"),
         logprob_BS=state.logprob_BS.at[rows, slot_BT].set(0.0, mode="drop"),
         length_B=length_B, logits_BV=jnp.where(fits_B[:, None], new_BV, jnp.nan),
-        done_B=jnp.where(counts_B > 0, length_B >= slots, state.done_B), caches=caches,
+        done_B=jnp.where(read_B, length_B >= state.limit_B, state.done_B),
+        hold_B=state.hold_B & ~read_B, match_B2=jnp.where(read_B[:, None], 0, state.match_B2),
+        sampler=read_text(state.sampler, tokens_BT, counts_B), caches=caches,
     )
     if asked is not None:
         asked = jnp.where(fits_B[:, None, None], asked, jnp.nan)
@@ -134,7 +137,7 @@ def extend(
 
 
 def decode_step(
-    lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop = Stop()
+    lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop = NEVER
 ) -> DecodeState:
     """Draw exactly one token in every live row, and read it into the caches."""
     state = draw_and_read(lm, params, sampler, state, stop)
@@ -143,7 +146,7 @@ def decode_step(
 
 
 def decode(
-    lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop = Stop(),
+    lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop = NEVER,
     max_new: jax.Array | int = 1,
 ) -> DecodeState:
     """Draw up to `max_new` tokens in every live row, as one loop on the device.
@@ -155,7 +158,7 @@ def decode(
 
     def more(carry):
         drawn, state = carry
-        return (drawn < max_new) & ~jnp.all(state.done_B)
+        return (drawn < max_new) & ~jnp.all(state.done_B | state.hold_B)
 
     def step(carry):
         drawn, state = carry
@@ -176,9 +179,9 @@ def decode(
 def draw_and_read(
     lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop
 ) -> DecodeState:
-    """One token a live row, without the flush; done rows keep their text, length and logits."""
+    """One token a live row, without the flush; the others keep their text, length and logits."""
     batch, slots = state.tokens_BS.shape
-    live_B, at_B = ~state.done_B, state.length_B
+    live_B, at_B = ~(state.done_B | state.hold_B), state.length_B
     keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, at_B)
     token_B, logprob_B, sampler_state = sampler.step(keys_B, state.logits_BV, state.sampler)
     hidden, caches = cached_run(
@@ -187,14 +190,15 @@ def draw_and_read(
     )
     logits_BV = lm.head(params, hidden)[:, 0]
     length_B = at_B + live_B
-    stopped_B = jnp.isin(token_B, jnp.asarray(stop.ids, jnp.int32)) if stop.ids else False
+    match_B2, stopped_B, held_B = stop.step(state.match_B2, token_B)
     rows, slot_B = jnp.arange(batch), jnp.where(live_B, at_B, slots)
     keep = lambda new, old: jnp.where(live_B.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
     return state.replace(
         tokens_BS=state.tokens_BS.at[rows, slot_B].set(token_B, mode="drop"),
         logprob_BS=state.logprob_BS.at[rows, slot_B].set(logprob_B, mode="drop"),
         length_B=length_B, logits_BV=keep(logits_BV, state.logits_BV),
-        done_B=state.done_B | stopped_B | (length_B >= slots),
+        done_B=state.done_B | (live_B & stopped_B) | (length_B >= state.limit_B),
+        hold_B=state.hold_B | (live_B & held_B), match_B2=keep(match_B2, state.match_B2),
         caches=caches, sampler=jax.tree.map(keep, sampler_state, state.sampler),
         since_flush=state.since_flush + 1,
     )

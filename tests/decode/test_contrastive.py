@@ -1,0 +1,119 @@
+"""Contrastive decoding against a loop in numpy over full passes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core.errors import ConfigError
+from jaxlm.decode.contrastive import Contrast, contrastive_decode
+from jaxlm.decode.rows import release
+from jaxlm.decode.samplers import Categorical, Greedy
+from jaxlm.decode.stop import NEVER, Stop, stop_rule
+from tests.decode.tiny import APPLY, DECODE, VOCAB, start, tiny_model
+
+EXPERT, AMATEUR = tiny_model(0), tiny_model(5, num_layers=1)
+
+
+@jax.jit
+def run(expert_params, amateur_params, state, amateur_state, contrast, sampler, stop, max_new):
+    return contrastive_decode(
+        (EXPERT[0], expert_params), (AMATEUR[0], amateur_params), state, amateur_state,
+        contrast, sampler, stop, max_new,
+    )
+
+
+def go(contrast, sampler, max_new=8, stop=NEVER, slots=20, amateur_slots=20):
+    states = start(*EXPERT, slots, sampler), start(*AMATEUR, amateur_slots)
+    return run(EXPERT[1], AMATEUR[1], *states, contrast, sampler, stop, max_new)
+
+
+def log_softmax(l):
+    return l - l.max(-1, keepdims=True) - np.log(
+        np.exp(l - l.max(-1, keepdims=True)).sum(-1, keepdims=True))
+
+
+def scores_along(tokens, alpha, beta, temperature):
+    """The contrast after every prefix of the texts, from passes without a cache, float64."""
+    p, q = (
+        np.asarray(APPLY(lm, params, tokens).logits, np.float64)
+        for lm, params in (EXPERT, AMATEUR)
+    )
+    p, q = log_softmax(p), log_softmax(q / temperature)
+    plausible = np.exp(p) >= alpha * np.exp(p).max(-1, keepdims=True)
+    return np.where(plausible, p - beta * q, -np.inf)
+
+
+@pytest.mark.parametrize("alpha, beta, temperature", [(0.1, 1.0, 1.0), (0.01, 0.4, 0.5)])
+def test_greedy_is_the_loop_in_numpy(alpha, beta, temperature):
+    state, amateur = go(Contrast(alpha, beta, temperature), Greedy())
+    scores = scores_along(state.tokens_BS, alpha, beta, temperature)
+    plain = DECODE(*EXPERT, Greedy(), start(*EXPERT), NEVER, 8)
+    for row, length in enumerate(np.asarray(state.length_B)):
+        at = np.arange(length - 8, length)
+        np.testing.assert_array_equal(state.tokens_BS[row, at], scores[row, at - 1].argmax(-1))
+    assert not np.array_equal(state.tokens_BS, plain.tokens_BS)
+    np.testing.assert_array_equal(state.tokens_BS, amateur.tokens_BS)
+    np.testing.assert_array_equal(state.length_B, amateur.length_B)
+
+
+def test_sampled_log_probabilities_are_those_of_the_scores():
+    alpha, heat = 0.001, 0.7
+    state, amateur = go(Contrast(alpha, 0.5), Categorical(heat, top_k=20))
+    scores = scores_along(state.tokens_BS, alpha, 0.5, 1.0)
+    q = log_softmax(np.asarray(APPLY(*AMATEUR, state.tokens_BS).logits, np.float64))
+    for row, length in enumerate(np.asarray(state.length_B)):
+        for at in range(length - 8, length):
+            s, token = scores[row, at - 1], int(state.tokens_BS[row, at])
+            s = np.where(s >= np.sort(s)[-20], s, -np.inf)
+            np.testing.assert_allclose(
+                state.logprob_BS[row, at], log_softmax(s / heat)[token], atol=1e-4
+            )
+            own = q[row, at - 1, token]
+            np.testing.assert_allclose(amateur.logprob_BS[row, at], own, atol=1e-4)
+
+
+def test_without_contrast_it_is_the_expert():
+    state, _ = go(Contrast(alpha=1e-30, beta=0.0), Categorical(0.9))
+    plain = DECODE(*EXPERT, Categorical(0.9), start(*EXPERT, 20, Categorical(0.9)), NEVER, 8)
+    np.testing.assert_array_equal(state.tokens_BS, plain.tokens_BS)
+    np.testing.assert_allclose(state.logprob_BS, plain.logprob_BS, atol=1e-5)
+
+
+def test_rows_stop_wait_and_go_on_in_both_models():
+    whole, _ = go(Contrast(), Greedy(), 12)
+    begin = np.asarray(start(*EXPERT).length_B)
+    first = int(whole.tokens_BS[0, begin[0] + 2])
+    state, amateur = go(Contrast(), Greedy(), 12, Stop(ids=(first,)))
+    assert state.done_B[0] and int(state.length_B[0]) <= begin[0] + 3
+    np.testing.assert_array_equal(state.done_B, amateur.done_B)
+    np.testing.assert_array_equal(state.length_B, amateur.length_B)
+    rule = stop_rule([b"<%d>" % i for i in range(VOCAB)], delimiters=[f"<{first}>"])
+    state, amateur = go(Contrast(), Greedy(), 12, rule)
+    assert state.hold_B[0] and not state.done_B[0] and not amateur.hold_B.any()
+    for _ in range(20):
+        left = begin + 12 - np.asarray(state.length_B)
+        if (left <= 0).all():
+            break
+        state, amateur = run(EXPERT[1], AMATEUR[1], release(state), amateur, Contrast(), Greedy(),
+                             rule, 1)
+    for row in range(3):
+        end = begin[row] + 12
+        np.testing.assert_array_equal(state.tokens_BS[row, :end], whole.tokens_BS[row, :end])
+
+
+def test_a_full_amateur_ends_the_row():
+    state, amateur = go(Contrast(), Greedy(), 30, slots=20, amateur_slots=10)
+    assert state.done_B.all() and (np.asarray(state.length_B) == 10).all()
+    np.testing.assert_array_equal(state.length_B, amateur.length_B)
+
+
+def test_nan_in_the_amateur_is_not_hidden():
+    scores = Contrast().scores(jnp.zeros((2, 5)), jnp.zeros((2, 5)).at[0, 3].set(jnp.nan))
+    assert np.isnan(scores[0]).all() and np.isfinite(scores[1]).all()
+
+
+def test_models_of_other_vocabularies_are_refused():
+    small = tiny_model(1, vocab_size=VOCAB - 1)
+    with pytest.raises(ConfigError, match="61 and 60"):
+        contrastive_decode(EXPERT, small, start(*EXPERT), start(*EXPERT))
