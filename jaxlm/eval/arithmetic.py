@@ -71,7 +71,8 @@ class Problem:
     @property
     def expression(self) -> str:
         """The sum as text, for example `37+58*4-16`."""
-        body = "".join(s + "*".join(map(str, t)) for s, t in zip(self.signs, self.terms, strict=True))
+        terms = ("*".join(map(str, term)) for term in self.terms)
+        body = "".join(sign + term for sign, term in zip(self.signs, terms, strict=True))
         return body[1:]
 
     @property
