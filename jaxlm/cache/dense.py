@@ -1,6 +1,8 @@
 """The plain cache: every key and value, in full precision."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +16,10 @@ from jaxlm.models.layers import apply_rope
 
 @dataclass(frozen=True)
 class Dense:
-    """Rotated keys and values as (B, K, S, H). `dtype`: of storage; None: as computed."""
+    """Rotated keys as (B, K, H, S) and values as (B, K, S, H), as attention's products read them.
+
+    `dtype`: of storage; None: as computed.
+    """
 
     dtype: str | None = None
 
@@ -22,14 +27,15 @@ class Dense:
 
     def init(self, spec: AttentionSpec, batch: int, slots: int, dtype: Any) -> State:
         """Zeros for `slots` tokens a row."""
-        shape = (batch, spec.num_kv_heads, slots, spec.head_dim)
-        return {name: jnp.zeros(shape, self.dtype or dtype) for name in ("k", "v")}
+        heads, width, dtype = spec.num_kv_heads, spec.head_dim, self.dtype or dtype
+        return {"k": jnp.zeros((batch, heads, width, slots), dtype),
+                "v": jnp.zeros((batch, heads, slots, width), dtype)}
 
     def prefill(self, spec, state, q_BTNH, k_BTKH, v_BTKH, pos_BT, count_B) -> Attended:
         """Tokens attend among themselves; slots beyond `count_B` hold padding, never seen."""
         time = q_BTNH.shape[1]
         q, k = (apply_rope(x, pos_BT, spec.rope) for x in (q_BTNH, k_BTKH))
-        k, v = (x.transpose(0, 2, 1, 3) for x in (k, v_BTKH))
+        k, v = k.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
         valid_BT = jnp.arange(time)[None] < count_B[:, None]
         out, lse = attention(q, k, v, Mask(window=spec.window), pos_BT, pos_BT, scale=spec.scale,
                              softcap=spec.softcap, key_valid_BS=valid_BT)
@@ -41,9 +47,21 @@ class Dense:
     def extend(self, spec, state, q_BTNH, k_BTKH, v_BTKH, pos_BT, start_B, count_B) -> Attended:
         """Write, then attend over everything a row holds."""
         q, k = (apply_rope(x, pos_BT, spec.rope) for x in (q_BTNH, k_BTKH))
-        state = {"k": append(state["k"], k, start_B, count_B),
-                 "v": append(state["v"], v_BTKH, start_B, count_B)}
+        state = append(state, k, v_BTKH, start_B, count_B)
         out, lse = self._look(spec, state, q, pos_BT, start_B + count_B, pos_BT[:, 0] - start_B)
+        return out, lse, state
+
+    def step(self, spec, state, q_B1NH, k_B1KH, v_B1KH, pos_B, start_B) -> Attended:
+        """One token in every row."""
+        pos_B1, length_B = pos_B[:, None], start_B + 1
+        q, k = (apply_rope(x, pos_B1, spec.rope) for x in (q_B1NH, k_B1KH))
+        state = append(state, k, v_B1KH, start_B, jnp.ones_like(start_B))
+
+        def look(size):
+            part = {"k": state["k"][..., :size], "v": state["v"][:, :, :size]}
+            return self._look(spec, part, q, pos_B1, length_B, pos_B - start_B)
+
+        out, lse = bounded(look, jnp.max(length_B), state["v"].shape[2])
         return out, lse, state
 
     def attend(self, spec, state, q_BTNH, pos_BT, length_B, first_B) -> tuple[jax.Array, jax.Array]:
@@ -53,17 +71,11 @@ class Dense:
 
     def _look(self, spec, state, q_BTNH, pos_BT, length_B, first_B):
         """Rotated queries over the first `length_B` slots, the first of them at `first_B`."""
-        slot_1S = jnp.arange(state["k"].shape[2])[None]
+        slot_1S = jnp.arange(state["v"].shape[2])[None]
         keys, values = (state[name].astype(q_BTNH.dtype) for name in ("k", "v"))
         return attention(
             q_BTNH, keys, values, Mask(window=spec.window), pos_BT, slot_1S + first_B[:, None],
             scale=spec.scale, softcap=spec.softcap, key_valid_BS=slot_1S < length_B[:, None],
-        )
-
-    def step(self, spec, state, q_B1NH, k_B1KH, v_B1KH, pos_B, start_B) -> Attended:
-        """One token in every row."""
-        return self.extend(
-            spec, state, q_B1NH, k_B1KH, v_B1KH, pos_B[:, None], start_B, jnp.ones_like(start_B)
         )
 
     def flush(self, spec, state, due, length_B) -> State:
@@ -72,19 +84,28 @@ class Dense:
 
 
 def append(
-    buffer_BKSH: jax.Array, x_BTKH: jax.Array, start_B: jax.Array, count_B: jax.Array
-) -> jax.Array:
+    state: State, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array, count_B: jax.Array
+) -> State:
     """Write the first `count_B` of T tokens at each row's `start_B`; what overflows is dropped."""
-    batch, time = x_BTKH.shape[:2]
-    slots = buffer_BKSH.shape[2]
-    x_BTKH = x_BTKH.astype(buffer_BKSH.dtype)
-    if batch == 1 and time == 1:  # a slice update is far cheaper than a scatter
-        at = (0, 0, jnp.minimum(start_B[0], slots - 1), 0)
-        new = x_BTKH.transpose(0, 2, 1, 3)
-        old = jax.lax.dynamic_slice(buffer_BKSH, at, new.shape)
-        fits = (count_B[0] > 0) & (start_B[0] < slots)
-        return jax.lax.dynamic_update_slice(buffer_BKSH, jnp.where(fits, new, old), at)
+    batch, time = k_BTKH.shape[:2]
+    slots = state["v"].shape[2]
     step_1T = jnp.arange(time)[None]
     slot_BT = jnp.where(step_1T < count_B[:, None], start_B[:, None] + step_1T, slots)
     rows = jnp.arange(batch)[:, None]
-    return buffer_BKSH.at[rows, :, slot_BT].set(x_BTKH, mode="drop")
+    put = lambda ref, x: ref.set(x.astype(state["v"].dtype), mode="drop")
+    return {"k": put(state["k"].at[rows, :, :, slot_BT], k_BTKH),
+            "v": put(state["v"].at[rows, :, slot_BT], v_BTKH)}
+
+
+def bounded(look: Callable[[int], Any], longest: jax.Array, slots: int) -> Any:
+    """`look(size)` for a static size that holds the longest row: 64, 128, 256, ..., `slots`.
+
+    On a CPU a step's time is what it reads. Cutting also keeps XLA:CPU from fusing the write into
+    the read, which copies the cache in every step. A GPU would stop for each branch.
+    """
+    sizes = [64 << i for i in range(slots.bit_length()) if 4 * (64 << i) <= 3 * slots] + [slots]
+    branch = jnp.sum(longest > jnp.asarray(sizes[:-1], jnp.int32))
+    return jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.switch(branch, [partial(look, size) for size in sizes]),
+        default=lambda: look(slots),
+    )

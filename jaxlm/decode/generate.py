@@ -1,6 +1,6 @@
 """generate and stream: text in, text out, over the pure functions of `decode.state`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +76,11 @@ def stream(
     sampler: Sampler = Greedy(), cache: CacheKind | Kinds = Dense(),
     key: jax.Array | None = None, stop_ids: Sequence[int] | None = None,
     max_len: int | None = None, chunk: int = 8,
-) -> Iterator[Any]:
+) -> Generator[Any, None, Any]:
     """`generate` in pieces of `chunk` tokens, by the same compiled loop: the tokens are identical.
 
     Yields: the new text (a list of texts for a list of prompts) since the last piece.
+    Returns: as a generator does (`answer = yield from stream(...)`), what `generate` returns.
     """
     if chunk < 1:
         raise ConfigError(f"chunk is {chunk}; expected at least 1")
@@ -91,14 +92,16 @@ def stream(
         state = decode_jit(bundle.lm, bundle.params, sampler, state, job.stop,
                            min(chunk, max_new_tokens - drawn))
         over = bool(jnp.all(state.done_B)) or drawn + chunk >= max_new_tokens
-        texts = [answer.text for answer in read(bundle, job, state)]
+        answers = read(bundle, job, state)
+        texts = [answer.text for answer in answers]
         # a character may still lack its last bytes; hold it back until it is whole
         texts = texts if over else [text.rstrip("\ufffd") for text in texts]
         pieces = [text[len(old):] for text, old in zip(texts, shown, strict=True)]
         shown = texts
         yield pieces if job.many else pieces[0]
         if over:
-            return
+            break
+    return answers if job.many else answers[0]
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def visible(
 
 def attend(
     q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
+    k_BKHS: jax.Array,
     v_BKSH: jax.Array,
     visible_BTS: jax.Array,
     *,
@@ -77,7 +77,7 @@ def attend(
 
     Args:
       q_BTNH: queries; head n reads kv head `n // (N / K)`.
-      k_BKSH, v_BKSH: keys and values, heads before slots.
+      k_BKHS, v_BKSH: keys and values, laid out so that both products read them as they lie.
       visible_BTS: bool, from `visible`.
       bias_BNTS: added to the scores after scale and cap; broadcastable.
     Returns:
@@ -85,32 +85,31 @@ def attend(
       sees nothing gets zeros and an lse of `NEG`, so that `merge` ignores it.
     """
     batch, time, heads, width = q_BTNH.shape
-    kv_heads, slots = k_BKSH.shape[1], k_BKSH.shape[2]
+    kv_heads, slots = v_BKSH.shape[1], v_BKSH.shape[2]
     grouped = q_BTNH.reshape(batch, time, kv_heads, heads // kv_heads, width)
     q = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)  # B K (G T) H
-    scores = jnp.einsum("bkqh,bksh->bkqs", q, k_BKSH, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bkqh,bkhs->bkqs", q, k_BKHS, preferred_element_type=jnp.float32) * scale
     scores = cap_scores(scores, softcap).reshape(batch, heads, time, slots)
     if bias_BNTS is not None:
         scores = scores + bias_BNTS
-    seen = visible_BTS[:, None]
-    scores = jnp.where(seen, scores, NEG)
+    scores = jnp.where(visible_BTS[:, None], scores, NEG)
     peak = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(scores - peak), 0.0)
+    weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, -1, keepdims=True)
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, peak + jnp.log(safe), NEG)[..., 0]  # B N T
+    blind = peak == NEG  # sees nothing; a NaN is not taken for that
+    lse = jnp.where(blind, NEG, peak + jnp.log(total))[..., 0]  # B N T
     mixed = jnp.einsum(
         "bkqs,bksh->bkqh",
         weights.reshape(batch, kv_heads, -1, slots).astype(v_BKSH.dtype), v_BKSH,
         preferred_element_type=jnp.float32,
-    ).reshape(batch, heads, time, width) / safe
+    ).reshape(batch, heads, time, width)
+    mixed = jnp.where(blind, 0.0, mixed / total)
     return mixed.transpose(0, 2, 1, 3).astype(q_BTNH.dtype), lse.transpose(0, 2, 1)
 
 
 def attention(
     q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
+    k_BKHS: jax.Array,
     v_BKSH: jax.Array,
     mask: Mask,
     query_pos_BT: jax.Array,
@@ -132,7 +131,7 @@ def attention(
 
     def some(q, pos, segment, bias):
         seen = visible(mask, pos, key_pos_BS, query_segment_BT=segment, **keys)
-        return attend(q, k_BKSH, v_BKSH, seen, scale=scale, softcap=softcap, bias_BNTS=bias)
+        return attend(q, k_BKHS, v_BKSH, seen, scale=scale, softcap=softcap, bias_BNTS=bias)
 
     if time <= chunk:
         return some(q_BTNH, query_pos_BT, query_segment_BT, bias_BNTS)

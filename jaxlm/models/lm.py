@@ -207,7 +207,7 @@ class LM:
             spec = self.config.attention(layer)
             window = min((w for w in (mask.window, spec.window) if w), default=None)
             q, k = (apply_rope(x, pos_BT, spec.rope) for x in (q, k))
-            k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
             return attention(
                 q, k, v, Mask(mask.causal, window), pos_BT, pos_BT,
                 scale=spec.scale, softcap=spec.softcap, bias_BNTS=bias_BNTS,

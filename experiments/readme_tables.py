@@ -1,0 +1,124 @@
+"""Rewrite the README's results from experiments/results, between the two marker comments.
+
+Command: python experiments/readme_tables.py
+
+No figure in the README is typed by hand; tests/test_readme.py fails when one is out of date.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: experiments/readme_tables.py -->", "<!-- end of results -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a metric of a script, by the dotted path to it, in words."""
+
+    script: str
+    metric: str
+    words: str
+    form: str = "{:.2f}"
+
+
+PERCENT = "{:.1%}"
+TIMES = "{:.1f} times"
+ROWS = (
+    *(Row("eval_tiny", f"arithmetic.{level}.{name}.accuracy",
+          f"bundled model, {level} arithmetic, {words}", PERCENT)
+      for level in ("easy", "medium", "hard")
+      for name, words in (("greedy", "greedy"), ("t0.8", "temperature 0.8"))),
+    *(Row("eval_tiny", f"recall.{length}.accuracy", f"bundled model, recall over {length} tokens",
+          PERCENT) for length in (64, 256, 1024)),
+    Row("bench_decode", "decode_b1_ratio",
+        "greedy decoding, batch 1, against transformers' generate", TIMES),
+    Row("bench_decode", "decode_b32_ratio", "the same at batch 32", TIMES),
+    Row("bench_decode", "decode_135m_ratio",
+        "a 135M shape, against transformers' static cache with torch.compile", TIMES),
+    Row("bench_decode", "bandwidth_fraction",
+        "a 135M shape: share of the machine's memory bandwidth"),
+    Row("bench_decode", "prefill_ratio", "prefill, batch 8 x 256, against transformers", TIMES),
+    Row("bench_decode", "first_token_s",
+        "`jaxlm generate`, process start to first token, compiled before", "{:.1f} s"),
+    Row("bench_decode", "import_s", "`import jaxlm` beyond `import jax`", "{:.2f} s"),
+)
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The committed results, in order."""
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+
+
+def find(metrics: Any, path: str) -> dict[str, Any]:
+    """The number at a path, or the numbers one level below it, by name.
+
+    A level's name may hold a dot. A measured ratio is a dict whose `ratio` is the number.
+
+    >>> find({"a": {"t0.8": 1.5}}, "a.t0.8")
+    {'': 1.5}
+    >>> find({"a": {"small": {"ratio": 2.0}, "large": 3.0}}, "a")
+    {'small': 2.0, 'large': 3.0}
+    >>> find({"a": 1}, "b")
+    {}
+    """
+    if path:
+        if not isinstance(metrics, dict):
+            return {}
+        heads = [key for key in metrics if path == key or path.startswith(f"{key}.")]
+        found = (find(metrics[key], path[len(key) + 1:]) for key in heads)
+        return next((numbers for numbers in found if numbers), {})
+    if (number := _number(metrics)) is not None:
+        return {"": number}
+    values = {key: _number(value) for key, value in metrics.items()} if isinstance(
+        metrics, dict) else {}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _number(value: Any) -> float | None:
+    value = value.get("ratio") if isinstance(value, dict) else value
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def lines(found: list[dict[str, Any]]) -> list[list[str]]:
+    """Cells of the table: what, figure, device, command."""
+    return [
+        [f"{row.words}, {name}" if name else row.words, row.form.format(value), result["device"],
+         f"`{result['command']}`"]
+        for row in ROWS
+        for result in found if result["name"] == row.script
+        for name, value in find(result["metrics"], row.metric).items()
+    ]
+
+
+def block(found: list[dict[str, Any]]) -> str:
+    """What stands between the markers."""
+    cells = lines(found)
+    if not cells:
+        return "No results are committed yet."
+    head = ["what", "measured", "device", "command"]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * 4, *cells])
+
+
+def rewritten(readme: str, found: list[dict[str, Any]]) -> str:
+    """The README with its results up to date."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"the README needs {BEGIN!r} and {END!r} once each")
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{block(found)}\n{END}{after}"
+
+
+def main() -> int:
+    """Rewrite the README; 0 when it was up to date or is now."""
+    README.write_text(rewritten(README.read_text(), results(RESULTS)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What several commands share: opening a model, naming a cache kind, reading a text."""
+
+import os
+import pathlib
+import sys
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jaxlm.cache.base import CacheKind
+from jaxlm.cache.dense import Dense
+from jaxlm.core.device import enable_compilation_cache
+from jaxlm.core.errors import ConfigError
+from jaxlm.hf.bundle import Bundle, load
+
+Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
+Device = Literal["cpu", "gpu", "tpu"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Cache = Literal["dense"]
+CACHES: dict[str, CacheKind] = {"dense": Dense()}
+
+
+def open_model(
+    model: str, device: str | None = None, dtype: str | None = None, revision: str | None = None
+) -> Bundle:
+    """Load a model, with compiled programs kept on disk from run to run."""
+    try:
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else the person has chosen
+            enable_compilation_cache()
+    except OSError as error:
+        note(f"compiled programs are not kept, so each start compiles anew: {error}")
+    return load(model, device=device, dtype=dtype, revision=revision)
+
+
+def read_text(source: str | os.PathLike) -> str:
+    """A file's text, or stdin's for `-`; nothing is stripped.
+
+    Raises: ConfigError for a file that is absent or not UTF-8.
+    """
+    try:
+        raw = sys.stdin.buffer.read() if str(source) == "-" else pathlib.Path(source).read_bytes()
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8 text ({error}); convert it first") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {source}: {error.strerror}") from error
+
+
+def note(message: str) -> None:
+    """A line for the person, apart from the output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def columns(rows: list[list[Any]]) -> str:
+    """Rows as aligned text; numbers to the right.
+
+    >>> print(columns([["name", "n"], ["a", 1], ["b", 12]]))
+    name   n
+    a      1
+    b     12
+    """
+    cells = [[f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(isinstance(row[i], int | float) for row in rows[1:]) for i in range(len(widths))]
+    place = [str.rjust if right else str.ljust for right in numeric]
+    lines = ["  ".join(p(c, w) for p, c, w in zip(place, row, widths, strict=True))
+             for row in cells]
+    return "\n".join(line.rstrip() for line in lines)

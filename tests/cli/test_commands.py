@@ -1,0 +1,209 @@
+"""info, generate and score: what they print is what the library computes; bad input is one line."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.cli import COMMANDS, main, options
+from jaxlm.hf.bundle import BUNDLED
+from tests.source_tree import ROOT
+
+PROMPT = "Q:12+34=\n"
+WIDTH = 24  # new tokens everywhere, so that one compiled program serves
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    if not (BUNDLED["tiny"] / "model.safetensors").exists():
+        pytest.skip(f"the bundled model is not here: no weights in {BUNDLED['tiny']}")
+    return jaxlm.load("tiny")
+
+
+def outcome(capsys, *argv):
+    """(exit code, stdout, stderr) of one command, run in this process."""
+    code = main(argv)
+    return code, *capsys.readouterr()
+
+
+def process(*argv, **options):
+    """One command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "jaxlm", *argv], env=environment, text=True,
+                          capture_output=True, timeout=300, **options)
+
+
+def refused(capsys, *argv):
+    """The one line of a refusal."""
+    code, out, err = outcome(capsys, *argv)
+    assert code == 2 and out == ""
+    assert err.startswith("jaxlm: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+def test_usage_names_every_command(capsys):
+    for argv in ((), ("--help",)):
+        code, out, _ = outcome(capsys, *argv)
+        assert code == 0 and all(re.search(rf"^  {name} ", out, re.M) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert not stopped.value.code and f"jaxlm {name}" in capsys.readouterr().out
+
+
+def test_info_is_the_device_report(capsys):
+    code, out, _ = outcome(capsys, "info", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["versions"]["jax"] == jax.__version__
+    assert len(found["devices"]) == jax.local_device_count()
+    _, out, _ = outcome(capsys, "info")
+    assert re.search(rf"^jax +{re.escape(jax.__version__)}$", out, re.M)
+
+
+def test_info_advises_about_an_idle_accelerator(capsys, monkeypatch):
+    monkeypatch.setattr("jaxlm.core.device.visible_accelerators", lambda: ["NVIDIA GPU"])
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    _, out, _ = outcome(capsys, "info")
+    assert re.search(r"^advice: NVIDIA GPU is visible .*jaxlm\[cuda12\]", out, re.M)
+    monkeypatch.setattr("jaxlm.core.device.visible_accelerators", lambda: [])
+    assert "advice" not in outcome(capsys, "info")[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_generate_prints_the_library_s_text(capsys, tiny, temperature):
+    sampler = jaxlm.Temperature(temperature) if temperature else jaxlm.Greedy()
+    expected = jaxlm.generate(
+        tiny, PROMPT, max_new_tokens=WIDTH, sampler=sampler, key=jax.random.key(5)
+    )
+    for flag in ("--stream", "--no-stream"):
+        code, out, err = outcome(
+            capsys, "generate", "tiny", PROMPT, "--max-new-tokens", str(WIDTH), "--seed", "5",
+            "--temperature", str(temperature), flag,
+        )
+        assert (code, out) == (0, expected.text + "\n")
+        assert f"{len(expected.tokens)} tokens" in err
+        ended = "ended by the model" if expected.finish == "stop" else "cut at --max-new-tokens"
+        assert ended in err
+
+
+def test_stream_returns_what_generate_returns(tiny):
+    def keep(run):
+        answers.append((yield from run))
+
+    answers: list = []
+    pieces = list(keep(jaxlm.stream(tiny, PROMPT, max_new_tokens=WIDTH, chunk=8)))
+    answer = answers[0]
+    expected = jaxlm.generate(tiny, PROMPT, max_new_tokens=WIDTH)
+    assert "".join(pieces) == expected.text and answer.tokens == expected.tokens
+    assert np.array_equal(answer.logprobs, expected.logprobs)
+
+
+def test_prompt_from_stdin_keeps_its_line_end(tiny):
+    argv = ("generate", "tiny", "-", "--max-new-tokens", str(WIDTH))
+    done = process(*argv, input=PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == jaxlm.generate(tiny, PROMPT, max_new_tokens=WIDTH).text + "\n"
+    assert "first text" in done.stderr
+
+
+def test_score_prints_the_library_s_numbers(capsys, tiny, tmp_path):
+    texts = ["Q:1+1=\n1+1=2\n", "R:ab=12;cd=34;\n?ab=12\n"]
+    path = tmp_path / "one.txt"
+    path.write_text(texts[0])
+    expected = jaxlm.score(tiny, texts)
+    argv = ("score", "tiny", str(path), "--text", texts[1], "--format")
+    code, out, _ = outcome(capsys, *argv, "json")
+    rows = json.loads(out)
+    assert code == 0 and [row["text"] for row in rows] == [str(path), "text 0", "all"]
+    assert [row["perplexity"] for row in rows] == pytest.approx(
+        [expected[0].perplexity, expected[1].perplexity, jaxlm.perplexity(expected)]
+    )
+    together = np.concatenate([found.logprobs for found in expected])
+    assert rows[-1]["tokens"] == len(together)
+    assert rows[-1]["mean_logprob"] == pytest.approx(together.mean(), rel=1e-5)
+    _, out, _ = outcome(capsys, *argv, "tsv", "--per-token")
+    head, *lines = [line.split("\t") for line in out.splitlines()]
+    assert head == ["text", "index", "id", "logprob", "token"]
+    assert [float(line[3]) for line in lines] == pytest.approx(together)
+    assert [int(line[2]) for line in lines] == [i for f in expected for i in f.tokens[1:]]
+    pieces = [json.loads(line[4]) for line in lines]
+    assert "".join(pieces) == "".join(texts)
+
+
+def test_score_honours_window_and_stride(capsys, tiny):
+    text = "Q:1+1=\n1+1=2\nA:2\n"
+    expected = jaxlm.score(tiny, text, window=8, stride=2)
+    assert expected.perplexity != pytest.approx(jaxlm.score(tiny, text).perplexity)
+    _, out, _ = outcome(capsys, "score", "tiny", "--text", text, "--window", "8", "--stride", "2",
+                        "--format", "json")
+    assert json.loads(out)[0]["perplexity"] == pytest.approx(expected.perplexity)
+
+
+def test_bad_requests_are_one_line_and_exit_code_2(capsys, tiny, tmp_path):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    cases = {
+        ("genrate", "x"): "did you mean 'generate'",
+        ("generate", "no-such-model", "x"): "neither a folder",
+        ("generate", str(latin), "x"): "is a file",
+        ("generate", "tiny", ""): "empty",
+        ("generate", "tiny", "x", "--temperature", "-1"): "temperature is -1.0",
+        ("generate", "tiny", "x", "--max-new-tokens", "0"): "max_new_tokens is 0",
+        ("generate", "tiny", "x" * 3000): "made for",
+        ("score", "tiny"): "nothing to score",
+        ("score", "tiny", str(tmp_path / "none.txt")): "cannot read",
+        ("score", "tiny", str(latin)): "not UTF-8",
+        ("score", "tiny", "--text", "abc", "--stride", "0"): "stride is 0",
+        ("demo", "--out", str(latin)): "is a file",
+    }
+    for argv, expected in cases.items():
+        assert expected in refused(capsys, *argv), argv
+    assert latin.read_bytes() == b"caf\xe9"
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator to be found")
+def test_an_absent_accelerator_is_named(capsys, tiny):
+    assert "'gpu'" in refused(capsys, "generate", "tiny", "x", "--device", "gpu")
+
+
+@pytest.mark.parametrize("argv", [("generate", "tiny"), ("info", "--nope"),
+                                  ("generate", "tiny", "x", "--cache", "nope")])
+def test_wrong_arguments_exit_with_code_2(capsys, argv):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2 and capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-m", "jaxlm", "info"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=environment) as running:
+        running.stdout.close()
+        error = running.stderr.read()
+        assert running.wait(timeout=120) == 141 and b"BrokenPipe" not in error
+
+
+def test_an_unwritable_cache_folder_is_only_a_note(capsys, tiny, monkeypatch):
+    def deny(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(options, "enable_compilation_cache", deny)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    assert options.open_model("tiny").lm == tiny.lm
+    assert "read-only" in capsys.readouterr().err
+
+
+def test_text_from_stdin(monkeypatch):
+    raw = io.TextIOWrapper(io.BytesIO("é\n".encode()))
+    monkeypatch.setattr(sys, "stdin", raw)
+    assert options.read_text("-") == "é\n"

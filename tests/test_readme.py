@@ -1,0 +1,79 @@
+"""The README's figures come from the committed results, and what it names is there."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+from experiments import readme_tables as tables
+from jaxlm.cli import COMMANDS
+from tests.source_tree import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def result(name, metrics, device="cpu"):
+    """A result as the scripts write it."""
+    return {"name": name, "command": f"python {name}", "device": device, "metrics": metrics}
+
+
+def test_results_are_up_to_date():
+    fresh = tables.rewritten(README, tables.results(tables.RESULTS))
+    assert fresh == README, "run python experiments/readme_tables.py"
+
+
+def test_a_new_result_changes_the_readme(tmp_path):
+    folder = tmp_path / "bench_decode"
+    folder.mkdir()
+    made = result("bench_decode", {"decode_b1_ratio": {"small": {"ratio": 123.44}, "n": 5.04}})
+    (folder / "cpu.json").write_text(json.dumps(made))
+    fresh = tables.rewritten(README, tables.results(tmp_path))
+    assert "transformers' generate, small | 123.4 times | cpu | `python bench_decode` |" in fresh
+    assert "generate, n | 5.0 times" in fresh
+    assert tables.rewritten(fresh, tables.results(tmp_path)) == fresh
+    gone = tables.rewritten(fresh, [])
+    assert "123.4" not in gone and "No results are committed yet." in gone
+
+
+def test_only_what_is_measured_is_listed():
+    found = [result("eval_tiny", {"arithmetic": {"hard": {"t0.8": {"accuracy": 0.456, "n": 400}}}}),
+             result("other", {"decode_b1_ratio": 3.0})]
+    assert [row[:2] for row in tables.lines(found)] == [
+        ["bundled model, hard arithmetic, temperature 0.8", "45.6%"]
+    ]
+
+
+def test_markers_are_needed():
+    with pytest.raises(ValueError, match="once each"):
+        tables.rewritten("# no markers", [])
+
+
+def test_commands_of_the_readme_exist():
+    named = set(re.findall(r"\bjaxlm ([a-z]+) ", "\n".join(code_blocks())))
+    assert named and named <= set(COMMANDS)
+    targets = {shlex.split(line)[1] for line in "\n".join(code_blocks()).splitlines()
+               if line.startswith("make ")}
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test"} <= targets
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+def code_blocks():
+    """What stands between fences."""
+    return re.findall(r"^```[a-z]*\n(.*?)^```", README, re.S | re.M)
+
+
+def test_the_two_commands_come_first():
+    assert [line for line in code_blocks()[0].splitlines() if line][:2][0].startswith("make demo")
+    assert code_blocks()[0].splitlines()[1].startswith("make test")
+
+
+def test_modules_marked_as_here_are_here():
+    table = README.split("## Methods")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][1:]
+    assert rows
+    for _, _, module, state in rows:
+        here = [path for path in re.findall(r"`([\w/]+(?:\.py)?)`", module)]
+        exists = bool(here) and all((ROOT / path).exists() for path in here)
+        assert state.strip() == ("here" if exists else "planned"), module
