@@ -101,14 +101,13 @@ class Kivi:
         """Tokens attend among themselves in full precision; then whole groups are coded."""
         q, rotated = (apply_rope(x, pos_BT, spec.rope) for x in (q_BTNH, k_BTKH))
         valid_BT = jnp.arange(q.shape[1]) < count_B[:, None]
-        v = v_BTKH.transpose(0, 2, 1, 3)
+        heads_first = lambda x: jnp.where(valid_BT[..., None, None], x, 0).swapaxes(1, 2)
+        v = heads_first(v_BTKH)
         out, lse = attention(
-            q, rotated.transpose(0, 2, 1, 3), v, Mask(window=spec.window), pos_BT, pos_BT,
+            q, heads_first(rotated).swapaxes(2, 3), v, Mask(window=spec.window), pos_BT, pos_BT,
             scale=spec.scale, softcap=spec.softcap, key_valid_BS=valid_BT)
         state = state | {"bad_B": quantised.not_finite(k_BTKH, v_BTKH, count_B)}
-        stored = k_BTKH if self.rope == "before" else rotated
-        valid = valid_BT[:, None, :, None]
-        k, v = jnp.where(valid, stored.transpose(0, 2, 1, 3), 0), jnp.where(valid, v, 0)
+        k = heads_first(k_BTKH if self.rope == "before" else rotated)
         state, code_keys = self.read_prompt(spec, state, q, k, valid_BT)
         ready_B = quantised.ready_groups(count_B, self.keep, self.group)
         packed = quantised.fill(state["packed"], k, v, self.format, code_keys, self.code_values)

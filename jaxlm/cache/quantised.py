@@ -178,8 +178,8 @@ def attend_many(spec: AttentionSpec, state: State, q_BTNH: jax.Array, pos_BT: ja
     if before:
         k_BKSH = rotation(spec, first_B)(k_BKSH, slot_BS)
     rest = attention(
-        q_BTNH, k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype), Mask(window=spec.window),
-        pos_BT, slot_BS + first_B[:, None], scale=spec.scale, softcap=spec.softcap,
+        q_BTNH, k_BKSH.astype(q_BTNH.dtype).swapaxes(2, 3), v_BKSH.astype(q_BTNH.dtype),
+        Mask(window=spec.window), pos_BT, slot_BS + first_B[:, None], scale=spec.scale, softcap=spec.softcap,
         key_valid_BS=slot_BS < length_B[:, None])
     time = q_BTNH.shape[1]
     if time <= QUERIES:
