@@ -40,14 +40,16 @@ def gpu(card: str, count: int = 1) -> Any:
     )
 
 
-def compile_for(topology: Any, function: Any, *arguments: Any) -> jax.stages.Compiled:
+def compile_for(
+    topology: Any, function: Any, *arguments: Any, donate: tuple[int, ...] = ()
+) -> jax.stages.Compiled:
     """Compile for the topology's first device; of the arguments only shape and dtype are used."""
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), arguments
     )
     with _as_if_on(topology.devices[0]):
-        return jax.jit(function).lower(*shapes).compile()
+        return jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
 
 
 def _as_if_on(device: Any) -> Any:

@@ -24,6 +24,7 @@ from pallas_kernels.quant_decode_attention.common import (
 )
 
 _TAIL = 16  # tail tokens at once
+_UNROLL = 4  # token groups a step; compile time grows with it, re-reads of words fall
 _PROGRAMS = 1024  # enough to fill the largest card several times over
 
 
@@ -60,7 +61,7 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     column = jax.ShapeDtypeStruct(lead, jnp.float32)
     values, top, total = pl.pallas_call(
         functools.partial(_kernel, fmt=fmt, span=span, splits=splits, softcap=softcap,
-                          unroll=1 if interpret else 32 // max(fmt.k_bits, fmt.v_bits)),
+                          unroll=1 if interpret else _UNROLL),
         grid=(batch, kv_heads, splits),
         in_specs=[row, row, row, whole(2 * half, head_dim), along(span * fmt.k_bits // 32),
                   along(span // fmt.group), along(span // fmt.group), whole(head_dim),
@@ -102,7 +103,8 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
     width = fmt.channels(head_dim)
     parts = head_dim // width
     channels = [pl.ds(c * width, width) for c in range(parts)]
-    q = [q_ref[:, at] for at in channels]
+    spans = _power_of_two_spans(head_dim)
+    q = [q_ref[:, lanes] for lanes in spans]
     rows = q[0].shape[0]
 
     def absorb(state, logits, index, keep, values_of):
@@ -116,11 +118,11 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
     def body(step, state):
         base = step * unroll  # token groups of one word tile, so that its words are read once
         k_words, v_words = (
-            [ref[pl.ds(base // (32 // bits) * group, group), lanes] for lanes in channels]
-            for ref, bits in ((kw_ref, fmt.k_bits), (vw_ref, fmt.v_bits)))
+            [ref[pl.ds(base // (32 // bits) * group, group), lanes] for lanes in pieces]
+            for ref, bits, pieces in ((kw_ref, fmt.k_bits, spans), (vw_ref, fmt.v_bits, channels)))
         for at in [base + i for i in range(unroll)]:
             logits = jnp.zeros((rows, group), jnp.float32)
-            for c, lanes in enumerate(channels):
+            for c, lanes in enumerate(spans):
                 scale, low = decode_scales(ks_ref[at, lanes], km_ref[at, lanes], kc_ref[lanes])
                 codes, offset = _codes(k_words[c], at, fmt.k_bits)
                 logits += _scaled_dot(q[c], scale, low, codes, offset, 1)
@@ -138,9 +140,11 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
     def tail_body(i, state):
         at = pl.ds(i * _TAIL, _TAIL)
         logits = jnp.zeros((rows, _TAIL), jnp.float32)
-        used = i * _TAIL + jax.lax.broadcasted_iota(jnp.int32, (_TAIL, width), 0) < tail_length
-        read = lambda ref, lanes: jnp.where(used, ref[at, lanes].astype(jnp.float32), 0.0)
-        for c, lanes in enumerate(channels):
+        used = lambda n: (i * _TAIL + jax.lax.broadcasted_iota(jnp.int32, (_TAIL, n), 0)
+                          < tail_length)
+        read = lambda ref, lanes: jnp.where(used(lanes.size), ref[at, lanes].astype(jnp.float32),
+                                            0.0)
+        for c, lanes in enumerate(spans):
             for keys in _high_low(read(kt_ref, lanes), kt_ref.dtype):
                 logits += _dot(_split_rows(q[c]), keys, 1)
         index = i * _TAIL + jax.lax.broadcasted_iota(jnp.int32, (rows, _TAIL), 1)
@@ -163,6 +167,16 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
         out_ref[:, lanes] = acc
     top_ref[...] = jnp.sum(top, 1)
     total_ref[...] = jnp.sum(total, 1)
+
+
+def _power_of_two_spans(size: int) -> list:
+    """Slices of power-of-two lengths that cover `size`: 96 is 64 and 32."""
+    spans, start = [], 0
+    while start < size:
+        length = 1 << ((size - start).bit_length() - 1)
+        spans.append(pl.ds(start, length))
+        start += length
+    return spans
 
 
 def _scaled_dot(x, scale, low, codes, offset: float, contract: int):
