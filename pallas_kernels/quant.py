@@ -12,6 +12,7 @@ the tile. A flush of one group is an OR into one slot, and scales fold in slot b
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -174,13 +175,20 @@ def quantise(x: jax.Array, axis: int, bits: int, scales: str = "float32",
     >>> quantise(jnp.array([0.0, 1.0, 2.0, 3.0]), 0, 2).codes.tolist()
     [0, 1, 2, 3]
     """
-    low, high = jnp.min(x, axis, keepdims=True), jnp.max(x, axis, keepdims=True)
+    along = lambda reduce, y: reduce(y, axis=axis, keepdims=True)
+    return quantise_by(along, x, bits, scales, shrinks, center, exact)
+
+
+def quantise_by(along: Callable[[Callable, jax.Array], jax.Array], x: jax.Array, bits: int,
+                scales: str, shrinks: tuple[float, ...], center=0.0, exact: bool = False) -> Grid:
+    """`quantise` with any grouping: `along(jnp.min | jnp.max | jnp.sum, y)` reduces each group."""
+    low, high = along(jnp.min, x), along(jnp.max, x)
 
     def attempt(shrink: float) -> tuple[Grid, jax.Array]:
         cut = (high - low) * ((1.0 - shrink) / 2) if shrink < 1.0 else 0.0
         stored = encode_scales(low + cut, high - cut, bits, scales, center, exact)
         grid = _on_grid(x, *stored, bits, center, exact)
-        return grid, jnp.sum((grid.value - x) ** 2, axis, keepdims=True)
+        return grid, along(jnp.sum, (grid.value - x) ** 2)
 
     tried = shrinks if bits < 8 else (1.0,)  # at 8 bits clipping never pays
     best, least = attempt(tried[0])

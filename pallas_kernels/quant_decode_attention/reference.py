@@ -43,4 +43,5 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     out = jnp.einsum("bkgs,bksh->bkgh", weights, values, precision="highest")
     some = total > 0
     total = jnp.where(some, total, 1.0)
-    return jnp.where(some, out / total, 0.0), jnp.where(some, top + jnp.log(total), EMPTY_LSE)[..., 0]
+    lse = jnp.where(some, top + jnp.log(total), EMPTY_LSE)
+    return jnp.where(some, out / total, 0.0), lse[..., 0]

@@ -18,7 +18,6 @@ from pallas_kernels.quant import QuantFormat, decode_scales
 from pallas_kernels.quant_decode_attention.common import EMPTY_LSE, Softmax, cap, finish, weigh
 
 _SUBLANES = 8
-_BLOCK = 2048  # tokens a grid step at most
 
 
 def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, interpret=False):
@@ -27,11 +26,9 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
         raise NotImplementedError("keys before RoPE are read by implementation='xla'")
     if fmt.scales == "float16":
         raise NotImplementedError("Mosaic has no float16; use bfloat16 scales or 'xla'")
-    if not interpret and jax.default_backend() == "cpu" and not _lowering_for_tpu():
-        raise NotImplementedError("no TPU; use interpret=True or implementation='xla'")
     batch, kv_heads, heads, head_dim = q.shape
     size = packed.k_words.shape[2] * 32 // fmt.k_bits
-    block = block_tokens(size, fmt)
+    block = block_tokens(size, fmt, 512 if interpret else 2048)  # unrolled: long to compile
     padded = -(-heads // _SUBLANES) * _SUBLANES
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - heads), (0, 0)))
     if tail is None:
@@ -49,7 +46,8 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     fixed = lambda n, lanes=head_dim: pl.BlockSpec((1, 1, n, lanes),
                                                    lambda b, h, t, bounds: (b, h, 0, 0))
     parts = head_dim // fmt.channels(head_dim)
-    columns = pl.BlockSpec((1, 1, parts, block), lambda b, h, t, bounds: (b, h, 0, at(t, bounds, b)))
+    columns = pl.BlockSpec((1, 1, parts, block),
+                           lambda b, h, t, bounds: (b, h, 0, at(t, bounds, b)))
     center = packed.k_center
     center = jnp.zeros((batch, kv_heads, head_dim), jnp.float32) if center is None else center
     kernel = functools.partial(_kernel, fmt=fmt, block=block, softcap=softcap)
@@ -75,23 +73,17 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     return out[:, :, :heads], lse[:, :, :heads, 0]
 
 
-def _lowering_for_tpu() -> bool:
-    """Compiling ahead for a TPU from another host: a mesh of abstract TPU devices is in scope."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return device is not None and "TPU" in str(getattr(device, "device_kind", ""))
-
-
-def block_tokens(size: int, fmt: QuantFormat) -> int:
+def block_tokens(size: int, fmt: QuantFormat, most: int = 2048) -> int:
     """Tokens a grid step: whole tiles that divide the capacity and fill whole memory tiles."""
     packing = 32 // jnp.dtype(fmt.scales).itemsize
     tiles = size // fmt.tile
-    for many in range(min(tiles, max(_BLOCK // fmt.tile, 1)), 0, -1):
+    for many in range(min(tiles, max(most // fmt.tile, 1)), 0, -1):
         block = many * fmt.tile
         whole = block % 128 == 0 and block // fmt.group % packing == 0
         if tiles % many == 0 and (whole or many == tiles):
             return block
     raise NotImplementedError(f"no block of whole tiles fits a capacity of {size} tokens under "
-                              f"{fmt}; use a multiple of {_BLOCK} tokens or implementation='xla'")
+                              f"{fmt}; use a multiple of {most} tokens or implementation='xla'")
 
 
 def _kernel(bounds, q_ref, kw_ref, ks_ref, km_ref, kc_ref, vw_ref, vs_ref, vm_ref, kt_ref, vt_ref,
@@ -141,7 +133,9 @@ def _kernel(bounds, q_ref, kw_ref, ks_ref, km_ref, kc_ref, vw_ref, vs_ref, vm_re
 
         update(logits, index + length, index < tail_length, tail_values)
         lane = jax.lax.broadcasted_iota(jnp.int32, (rows, head_dim), 1) // width
-        own = sum(jnp.where(lane == c, acc_ref[c * rows:(c + 1) * rows], 0.0) for c in range(parts))
+        own = jnp.zeros((rows, head_dim), jnp.float32)
+        for c in range(parts):
+            own = jnp.where(lane == c, acc_ref[c * rows:(c + 1) * rows], own)
         out, lse = finish(Softmax(top_ref[:, :1], total_ref[:, :1], own))
         out_ref[0, 0] = out
         lse_ref[0, 0] = jnp.broadcast_to(lse[:, None], lse_ref.shape[2:])

@@ -10,14 +10,15 @@ import pytest
 
 from pallas_kernels import quant
 from pallas_kernels.quant import QuantFormat
-from pallas_kernels.quant_decode_attention import EMPTY_LSE, quant_decode_attention, reference
-from pallas_kernels.quant_decode_attention.specs import SMALL
+from pallas_kernels.quant_decode_attention import EMPTY_LSE, quant_decode_attention
+from pallas_kernels.quant_decode_attention.specs import MODELS, SMALL
+from tests.targets import compile_for, gpu, tpu
 
 BACKENDS = ["reference", "xla", "tpu", "gpu"]
 FIRST = SMALL[1]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def inputs(spec, seed=0):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -58,11 +59,14 @@ def by_hand(spec, lengths, tail_lengths, start=None, softcap=None, rotate=None):
     return out.reshape(*shape, spec.head_dim), lse.reshape(shape)
 
 
+attend = jax.jit(quant_decode_attention, static_argnames=(
+    "fmt", "softcap", "rotate", "implementation", "interpret"))
+
+
 def call(spec, backend, lengths, tail_lengths, **kwargs):
     q, packed, tails, _ = inputs(spec)
-    return quant_decode_attention(
-        q, packed, jnp.asarray(lengths), spec.fmt, *tails, jnp.asarray(tail_lengths),
-        implementation=backend, interpret=True, **kwargs)
+    return attend(q, packed, jnp.asarray(lengths), spec.fmt, *tails, jnp.asarray(tail_lengths),
+                  implementation=backend, interpret=True, **kwargs)
 
 
 def check(got, want):
@@ -106,7 +110,7 @@ def test_unused_slots_are_never_read(backend):
     """Rubbish words, NaN scales beyond the length and NaN tails change nothing."""
     q, packed, tails, _ = inputs(FIRST)
     lengths, tail_lengths = jnp.array([512, 0]), jnp.array([5, 2])
-    run = lambda packed, tails: quant_decode_attention(
+    run = lambda packed, tails: attend(
         q, packed, lengths, FIRST.fmt, *tails, tail_lengths, implementation=backend,
         interpret=True)
     want = run(packed, tails)
@@ -122,11 +126,11 @@ def test_unused_slots_are_never_read(backend):
 def test_a_row_does_not_see_its_neighbours(backend):
     q, packed, tails, _ = inputs(FIRST)
     lengths, tail_lengths = jnp.array([900, 100]), jnp.array([3, 20])
-    both = quant_decode_attention(q, packed, lengths, FIRST.fmt, *tails, tail_lengths,
-                                  implementation=backend, interpret=True)
+    both = attend(q, packed, lengths, FIRST.fmt, *tails, tail_lengths,
+                  implementation=backend, interpret=True)
     one = jax.tree.map(lambda x: x[1:], packed)
-    alone = quant_decode_attention(q[1:], one, lengths[1:], FIRST.fmt, *(x[1:] for x in tails),
-                                   tail_lengths[1:], implementation=backend, interpret=True)
+    alone = attend(q[1:], one, lengths[1:], FIRST.fmt, *(x[1:] for x in tails),
+                   tail_lengths[1:], implementation=backend, interpret=True)
     np.testing.assert_allclose(both[0][1:], alone[0], atol=1e-6)
     np.testing.assert_allclose(both[1][1:], alone[1], atol=1e-6)
 
@@ -172,13 +176,11 @@ def test_xla_never_holds_the_dequantised_cache():
 
 def test_dispatch_falls_through_and_is_strict_when_named():
     lengths, tails = [64, 64], [1, 1]
-    by_list = quant_decode_attention(
-        inputs(FIRST)[0], inputs(FIRST)[1], jnp.array(lengths), FIRST.fmt, *inputs(FIRST)[2],
-        jnp.array(tails), implementation=["tpu", "xla"])
-    check(by_list, by_hand(FIRST, lengths, tails))
-    with pytest.raises(NotImplementedError, match="TPU"):
-        quant_decode_attention(inputs(FIRST)[0], inputs(FIRST)[1], jnp.array(lengths), FIRST.fmt,
-                               implementation="tpu")
+    rotate = lambda k, positions: k
+    got = call(FIRST, ("tpu", "xla"), lengths, tails, rotate=rotate)
+    check(got, by_hand(FIRST, lengths, tails))
+    with pytest.raises(NotImplementedError, match="tpu: keys before RoPE"):
+        call(FIRST, "tpu", lengths, tails, rotate=rotate)
     with pytest.raises(ValueError, match="cuda"):
         call(FIRST, "cuda", lengths, tails)
 
@@ -199,3 +201,31 @@ def test_bad_shapes_are_refused():
     ):
         with pytest.raises(ValueError, match="got|together"):
             bad()
+
+
+CHIPS = ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("spec", MODELS, ids=lambda s: s.name)
+def test_compiles_for_tpu(chip, spec):
+    """By the real Mosaic compiler; no temporary is as large as the dequantised cache."""
+    topology = tpu(chip)
+    run = lambda q, packed, *rows: quant_decode_attention(
+        q, packed, rows[0], spec.fmt, *rows[1:], implementation="tpu")
+    compiled = compile_for(topology, run, *spec.shapes())
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes > 0
+    dense = 2 * 2 * spec.batch * spec.kv_heads * spec.capacity * spec.head_dim
+    assert memory.temp_size_in_bytes < dense / 4
+
+
+@pytest.mark.gpu_target
+@pytest.mark.parametrize("card", ["a100", "h100"])
+@pytest.mark.parametrize("spec", MODELS, ids=lambda s: s.name)
+def test_compiles_for_gpu(card, spec):
+    run = lambda q, packed, *rows: quant_decode_attention(
+        q, packed, rows[0], spec.fmt, *rows[1:], implementation="gpu")
+    compiled = compile_for(gpu(card), run, *spec.shapes())
+    assert compiled.memory_analysis().argument_size_in_bytes > 0
