@@ -12,13 +12,8 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.models.attention import Mask, attention
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
-from pallas_kernels.quant import (
-    Grid,
-    QuantFormat,
-    key_center,
-    quantise_keys,
-    quantise_values,
-)
+from pallas_kernels.quant import QuantFormat, key_center, quantise_keys
+from pallas_kernels.squat import Compensation
 
 ROPE = ("after", "before")
 
@@ -42,7 +37,7 @@ class Kivi:
       scales: 'float32', 'float16', 'bfloat16' or 'int8'.
       shrinks: tried widths of a group's grid, relative to min-max; the least squared error wins.
       rope: keys are stored 'after' rotary positions, or 'before' them and rotated as read.
-      implementation: of decode attention: None (the backend's best), 'xla', 'tpu', 'gpu'.
+      implementation: of attention and flush: None (the backend's best), 'xla', 'tpu', 'gpu'.
     Raises: ConfigError.
 
     Example:
@@ -110,7 +105,7 @@ class Kivi:
         k = heads_first(k_BTKH if self.rope == "before" else rotated)
         state, code_keys = self.read_prompt(spec, state, q, k, valid_BT)
         ready_B = quantised.ready_groups(count_B, self.keep, self.group)
-        packed = quantised.fill(state["packed"], k, v, self.format, code_keys, self.code_values)
+        packed = quantised.fill(state["packed"], k, v, self.format, code_keys)
         gone_B = ready_B * self.group
         left = lambda x, old: quantised.leftover(x, gone_B, count_B, self.tail).astype(old.dtype)
         state |= {"packed": packed, "packed_B": gone_B, "k": left(k, state["k"]),
@@ -121,7 +116,7 @@ class Kivi:
         """New tokens see the codes, the tail and one another, these two in full precision; then
         whole groups are coded. A row without room for its tokens gets none of them."""
         start_B, count_B = start_B.astype(jnp.int32), count_B.astype(jnp.int32)
-        fmt, time = self.format, q_BTNH.shape[1]
+        fmt = self.format
         room = state["packed"].k_scale.shape[2] * fmt.group + self.keep
         count_B = jnp.where(start_B + count_B <= room, count_B, 0)
         q, k = self._rotate(spec, q_BTNH, k_BTKH, pos_BT)
@@ -135,10 +130,7 @@ class Kivi:
             self.rope == "before")
         state = self.read_queries(spec, state, q, start_B, count_B)
         ready_B = quantised.ready_groups(held_B + count_B, self.keep, self.group)
-        groups = max((self.tail + time - self.keep) // self.group, 1)
-        state = quantised.pack_ready(state, k, v, held_B + count_B, ready_B, fmt,
-                                     lambda k, v: (self.code_keys(state, k), self.code_values(v)),
-                                     groups)
+        state = self._pack(state, k, v, held_B + count_B, ready_B)
         return flagged(out, state), lse, state
 
     def step(self, spec, state, q_B1NH, k_B1KH, v_B1KH, pos_B, start_B) -> Attended:
@@ -168,28 +160,27 @@ class Kivi:
         count_B = length_B - state["packed_B"]
         ready_B = quantised.ready_groups(count_B, self.keep, self.group)
         ready_B = jnp.where(due, jnp.minimum(ready_B, 1), 0)
-        return quantised.pack_ready(
-            state, state["k"], state["v"], count_B, ready_B, self.format,
-            lambda k, v: (self.code_keys(state, k), self.code_values(v)), 1)
+        return self._pack(state, state["k"], state["v"], count_B, ready_B)
 
     def read_prompt(self, spec, state, q_BTNH, k_BKTH, valid_BT):
         """What a prompt tells the coder of keys: the state, and how to code this prompt's."""
         if self.scales == "int8":
             center = key_center(k_BKTH, valid_BT)
             state = state | {"packed": state["packed"]._replace(k_center=center)}
-        return state, lambda k: self.code_keys(state, k)
+        return state, lambda k: quantise_keys(k, self.format, state["packed"].k_center)
 
     def read_queries(self, spec, state, q_BTNH, start_B, count_B) -> State:
         """What later queries tell the coder of keys: nothing."""
         return state
 
-    def code_keys(self, state: State, k_BKSH: jax.Array) -> Grid:
-        """Keys of whole groups as codes."""
-        return quantise_keys(k_BKSH, self.format, state["packed"].k_center)
+    def later_coder(self, state: State) -> tuple[Compensation | None, int]:
+        """How later tokens' keys are coded: a compensation and the block it was made for."""
+        return None, 1
 
-    def code_values(self, v_BKSH: jax.Array) -> Grid:
-        """Values as codes."""
-        return quantise_values(v_BKSH, self.format)
+    def _pack(self, state, k_BKSH, v_BKSH, count_B, ready_B):
+        comp, block = self.later_coder(state)
+        return quantised.pack_ready(state, k_BKSH, v_BKSH, count_B, ready_B, self.format, comp,
+                                    block, self.implementation)
 
     def _rotate(self, spec, q_BTNH, k_BTKH, pos_BT):
         """Queries to attend with and keys to store."""

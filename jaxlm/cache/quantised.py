@@ -15,7 +15,7 @@ from jaxlm.cache.base import State
 from jaxlm.models.attention import Mask, attention, merge
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
-from pallas_kernels.quant import Grid, PackedKV, QuantFormat, init_packed, pack_words
+from pallas_kernels.quant import PackedKV, QuantFormat, init_packed, pack_words, quantise_values
 from pallas_kernels.quant_decode_attention import quant_decode_attention
 from pallas_kernels.quant_decode_attention.common import (
     Softmax,
@@ -25,8 +25,9 @@ from pallas_kernels.quant_decode_attention.common import (
     weigh,
 )
 from pallas_kernels.quant_decode_attention.xla import read_chunk
+from pallas_kernels.quant_flush import quant_flush
+from pallas_kernels.squat import Compensation
 
-Coder = Callable[[jax.Array], tuple[Grid, Grid]]
 QUERIES, TOKENS = 256, 1024  # of several queries' scores, held at once
 
 
@@ -48,7 +49,7 @@ def not_finite(k_BTKH: jax.Array, v_BTKH: jax.Array, count_B: jax.Array) -> jax.
 
 
 def join(tail_BKWH: jax.Array, new_BKTH: jax.Array, held_B: jax.Array, count_B: jax.Array):
-    """Each row's `held_B` tail tokens followed by `count_B` new ones, then zeros: (B, K, W+T, H)."""
+    """Each row's `held_B` tail tokens, then `count_B` new ones, then zeros: (B, K, W + T, H)."""
     size = tail_BKWH.shape[2] + new_BKTH.shape[2]
     both = jnp.concatenate([tail_BKWH, new_BKTH.astype(tail_BKWH.dtype)], 2)
     at_BS = jnp.broadcast_to(jnp.arange(size), (both.shape[0], size))
@@ -72,7 +73,7 @@ def ready_groups(count_B: jax.Array, keep: int, group: int) -> jax.Array:
 
 
 def fill(packed: PackedKV, k_BKTH: jax.Array, v_BKTH: jax.Array, fmt: QuantFormat,
-         code_keys: Callable, code_values: Callable) -> PackedKV:
+         code_keys: Callable) -> PackedKV:
     """Code all T tokens (B, K, T, H) into empty words, a tile at a time, bits beyond T included."""
     size = packed.k_words.shape[2] * 32 // fmt.k_bits
     chunk, pieces = fmt.tile, -(-min(k_BKTH.shape[2], size) // fmt.tile)
@@ -81,7 +82,7 @@ def fill(packed: PackedKV, k_BKTH: jax.Array, v_BKTH: jax.Array, fmt: QuantForma
 
     def put(i, packed: PackedKV) -> PackedKV:
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 2)
-        keys, values = code_keys(take(k_BKTH)), code_values(take(v_BKTH))
+        keys, values = code_keys(take(k_BKTH)), quantise_values(take(v_BKTH), fmt)
         at = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
             old, new.astype(old.dtype), i * new.shape[axis], axis)
         return packed._replace(
@@ -93,60 +94,26 @@ def fill(packed: PackedKV, k_BKTH: jax.Array, v_BKTH: jax.Array, fmt: QuantForma
     return jax.lax.fori_loop(0, pieces, put, packed)
 
 
-def write_groups(packed: PackedKV, packed_B: jax.Array, keys: Grid, values: Grid,
-                 ready_B: jax.Array, fmt: QuantFormat) -> PackedKV:
-    """Put each row's first `ready_B` coded groups behind its `packed_B` tokens.
+def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.Array,
+               ready_B: jax.Array, fmt: QuantFormat, comp: Compensation | None, block: int,
+               implementation) -> State:
+    """Of `count_B` uncoded tokens a row, code the first `ready_B` groups; the rest is the tail.
 
-    One row and group at a time, as slice updates in a loop: a vectorised update would copy the
-    codes. Source: measured, `experiments/kv_speed.py`.
+    One group of every ready row at a time, written in place.
     """
-    group = fmt.group
-    last_B = jnp.cumsum(ready_B)
+    group, width = fmt.group, state["k"].shape[2]
+    short = max(group - k_BKSH.shape[2], 0)
+    fit = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0)))
+    keys, values = fit(k_BKSH), fit(v_BKSH)
 
     def put(i, packed: PackedKV) -> PackedKV:
-        row = jnp.sum(last_B <= i)
-        mine = i - (last_B[row] - ready_B[row])
-        slot = packed_B[row] // group + mine
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * group, group, 2)
+        return quant_flush(packed, take(keys), take(values), state["packed_B"] + i * group,
+                           ready_B > i, fmt, comp, block=block, guard=False,
+                           implementation=implementation)
 
-        def words(old, codes, bits):
-            new = take(codes, row, mine * group, group, 2) << (bits * (slot % (32 // bits)))
-            at = (row, 0, slot // (32 // bits) * group, 0)
-            held = jax.lax.dynamic_slice(old, at, new.shape)
-            mask = jnp.left_shift(jnp.int32(2**bits - 1), bits * (slot % (32 // bits)))
-            return jax.lax.dynamic_update_slice(old, (held & ~mask) | new, at)
-
-        def scales(old, new, axis, size):
-            at = [row, 0, 0, 0]
-            at[axis] = slot * size
-            new = take(new, row, mine * size, size, axis).astype(old.dtype)
-            return jax.lax.dynamic_update_slice(old, new, at)
-
-        return packed._replace(
-            k_words=words(packed.k_words, keys.codes, fmt.k_bits),
-            v_words=words(packed.v_words, values.codes, fmt.v_bits),
-            k_scale=scales(packed.k_scale, keys.scale, 2, 1),
-            k_min=scales(packed.k_min, keys.minimum, 2, 1),
-            v_scale=scales(packed.v_scale, values.scale, 3, group),
-            v_min=scales(packed.v_min, values.minimum, 3, group))
-
-    return jax.lax.fori_loop(0, last_B[-1], put, packed)
-
-
-def take(x: jax.Array, row, start, size: int, axis: int) -> jax.Array:
-    """One row of x, and `size` entries of `axis` from `start` on."""
-    at, shape = [row, 0, 0, 0], [1, *x.shape[1:]]
-    at[axis], shape[axis] = start, size
-    return jax.lax.dynamic_slice(x, at, shape)
-
-
-def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.Array,
-               ready_B: jax.Array, fmt: QuantFormat, code: Coder, groups: int) -> State:
-    """Of `count_B` uncoded tokens a row, code the first `ready_B` groups; the rest is the tail."""
-    size = groups * fmt.group
-    fit = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max(size - x.shape[2], 0)), (0, 0)))[:, :, :size]
-    keys, values = code(fit(k_BKSH), fit(v_BKSH))
-    packed = write_groups(state["packed"], state["packed_B"], keys, values, ready_B, fmt)
-    gone_B, width = ready_B * fmt.group, state["k"].shape[2]
+    packed = jax.lax.fori_loop(0, jnp.max(ready_B), put, state["packed"])
+    gone_B = ready_B * group
     return state | {
         "packed": packed, "packed_B": state["packed_B"] + gone_B,
         "k": leftover(k_BKSH, gone_B, count_B, width).astype(state["k"].dtype),
@@ -179,8 +146,8 @@ def attend_many(spec: AttentionSpec, state: State, q_BTNH: jax.Array, pos_BT: ja
         k_BKSH = rotation(spec, first_B)(k_BKSH, slot_BS)
     rest = attention(
         q_BTNH, k_BKSH.astype(q_BTNH.dtype).swapaxes(2, 3), v_BKSH.astype(q_BTNH.dtype),
-        Mask(window=spec.window), pos_BT, slot_BS + first_B[:, None], scale=spec.scale, softcap=spec.softcap,
-        key_valid_BS=slot_BS < length_B[:, None])
+        Mask(window=spec.window), pos_BT, slot_BS + first_B[:, None], scale=spec.scale,
+        softcap=spec.softcap, key_valid_BS=slot_BS < length_B[:, None])
     time = q_BTNH.shape[1]
     if time <= QUERIES:
         coded = attend_codes(spec, state["packed"], packed_B, q_BTNH, pos_BT, first_B, fmt, before)

@@ -124,13 +124,11 @@ class Squat(Kivi):
         return state | {name: jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), x, state[name])
                         for name, x in new.items()}
 
-    def code_keys(self, state, k_BKSH: jax.Array) -> Grid:
-        """Keys of later tokens, in blocks of `later_block`."""
+    def later_coder(self, state) -> tuple[Compensation, int]:
+        """The compensation that the state keeps, in blocks of `later_block`."""
         if self.running:
             state = state | self._matrices(state["gram"], state["rows_B"])
-        comp = unfold(state["moves"], state["order"])
-        return quantise_keys_squat(k_BKSH, comp, self.format, self.later(k_BKSH.shape[-1]), False,
-                                   state["packed"].k_center)
+        return unfold(state["moves"], state["order"]), self.later(state["order"].shape[-1])
 
     def _compensation(self, gram, rows_B, block: int) -> Compensation:
         return compensation(gram, block, self.lam, self.lam_mode, self.rank, rows_B[:, None],
@@ -155,8 +153,10 @@ class Squat(Kivi):
             miss = jnp.where(whole_BS[:, None, :, None], grid.value - k_BKSH, 0.0)
             return logit_error(miss[:, :, None], gram)[..., 0]
 
-        plain = quantise_keys(k_BKSH, self.format, state["packed"].k_center)
-        worse = error(self.code_keys(state, k_BKSH)) > error(plain)
+        comp, block = self.later_coder(state)
+        center = state["packed"].k_center
+        later = quantise_keys_squat(k_BKSH, comp, self.format, block, False, center)
+        worse = error(later) > error(quantise_keys(k_BKSH, self.format, center))
         return jnp.where(worse[..., None, None], 0, state["moves"])
 
 
