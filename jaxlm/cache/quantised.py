@@ -103,6 +103,7 @@ def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.
     """
     group, width = fmt.group, state["k"].shape[2]
     short = max(group - k_BKSH.shape[2], 0)
+    on_gpu = implementation == "gpu" or (implementation is None and jax.default_backend() == "gpu")
     fit = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0)))
     keys, values = fit(k_BKSH), fit(v_BKSH)
 
@@ -110,7 +111,7 @@ def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * group, group, 2)
         return quant_flush(packed, take(keys), take(values), state["packed_B"] + i * group,
                            ready_B > i, fmt, comp, block=block, guard=False,
-                           implementation=implementation)
+                           implementation="xla" if on_gpu else implementation)
 
     packed = jax.lax.fori_loop(0, jnp.max(ready_B), put, state["packed"])
     gone_B = ready_B * group
