@@ -20,7 +20,7 @@ Prompt = str | Sequence[int]
 BUCKET = 32  # prompts are padded to multiples of this, so that near lengths share a program
 
 prefill_jit = jax.jit(prefill, static_argnames=("lm", "cache", "slots"))
-decode_jit = jax.jit(decode, static_argnames=("lm", "stop"), donate_argnames=("state",))
+decode_jit = jax.jit(decode, static_argnames="lm", donate_argnames=("state",))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def fork(
             new = own or (kind.own if isinstance(kind, Shared) else kind)
             added = new.init(lm.config.attention(layer), batch, slots, dtype)
             kinds[layer] = Shared(kind, new)
-            caches[layer] = SharedState(prompt, added, state.length_B)
+            length_R = jnp.array(state.length_B)  # a buffer of its own: states are donated
+            caches[layer] = SharedState(prompt, added, length_R)
     rows = repeat_rows(moved_fields(state), particles)
     full_B = rows["length_B"] >= rows["limit_B"]
     longer = lambda x: jnp.pad(x, ((0, 0), (0, slots)))

@@ -50,6 +50,11 @@ class Tokenizer:
         return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
 
     @property
+    def backend_tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` underneath, under transformers' name for it."""
+        return self._backend
+
+    @property
     def size(self) -> int:
         """One more than the largest id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
