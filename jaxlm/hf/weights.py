@@ -18,6 +18,7 @@ from jaxlm.hf.families import Family, tensor_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -83,6 +84,7 @@ def load_params(
     files = locate(folder)
     names = {path: tensor_name(path, family) for path in wanted}
     _check_headers(folder, files, names, wanted)
+    _check_tied(folder, files, set(names.values()))
     out: dict[str, jax.Array] = {}
     for file_path in dict.fromkeys(files.values()):
         with open_file(file_path) as file:
@@ -127,8 +129,24 @@ def _check_slice(folder, piece, name, shape) -> None:
 
 def _harmless(name: str, needed: dict[str, str]) -> bool:
     """Tensors that old exports carry and nobody needs."""
-    tied = name == "lm_head.weight" and "model.embed_tokens.weight" in needed
+    tied = name == HEAD and EMBED in needed
     return tied or name.endswith("rotary_emb.inv_freq")
+
+
+def _check_tied(folder, files, needed: set[str], rows: int = 8192) -> None:
+    """A head that a tied model's file still carries is the embedding, or the tie is an error."""
+    if HEAD not in files or HEAD in needed or "score.weight" in needed:
+        return
+    with open_file(files[HEAD]) as one, open_file(files[EMBED]) as other:
+        head, embed = one.get_slice(HEAD), other.get_slice(EMBED)
+        same = head.get_shape() == embed.get_shape() and head.get_dtype() == embed.get_dtype()
+        for start in range(0, head.get_shape()[0], rows):
+            same = same and np.array_equal(head[start: start + rows], embed[start: start + rows])
+    if not same:
+        raise CheckpointError(
+            f"{folder}: config.json ties the head to the embedding, but {HEAD!r} differs from "
+            f"{EMBED!r}; set tie_word_embeddings to false"
+        )
 
 
 def _read(file: Any, name: str, path: pathlib.Path) -> np.ndarray:
