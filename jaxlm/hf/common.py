@@ -131,7 +131,7 @@ def read_windows(
     layers = read_layers(fields)
     kinds = fields.take("layer_types", None, list)
     if kinds is None:
-        kinds = [SLIDING if window and is_sliding(i) else FULL for i in range(layers)]
+        kinds = [SLIDING if is_sliding(i) else FULL for i in range(layers)]
     if len(kinds) != layers:
         raise ConfigError(
             f"{fields.where}: layer_types has {len(kinds)} entries for {layers} layers"

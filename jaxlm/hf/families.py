@@ -95,8 +95,9 @@ def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
     fields.count("num_key_value_heads")
     window = unless_null(fields, "sliding_window", 4096, "count")
     first = fields.take("max_window_layers", 28, int)
-    in_use = fields.take("use_sliding_window", False, bool)
-    return read_windows(fields, window if in_use else None, lambda layer: layer >= first)
+    if not fields.take("use_sliding_window", False, bool):
+        window = None
+    return read_windows(fields, window, lambda layer: window is not None and layer >= first)
 
 
 def write_qwen(config: ModelConfig) -> dict[str, Any]:
