@@ -58,7 +58,8 @@ def load(
 
     Args:
       source: a model folder, a hub id such as `org/name`, or "tiny", the bundled model.
-      dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
+      dtype: of the parameters, or "own" for the checkpoint's own; default float32 on a CPU, the
+        checkpoint's own elsewhere.
       mesh: place every parameter over this mesh by `rules`, tensor by tensor.
       device: "cpu", "gpu" or "tpu"; default whatever jax uses.
       revision: of a hub id.
@@ -79,17 +80,16 @@ def load(
     lm = LM(config, labels=labels, per_token=per_token)
     tokenizer = Tokenizer(folder)
     stop_ids = _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
-    on_cpu = (device or jax.default_backend()) == "cpu"
+    if dtype is None and (device or jax.default_backend()) == "cpu":
+        dtype = jnp.float32
+    dtype = None if dtype == "own" else dtype
     shapes = lm.shapes(dtype or jnp.float32)
     placement = None
     if mesh is not None:
         placement = shardings(lm.axes(), shapes, mesh, rules)
     elif target is not None:
         placement = jax.tree.map(lambda _: target, shapes)
-    params = load_params(
-        folder, shapes, family_of(config.family),
-        dtype if dtype is not None else (jnp.float32 if on_cpu else None), placement,
-    )
+    params = load_params(folder, shapes, family_of(config.family), dtype, placement)
     names = TOKEN_FIELDS if labels is None else TOKEN_FIELDS + LABEL_FIELDS
     extra = {name: raw[name] for name in names if raw.get(name) is not None}
     return Bundle(lm, params, tokenizer, stop_ids, extra, mesh)

@@ -91,9 +91,19 @@ def load_params(
             for path, name in names.items():
                 if files[name] == file_path:
                     array = to_ours(_read(file, name, file_path), name, wanted[path].shape)
-                    array = array.astype(dtype) if dtype is not None else array
-                    out[path] = jax.device_put(array, places.get(path))
+                    out[path] = jax.device_put(_cast(array, dtype, name), places.get(path))
     return unflatten({path: out[path] for path in wanted})
+
+
+def _cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """To dtype, None for its own; float16 has a largest number."""
+    if dtype is None:
+        return array
+    if jnp.dtype(dtype) == jnp.float16 and not (np.abs(array) <= 65504).all():
+        raise CheckpointError(
+            f"tensor {name!r} holds numbers beyond float16's 65504; choose bfloat16 or float32"
+        )
+    return array.astype(dtype)
 
 
 def _check_headers(folder, files, names, wanted) -> None:
@@ -140,8 +150,10 @@ def _check_tied(folder, files, needed: set[str], rows: int = 8192) -> None:
     with open_file(files[HEAD]) as one, open_file(files[EMBED]) as other:
         head, embed = one.get_slice(HEAD), other.get_slice(EMBED)
         same = head.get_shape() == embed.get_shape() and head.get_dtype() == embed.get_dtype()
-        for start in range(0, head.get_shape()[0], rows):
-            same = same and np.array_equal(head[start: start + rows], embed[start: start + rows])
+        last = head.get_shape()[0] if same else 0
+        for start in range(0, last, rows):
+            part = slice(start, min(start + rows, last))
+            same = same and np.array_equal(head[part], embed[part])
     if not same:
         raise CheckpointError(
             f"{folder}: config.json ties the head to the embedding, but {HEAD!r} differs from "

@@ -1,0 +1,1 @@
+"""Tasks that a program can check: problems, prompts, solutions and verifiers."""
