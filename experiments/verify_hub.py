@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for name, figures in found.items():
         print(name, figures)
     if all("error" in figures for figures in found.values()):
-        raise SystemExit("no checkpoint could be compared; is there a network? see the errors above")
+        raise SystemExit("no checkpoint could be compared; is there a network? see above")
     return {"checkpoints": found}
 
 
