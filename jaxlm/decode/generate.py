@@ -155,6 +155,8 @@ def to_ids(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt]
 ) -> tuple[list[list[int]], bool]:
     """Prompts as checked lists of ids, and whether a list was given."""
+    if bundle.lm.labels is not None:
+        raise ConfigError("this model gives labels, not text; use bundle.lm.classify")
     one = isinstance(prompts, str) or (
         len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
     )

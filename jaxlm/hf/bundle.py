@@ -19,7 +19,7 @@ from jaxlm.core.device import require
 from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError
 from jaxlm.core.mesh import RULES, Rules, shardings
 from jaxlm.core.tree import Params
-from jaxlm.hf.config import from_hf, read_json, to_hf
+from jaxlm.hf.config import from_hf, labels_from_hf, read_json, to_hf
 from jaxlm.hf.families import family_of
 from jaxlm.hf.hub import fetch
 from jaxlm.hf.tokenizer import FILES, Tokenizer
@@ -28,13 +28,14 @@ from jaxlm.models.lm import LM
 
 BUNDLED = {"tiny": pathlib.Path(__file__).parents[1] / "bundled" / "tiny"}
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A model to use: the only object here that holds arrays.
 
-    `stop_ids` end a text; `extra` keeps the token ids of config.json for `save`.
+    `stop_ids` end a text; `extra` keeps config.json's token ids and label names for `save`.
     """
 
     lm: LM
@@ -57,7 +58,8 @@ def load(
 
     Args:
       source: a model folder, a hub id such as `org/name`, or "tiny", the bundled model.
-      dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
+      dtype: of the parameters, or "own" for the checkpoint's own; default float32 on a CPU, the
+        checkpoint's own elsewhere.
       mesh: place every parameter over this mesh by `rules`, tensor by tensor.
       device: "cpu", "gpu" or "tpu"; default whatever jax uses.
       revision: of a hub id.
@@ -74,21 +76,22 @@ def load(
     folder = resolve(source, revision)
     raw = read_json(folder / "config.json")
     config = from_hf(raw)
-    lm = LM(config)
+    labels, per_token = labels_from_hf(raw)
+    lm = LM(config, labels=labels, per_token=per_token)
     tokenizer = Tokenizer(folder)
     stop_ids = _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
-    on_cpu = (device or jax.default_backend()) == "cpu"
+    if dtype is None and (device or jax.default_backend()) == "cpu":
+        dtype = jnp.float32
+    dtype = None if dtype == "own" else dtype
     shapes = lm.shapes(dtype or jnp.float32)
     placement = None
     if mesh is not None:
         placement = shardings(lm.axes(), shapes, mesh, rules)
     elif target is not None:
         placement = jax.tree.map(lambda _: target, shapes)
-    params = load_params(
-        folder, shapes, family_of(config.family),
-        dtype if dtype is not None else (jnp.float32 if on_cpu else None), placement,
-    )
-    extra = {name: raw[name] for name in TOKEN_FIELDS if raw.get(name) is not None}
+    params = load_params(folder, shapes, family_of(config.family), dtype, placement)
+    names = TOKEN_FIELDS if labels is None else TOKEN_FIELDS + LABEL_FIELDS
+    extra = {name: raw[name] for name in names if raw.get(name) is not None}
     return Bundle(lm, params, tokenizer, stop_ids, extra, mesh)
 
 
@@ -114,9 +117,9 @@ def _check_tokenizer(
     tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
 ) -> tuple[int, ...]:
     """The tokenizer belongs to this model; returns the ids that end a text."""
-    if tokenizer.size > vocab:
+    if tokenizer.base_size > vocab:
         raise TokenizerError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} but the model's "
+            f"{folder}: the tokenizer has ids up to {tokenizer.base_size - 1} but the model's "
             f"vocabulary is {vocab}; it belongs to another model"
         )
     ours, theirs = tokenizer.id_of("bos_token"), raw.get("bos_token_id")
@@ -147,17 +150,18 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
       CheckpointError: `folder` exists and `overwrite` is false.
       ConfigError: the family's config.json cannot express the model (a plan, say).
     """
-    if bundle.lm.plan or bundle.lm.labels is not None:
+    if bundle.lm.plan:
         raise ConfigError(
-            "a Hugging Face folder cannot hold a layer plan or a label head; save "
-            "LM(config) with the full parameters instead"
+            "a Hugging Face folder cannot hold a layer plan; save LM(config) with the full "
+            "parameters instead"
         )
-    config = bundle.lm.config
+    lm, config = bundle.lm, bundle.lm.config
     dtype = str(bundle.params["embed"]["table"].dtype)
-    raw = to_hf(config, dtype=dtype, **bundle.extra)
+    raw = to_hf(config, lm.labels, lm.per_token, dtype=dtype, **bundle.extra)
     with staged(pathlib.Path(folder), overwrite) as stage:
         (stage / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        generation = {**bundle.extra, "eos_token_id": list(bundle.stop_ids)}
+        tokens = {name: bundle.extra[name] for name in TOKEN_FIELDS if name in bundle.extra}
+        generation = {**tokens, "eos_token_id": list(bundle.stop_ids)}
         (stage / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         save_params(stage, bundle.params, family_of(config.family))
         for name in FILES:

@@ -59,6 +59,11 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @property
+    def base_size(self) -> int:
+        """The same without added tokens: Gemma 3's image token lies beyond its text models."""
+        return max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+
     def id_of(self, name: str) -> int | None:
         """The id of a special token by its role, such as `eos_token`."""
         token = self.settings.get(name)

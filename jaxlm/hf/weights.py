@@ -18,6 +18,7 @@ from jaxlm.hf.families import Family, tensor_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -83,15 +84,26 @@ def load_params(
     files = locate(folder)
     names = {path: tensor_name(path, family) for path in wanted}
     _check_headers(folder, files, names, wanted)
+    _check_tied(folder, files, set(names.values()))
     out: dict[str, jax.Array] = {}
     for file_path in dict.fromkeys(files.values()):
         with open_file(file_path) as file:
             for path, name in names.items():
                 if files[name] == file_path:
                     array = to_ours(_read(file, name, file_path), name, wanted[path].shape)
-                    array = array.astype(dtype) if dtype is not None else array
-                    out[path] = jax.device_put(array, places.get(path))
+                    out[path] = jax.device_put(_cast(array, dtype, name), places.get(path))
     return unflatten({path: out[path] for path in wanted})
+
+
+def _cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """To dtype, None for its own; float16 has a largest number."""
+    if dtype is None:
+        return array
+    if jnp.dtype(dtype) == jnp.float16 and not (np.abs(array) <= 65504).all():
+        raise CheckpointError(
+            f"tensor {name!r} holds numbers beyond float16's 65504; choose bfloat16 or float32"
+        )
+    return array.astype(dtype)
 
 
 def _check_headers(folder, files, names, wanted) -> None:
@@ -127,8 +139,26 @@ def _check_slice(folder, piece, name, shape) -> None:
 
 def _harmless(name: str, needed: dict[str, str]) -> bool:
     """Tensors that old exports carry and nobody needs."""
-    tied = name == "lm_head.weight" and "model.embed_tokens.weight" in needed
+    tied = name == HEAD and EMBED in needed
     return tied or name.endswith("rotary_emb.inv_freq")
+
+
+def _check_tied(folder, files, needed: set[str], rows: int = 8192) -> None:
+    """A head that a tied model's file still carries is the embedding, or the tie is an error."""
+    if HEAD not in files or HEAD in needed or "score.weight" in needed:
+        return
+    with open_file(files[HEAD]) as one, open_file(files[EMBED]) as other:
+        head, embed = one.get_slice(HEAD), other.get_slice(EMBED)
+        same = head.get_shape() == embed.get_shape() and head.get_dtype() == embed.get_dtype()
+        last = head.get_shape()[0] if same else 0
+        for start in range(0, last, rows):
+            part = slice(start, min(start + rows, last))
+            same = same and np.array_equal(head[part], embed[part])
+    if not same:
+        raise CheckpointError(
+            f"{folder}: config.json ties the head to the embedding, but {HEAD!r} differs from "
+            f"{EMBED!r}; set tie_word_embeddings to false"
+        )
 
 
 def _read(file: Any, name: str, path: pathlib.Path) -> np.ndarray:

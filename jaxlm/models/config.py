@@ -7,6 +7,7 @@ from jaxlm.core.errors import ConfigError
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 ROPE_KINDS = ("default", "linear", "llama3")
+MOST = 2**31 - 1  # sizes and positions are int32
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class ModelConfig:
 
     `windows` holds one entry a layer (None: full attention), or is empty for full everywhere.
     `norm_offset` is added to every norm's stored scale; `local_rope` serves windowed layers.
+    Values that say the default another way are stored as the default, so that models that compute
+    the same compare and hash equal.
     """
 
     vocab_size: int
@@ -91,7 +94,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0
-    logit_scale: float = 1.0
+    logit_divisor: float = 1.0
     windows: tuple[int | None, ...] = ()
     local_rope: Rope | None = None
 
@@ -100,8 +103,8 @@ class ModelConfig:
                   "ffn_dim", "max_len")
         for name in counts:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+                raise ConfigError(f"{name} is {value!r}; expected a whole number, 1 to {MOST}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
@@ -118,11 +121,21 @@ class ModelConfig:
         if any(window is not None and window < 1 for window in self.windows):
             raise ConfigError(f"windows holds {self.windows}; expected None or at least 1")
         positive = ("norm_eps", "attention_scale", "attention_softcap", "logit_softcap",
-                    "embed_scale", "residual_scale", "logit_scale")
+                    "embed_scale", "residual_scale", "logit_divisor")
         for name in positive:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} is {value}; expected a finite number above 0")
+        self._use_defaults()
+
+    def _use_defaults(self) -> None:
+        """Store a default that was spelled out as the default."""
+        if not any(self.windows):
+            object.__setattr__(self, "windows", ())
+        if self.attention_scale == self.head_dim**-0.5:
+            object.__setattr__(self, "attention_scale", None)
+        if self.local_rope == self.rope:
+            object.__setattr__(self, "local_rope", None)
 
     def attention(self, layer: int) -> AttentionSpec:
         """The attention of one layer."""

@@ -39,8 +39,9 @@ class LM:
     Args:
       config: the decoder.
       plan: one `LayerPlan` a layer, or empty.
-      labels: rows of a classification or scalar head instead of a vocabulary; None for a
-        language model.
+      labels: outputs of a classification head (1: a scalar reward) instead of a vocabulary;
+        None for a language model.
+      per_token: label every token, with a bias, instead of the whole text at its last token.
       remat: recompute each block in the backward pass instead of storing it.
 
     Example:
@@ -57,8 +58,13 @@ class LM:
     plan: tuple[LayerPlan, ...] = ()
     labels: int | None = None
     remat: bool = False
+    per_token: bool = False
 
     def __post_init__(self):
+        if self.labels is not None and self.labels < 1:
+            raise ConfigError(f"labels is {self.labels}; expected None or at least 1")
+        if self.per_token and self.labels is None:
+            raise ConfigError("per_token is for a model with labels; set labels")
         if self.plan and len(self.plan) != self.config.num_layers:
             raise ConfigError(
                 f"plan has {len(self.plan)} entries for {self.config.num_layers} layers"
@@ -70,7 +76,8 @@ class LM:
         outputs = self.labels
         if outputs is None and not self.config.tie_embeddings:
             outputs = self.config.vocab_size
-        return Decoder(self.config, self.plan, outputs, self.remat)
+        head = "head" if self.labels is None else "score"
+        return Decoder(self.config, self.plan, outputs, head, self.per_token, self.remat)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -132,17 +139,35 @@ class LM:
         logits = jnp.einsum(
             "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
         )
+        if self.labels is not None:
+            return logits + params["score"]["bias"] if self.per_token else logits
         return self.shape_logits(logits)
 
     def head_table(self, params: Params) -> jax.Array:
-        """The output weights (V, D): the head's own, or the embedding's when tied."""
+        """The output weights (V, D): the head's own, the labels', or the embedding's when tied."""
+        if self.labels is not None:
+            return params["score"]["table"]
         return params["head"]["table"] if "head" in params else params["embed"]["table"]
 
     def shape_logits(self, logits: jax.Array) -> jax.Array:
-        """The family's scale and soft cap on raw logits."""
-        if self.labels is not None:
-            return logits
-        return softcap(logits * self.config.logit_scale, self.config.logit_softcap)
+        """The family's divisor and soft cap on raw logits."""
+        return softcap(logits / self.config.logit_divisor, self.config.logit_softcap)
+
+    def classify(
+        self, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array | None = None
+    ) -> jax.Array:
+        """Label logits, float32: (B, labels) at each row's last token, or (B, T, labels).
+
+        transformers takes the last token that is not the padding id, so the two differ on a text
+        that itself ends in that id.
+        Raises: ConfigError for a model without labels.
+        """
+        if self.labels is None:
+            raise ConfigError("this is a language model; classify needs LM(labels=...)")
+        at = "all" if self.per_token else "last"
+        logits = self.apply(params, tokens_BT, lengths_B=lengths_B, logits_at=at).logits
+        assert logits is not None
+        return logits if self.per_token else logits[:, 0]
 
     def apply(
         self,
@@ -225,6 +250,8 @@ class LM:
 
         Never holds (B, T, V) logits; the backward pass recomputes each chunk.
         """
+        if self.labels is not None:
+            raise ConfigError("a model with labels gives no log-probabilities of tokens")
         final = self.apply(params, tokens_BT, logits_at=None, **apply_args).final
         table = self.head_table(params)
         return token_logprobs(final, table, targets_BT, self.shape_logits, chunk)
