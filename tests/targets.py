@@ -7,6 +7,7 @@ The memory and cost analysis of what comes back are the compiler's own. It does 
 not fit into a GPU's memory: compare with the card's.
 """
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -39,10 +40,23 @@ def gpu(card: str, count: int = 1) -> Any:
     )
 
 
-def compile_for(topology: Any, function: Any, *arguments: Any) -> jax.stages.Compiled:
+def compile_for(
+    topology: Any, function: Any, *arguments: Any, donate: tuple[int, ...] = ()
+) -> jax.stages.Compiled:
     """Compile for the topology's first device; of the arguments only shape and dtype are used."""
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), arguments
     )
-    return jax.jit(function).lower(*shapes).compile()
+    with _as_if_on(topology.devices[0]):
+        return jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
+
+
+def _as_if_on(device: Any) -> Any:
+    """Mosaic kernels ask for the TPU's kind while they are lowered: say it by an abstract mesh."""
+    if device.platform != "tpu":
+        return contextlib.nullcontext()
+    kind = jax.sharding.AbstractDevice(device.device_kind, 1, "tpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), axis_types=auto, abstract_device=kind)
+    return jax.sharding.use_abstract_mesh(mesh)

@@ -1,0 +1,156 @@
+"""SQuat: query-aware error compensation of quantised keys (arXiv 2503.24358).
+
+The error that matters is that of the logits, so keys are quantised under the metric
+`A = I + lambda C`, `C = sum q q^T` over the prompt's queries of a kv head. Channels go in blocks;
+once block F is rounded with error delta, the channels R that follow move to their optimum
+
+    x_R <- x_R - A_RR^{-1} A_RF delta .
+
+With A = U U^T, U upper triangular, in processing order, every update is in one matrix: the blocks
+right of the diagonal of `M = blockdiag(U) U^{-1}`, applied as `x <- x + delta M` (rows: the
+rounded channels; columns: the ones that follow).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quant import Grid, QuantFormat, quantise
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+class Compensation(NamedTuple):
+    """What a key quantiser needs to know of the queries, per row and kv head."""
+
+    matrix: jax.Array  # float32 [..., H, H], natural channel order: error of row -> move of column
+    order: jax.Array  # int32 [..., H]: channels in processing order
+    gram: jax.Array  # float32 [..., H, H], for the guard
+
+
+def query_gram(q: jax.Array, kv_heads: int, valid: jax.Array | None = None) -> jax.Array:
+    """Gram of the queries of each kv head, `C = sum q q^T`.
+
+    Args:
+      q: [B, T, N, H], rotated if the keys are; query head n belongs to kv head n // (N/K).
+      valid: bool [B, T]; queries elsewhere do not count.
+
+    Returns: float32 [B, K, H, H].
+    """
+    batch, time, heads, head_dim = q.shape
+    q = q.astype(jnp.float32).reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
+    if valid is not None:
+        q = jnp.where(valid[:, :, None, None, None], q, 0.0)
+    return jnp.einsum("btkgh,btkgi->bkhi", q, q, precision=_EXACT)
+
+
+def metric(gram: jax.Array, lam: float, lam_mode: str = "energy", rank: int | None = None,
+           rows: jax.Array | None = None) -> jax.Array:
+    """`A = I + lambda C`, with lambda per unit of query energy, per query, or raw.
+
+    Args:
+      gram: [..., H, H].
+      lam_mode: 'energy' divides C by its mean diagonal (neither prompt length nor the scale of q
+        matters); 'per_query' divides by `rows`; 'reference' does not normalise.
+      rank: keep only this many leading eigenvectors of C (the reference's subspace).
+      rows: number of queries in C, broadcastable to gram[..., 0, 0]; for 'per_query'.
+    """
+    head_dim = gram.shape[-1]
+    if rank is not None and rank < head_dim:
+        values, vectors = jnp.linalg.eigh(gram)
+        values, vectors = jnp.maximum(values[..., -rank:], 0.0), vectors[..., -rank:]
+        gram = jnp.einsum("...hr,...r,...ir->...hi", vectors, values, vectors, precision=_EXACT)
+    if lam_mode == "energy":
+        trace = jnp.trace(gram, axis1=-2, axis2=-1) / head_dim
+        gram = gram / jnp.maximum(trace, 1e-30)[..., None, None]
+    elif lam_mode == "per_query":
+        if rows is None:
+            raise ValueError("lam_mode='per_query' needs rows, the number of queries in the Gram")
+        gram = gram / jnp.maximum(jnp.asarray(rows, jnp.float32), 1.0)[..., None, None]
+    elif lam_mode != "reference":
+        raise ValueError(f"lam_mode is 'energy', 'per_query' or 'reference', got {lam_mode!r}")
+    return jnp.eye(head_dim) + lam * gram
+
+
+@functools.partial(jax.jit, static_argnames=("block", "lam_mode", "rank", "energy_order"))
+def compensation(gram: jax.Array, block: int = 16, lam: float = 10.0, lam_mode: str = "energy",
+                 rank: int | None = None, rows: jax.Array | None = None,
+                 energy_order: bool = True) -> Compensation:
+    """The update matrix of every block from one Cholesky factorisation.
+
+    Args:
+      gram: [..., H, H] from `query_gram`.
+      block: channels quantised together; it need not divide H, and `block >= H` is plain KIVI.
+      energy_order: process channels by falling `diag(C)`; stored codes keep their natural order.
+      lam, lam_mode, rank, rows: see `metric`.
+
+    >>> compensation(jnp.eye(8), block=8).matrix.any().item()
+    False
+    """
+    if block < 1:
+        raise ValueError(f"block is at least 1 channel, got {block}")
+    head_dim = gram.shape[-1]
+    metric_matrix = metric(gram, lam, lam_mode, rank, rows)
+    energy = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    natural = jnp.broadcast_to(jnp.arange(head_dim, dtype=jnp.int32), energy.shape)
+    order = jnp.argsort(-energy, axis=-1).astype(jnp.int32) if energy_order else natural
+    ordered = _permute(metric_matrix, order)
+    upper = jnp.flip(jnp.linalg.cholesky(jnp.flip(ordered, (-2, -1))), (-2, -1))
+    index = jnp.arange(head_dim) // block
+    diagonal = jnp.where(index[:, None] == index[None, :], upper, 0.0)
+    # M U = blockdiag(U), solved as U^T M^T = blockdiag(U)^T
+    moves = jax.lax.linalg.triangular_solve(upper, diagonal, left_side=False, lower=False)
+    moves = jnp.where(index[:, None] < index[None, :], moves, 0.0)
+    return Compensation(_permute(moves, jnp.argsort(order, axis=-1)), order, gram)
+
+
+def _permute(matrix: jax.Array, order: jax.Array) -> jax.Array:
+    rows = jnp.take_along_axis(matrix, order[..., :, None], axis=-2)
+    return jnp.take_along_axis(rows, order[..., None, :], axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("fmt", "block", "guard"))
+def quantise_keys_squat(k: jax.Array, comp: Compensation, fmt: QuantFormat, block: int = 16,
+                        guard: bool = True, center: jax.Array | None = None) -> Grid:
+    """Keys [..., S, H] under compensation; the same codes, scales and shapes as `quantise_keys`.
+
+    With `guard`, each token group keeps the plain codes wherever these have the smaller logit
+    error `sum_t e_t^T C e_t` on the queries behind `comp`.
+    """
+    *lead, size, head_dim = k.shape
+    groups = size // fmt.group
+    origin = jnp.zeros((*lead, head_dim)) if center is None else center
+    per_channel = comp.order[..., None, None, :]
+    original = k.astype(jnp.float32).reshape(*lead, groups, fmt.group, head_dim)
+    x = jnp.take_along_axis(original, per_channel, axis=-1)
+    origin = jnp.take_along_axis(origin[..., None, None, :], per_channel, axis=-1)
+    moves = _permute(comp.matrix, comp.order)
+    parts = []
+    for start in range(0, head_dim, block):
+        now, later = slice(start, start + block), slice(start + block, None)
+        grid = quantise(x[..., now], -2, fmt.k_bits, fmt.scales, fmt.shrinks, origin[..., now],
+                        fmt.exact)
+        parts.append(grid)
+        move = jnp.einsum("...gth,...hi->...gti", grid.value - x[..., now], moves[..., now, later],
+                          precision=_EXACT)
+        x = x.at[..., later].add(move)
+    back = jnp.argsort(comp.order, axis=-1)[..., None, None, :]
+    grid = Grid(*(jnp.take_along_axis(jnp.concatenate(part, -1), back, axis=-1)
+                  for part in zip(*parts, strict=True)))
+    if guard:
+        natural = 0.0 if center is None else center[..., None, None, :]
+        plain = quantise(original, -2, fmt.k_bits, fmt.scales, fmt.shrinks, natural, fmt.exact)
+        better = logit_error(grid.value - original, comp.gram) < logit_error(
+            plain.value - original, comp.gram)
+        grid = Grid(*(jnp.where(better[..., None, None], new, old)
+                      for new, old in zip(grid, plain, strict=True)))
+    return Grid(grid.codes.reshape(k.shape), grid.scale[..., 0, :], grid.minimum[..., 0, :],
+                grid.value.reshape(k.shape))
+
+
+def logit_error(error: jax.Array, gram: jax.Array) -> jax.Array:
+    """`sum_t e_t^T C e_t` of each token group: error [..., n, group, H] -> [..., n]."""
+    weighted = jnp.einsum("...gth,...hi->...gti", error, gram, precision=_EXACT)
+    return jnp.sum(weighted * error, axis=(-2, -1))
