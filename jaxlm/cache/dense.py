@@ -13,7 +13,6 @@ from jaxlm.models.attention import Mask, attention
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
 
-
 SPARE = 8  # slots beyond the last: rows that are done go on stepping, and write there
 
 
