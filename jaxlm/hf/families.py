@@ -44,6 +44,11 @@ def read_rope(fields: Fields, theta: float = 10000.0) -> Rope:
         source, where = dict(old or {}), "rope_scaling"
         source["rope_theta"] = bare if bare is not None else theta
     else:
+        if old is not None and _scaling(old) != _scaling(new):
+            raise ConfigError(
+                f"config.json: rope_scaling is {old} but rope_parameters is {new}; "
+                "remove the wrong one"
+            )
         source, where = dict(new), "rope_parameters"
         if bare is not None and source.get("rope_theta", bare) != bare:
             raise ConfigError(
@@ -52,6 +57,12 @@ def read_rope(fields: Fields, theta: float = 10000.0) -> Rope:
             )
         source.setdefault("rope_theta", bare)
     return rope_from(Fields(source, f"config.json {where}"), fields)
+
+
+def _scaling(raw: dict[str, Any]) -> dict[str, Any]:
+    """A rope setting without its theta, under the newer name of its kind."""
+    return {"rope_type" if name == "type" else name: value for name, value in raw.items()
+            if name != "rope_theta"}
 
 
 def rope_from(source: Fields, fields: Fields) -> Rope:
@@ -104,7 +115,7 @@ def read_common(fields: Fields, *, tied: bool = False, activation: str = "silu",
             )
         head_dim = dim // heads
     act = fields.take("hidden_act", activation)
-    if act not in ACTIVATIONS:
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise ConfigError(f"config.json: hidden_act is {act!r}; supported: {list(ACTIVATIONS)}")
     for name in ("quantization_config", "is_encoder_decoder", "tie_encoder_decoder"):
         fields.expect(name, False, None)
@@ -153,7 +164,7 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(model_type: Any) -> Family:
     """The entry of one `model_type`; ConfigError names what is supported."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"config.json: field 'model_type' is {model_type!r}; supported: {sorted(FAMILIES)}"
         )

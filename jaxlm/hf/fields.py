@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, whole
 
 # Fields that say nothing about the forward pass of a decoder at inference.
 IGNORED = frozenset("""
@@ -13,7 +13,7 @@ IGNORED = frozenset("""
     finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
     is_decoder is_llama_config label2id length_penalty max_length min_length model_type
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
+    output_hidden_states output_scores pad_token_id prefix problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate
     sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
     tokenizer_class top_k top_p torch_dtype torchscript transformers_version
@@ -47,24 +47,22 @@ class Fields:
 
     def count(self, name: str, default: Any = MISSING) -> int:
         """A whole number of at least 1."""
-        value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"{self.where}: field {name!r} is {value!r}; expected a whole number above 0"
-            )
-        return value
+        return whole(f"{self.where}: field {name!r}", self.take(name, default))
 
     def number(self, name: str, default: Any = MISSING) -> Any:
-        """A number, or the default."""
+        """A finite number, or the default."""
         value = self.take(name, default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is default:
+            return value
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if not real or not abs(value) < 1e308:
             raise ConfigError(f"{self.where}: field {name!r} is {value!r}; expected a number")
-        return value
+        return float(value)
 
     def expect(self, name: str, *allowed: Any) -> None:
         """A field whose other values would change the maths."""
         value = self.take(name, allowed[0])
-        if value not in allowed:
+        if not any(value == one and type(value) is type(one) for one in allowed):
             raise ConfigError(
                 f"{self.where}: field {name!r} is {value!r}, which this model cannot express; "
                 f"supported: {', '.join(map(repr, allowed))}"
@@ -73,7 +71,8 @@ class Fields:
     def finish(self) -> None:
         """Every field with a value was read, or is known not to matter."""
         for name, value in self.raw.items():
-            if name not in self.read | IGNORED and value not in (None, False, [], {}):
+            off = value is None or value is False or value == [] or value == {}
+            if name not in self.read | IGNORED and not off:
                 raise ConfigError(
                     f"{self.where}: field {name!r} = {value!r} is not known to jaxlm and may "
                     "change the maths; remove it from config.json if you know that it does not"
