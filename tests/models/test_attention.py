@@ -32,7 +32,7 @@ def softmax_attention(q, k, v, seen, scale, softcap=None, bias=0.0):
     for b, t, n in np.ndindex(B, T, N):
         if not seen[b, t].any():
             continue
-        score = scale * k[b, n // (N // K)].astype(float) @ q[b, t, n].astype(float)
+        score = scale * q[b, t, n].astype(float) @ k[b, n // (N // K)].astype(float)
         score = softcap * np.tanh(score / softcap) if softcap else score
         weight = np.exp(score + bias[b, n, t]) * seen[b, t]
         out[b, t, n] = weight @ v[b, n // (N // K)] / weight.sum()
@@ -44,7 +44,7 @@ def softmax_attention(q, k, v, seen, scale, softcap=None, bias=0.0):
 def qkv():
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    return draw(B, T, N, H), draw(B, K, S, H), draw(B, K, S, H)
+    return draw(B, T, N, H), draw(B, K, H, S), draw(B, K, S, H)
 
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(causal=False), Mask(window=2),
@@ -88,7 +88,7 @@ def test_attention_over_segments_merges_exactly(qkv):
     seen = np.random.default_rng(2).random((B, T, S)) < 0.5
     seen[0, 2, :3], seen[0, 3], seen[1, 0, 3:] = False, False, False  # one, both, the other empty
     whole = attend(q, k, v, jnp.asarray(seen), scale=0.3)
-    parts = [attend(q, k[:, :, cut], v[:, :, cut], jnp.asarray(seen[:, :, cut]), scale=0.3)
+    parts = [attend(q, k[..., cut], v[:, :, cut], jnp.asarray(seen[:, :, cut]), scale=0.3)
              for cut in (slice(0, 3), slice(3, 4), slice(4, None))]
     for found, expected in zip(merge(parts), whole, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
