@@ -18,8 +18,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; expected a Hugging Face model folder") from error
-    except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, endless digits or nesting
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # damaged text, a number too long, deep nesting
+        raise CheckpointError(f"{path} is not valid JSON: {error}; fetch it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}; expected a JSON object")
     return value

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, whole
 
 # Fields that say nothing about the forward pass of a decoder at inference.
 IGNORED = frozenset("""
@@ -14,7 +14,7 @@ IGNORED = frozenset("""
     finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
     is_decoder is_llama_config label2id length_penalty max_length min_length model_type
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
+    output_hidden_states output_scores pad_token_id prefix problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate
     sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
     tokenizer_class top_k top_p torch_dtype torchscript transformers_version
@@ -61,13 +61,7 @@ class Fields:
 
     def count(self, name: str, default: Any = MISSING, most: int = 2**31 - 1) -> int:
         """A whole number of at least 1."""
-        value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ConfigError(
-                f"{self.where}: field {name!r} is {_short(value)}; expected a whole number, "
-                f"1 to {most}"
-            )
-        return value
+        return whole(f"{self.where}: field {name!r}", self.take(name, default), high=most)
 
     def number(self, name: str, default: Any = MISSING) -> Any:
         """A finite number, or the default."""
@@ -93,7 +87,8 @@ class Fields:
     def finish(self) -> None:
         """Every field with a value was read, or is known not to matter."""
         for name, value in self.raw.items():
-            if name not in self.read | IGNORED and value not in (None, False, [], {}):
+            off = value is None or value is False or value == [] or value == {}
+            if name not in self.read | IGNORED and not off:
                 raise ConfigError(
                     f"{self.where}: field {name!r} = {value!r} is not known to jaxlm and may "
                     "change the maths; remove it from config.json if you know that it does not"

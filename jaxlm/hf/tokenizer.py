@@ -33,9 +33,12 @@ class Tokenizer:
             import tokenizers
 
             try:
-                return tokenizers.Tokenizer.from_file(str(path))
+                backend = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:  # the binding raises bare Exception
-                raise TokenizerError(f"{path} is damaged: {error}") from error
+                raise TokenizerError(f"{path} is damaged: {error}; fetch it again") from error
+            backend.no_truncation()  # a file may carry both, and cut or pad texts in silence
+            backend.no_padding()
+            return backend
         try:
             return self._transformers().backend_tokenizer
         except (OSError, ValueError, AttributeError, ImportError) as error:
@@ -80,6 +83,9 @@ class Tokenizer:
 
     def chat(self, messages: list[dict[str, str]]) -> str:
         """The model's chat template over messages, ready for its answer."""
-        return self._transformers().apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            return self._transformers().apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except ValueError as error:
+            raise TokenizerError(f"{self.folder}: no usable chat template: {error}") from error

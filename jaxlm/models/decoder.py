@@ -132,7 +132,10 @@ class Embed(nn.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         c = self.config
         start = nn.initializers.normal(c.dim**-0.5)
-        x = self.param("table", start, (c.vocab_size, c.dim))[tokens_BT]
+        table_VD = self.param("table", start, (c.vocab_size, c.dim))
+        # an id outside the vocabulary becomes NaN, not some other token
+        known_BT = jnp.where(tokens_BT < 0, c.vocab_size, tokens_BT)
+        x = table_VD.at[known_BT].get(mode="fill", fill_value=jnp.nan)
         return x if c.embed_scale == 1.0 else x * jnp.asarray(c.embed_scale, x.dtype)
 
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.errors import ConfigError, ShapeError
+from jaxlm.core.errors import ConfigError, ShapeError, whole
 from jaxlm.core.tree import Params, flatten, map_with_path
 from jaxlm.models.attention import Mask, attention
 from jaxlm.models.axes import axes_of
@@ -61,14 +62,17 @@ class LM:
     per_token: bool = False
 
     def __post_init__(self):
-        if self.labels is not None and self.labels < 1:
-            raise ConfigError(f"labels is {self.labels}; expected None or at least 1")
+        if not isinstance(self.plan, tuple):  # a list would not hash
+            raise ConfigError(f"plan is {self.plan!r}; expected a tuple of LayerPlan")
         if self.per_token and self.labels is None:
             raise ConfigError("per_token is for a model with labels; set labels")
         if self.plan and len(self.plan) != self.config.num_layers:
             raise ConfigError(
-                f"plan has {len(self.plan)} entries for {self.config.num_layers} layers"
+                f"plan has {len(self.plan)} entries for {self.config.num_layers} layers; "
+                "give one a layer, or none"
             )
+        if self.labels is not None:
+            whole("labels", self.labels)
 
     @property
     def module(self) -> Decoder:
@@ -88,7 +92,7 @@ class LM:
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
         """Random parameters as a nested dict of arrays."""
         module, tokens = self.module, jnp.zeros((1, 1), jnp.int32)
-        tree = module.init(key, tokens, lambda layer, q, k, v: q, _no_tap)["params"]
+        tree: Params = module.init(key, tokens, lambda layer, q, k, v: q, _no_tap)["params"]
         return jax.tree.map(lambda x: x.astype(dtype), tree)
 
     def shapes(self, dtype: Any = jnp.float32) -> Params:
@@ -108,7 +112,7 @@ class LM:
         A tree from `stack.stack` runs its layers as a scan, without taps or kept states.
         """
         if STACK not in params:
-            return self.module.apply({"params": params}, tokens_BT, attend, tap or _no_tap, keep)
+            return _apply(self.module, params, tokens_BT, attend, tap or _no_tap, keep)
         if tap is not None or keep is not None:
             raise ConfigError("a stacked tree gives no taps or hidden states; unstack it first")
         return self._run_stacked(params, tokens_BT, attend)
@@ -119,19 +123,19 @@ class LM:
 
         def block(layer: int, tree: Params, x: jax.Array) -> jax.Array:
             plan = self.plan[layer] if self.plan else LayerPlan()
-            return Block(c, layer, plan).apply({"params": tree}, x, attend, _no_tap)
+            return _apply(Block(c, layer, plan), tree, x, attend, _no_tap)
 
         def one_period(x, trees):
             for j in range(size):
                 x = block(j, trees[f"layers_{j}"], x)
             return x, None
 
-        x = Embed(c).apply({"params": params["embed"]}, tokens_BT)
+        x = _apply(Embed(c), params["embed"], tokens_BT)
         step = jax.checkpoint(one_period) if self.remat else one_period
         x, _ = jax.lax.scan(step, x, params[STACK])
         for layer in range(groups * size, c.num_layers):
             x = block(layer, params[f"layers_{layer}"], x)
-        return Norm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
+        return _apply(Norm(c.norm_eps, c.norm_offset), params["final_norm"], x)
 
     def head(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., D) to float32 logits (..., V) or labels."""
@@ -187,7 +191,7 @@ class LM:
 
         Args:
           params: the tree of `init`.
-          tokens_BT: int32 ids, right-padded.
+          tokens_BT: int32 ids, right-padded; an id outside the vocabulary gives NaN.
           lengths_B: valid tokens a row; default all.
           positions_BT: default 0, 1, 2, ...; with `segments_BT`, give positions that restart.
           segments_BT: ids of packed documents; a token sees only its own segment.
@@ -199,19 +203,21 @@ class LM:
         Returns: `Output`.
         Raises: ShapeError for arrays that do not fit together, ConfigError for an unknown want.
         """
-        batch, time = tokens_BT.shape
+        batch, time = check_tokens(tokens_BT)
         if unknown := set(want) - {"hidden", "taps"}:
             raise ConfigError(f"want holds {sorted(unknown)}; expected 'hidden' or 'taps'")
         if want and "taps" in want and self.remat:
             raise ConfigError("taps cannot be read through remat; use LM(remat=False)")
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
-        for name, array in (("positions_BT", positions_BT), ("segments_BT", segments_BT)):
-            if array is not None and array.shape != (batch, time):
-                raise ShapeError(f"{name} is {array.shape}; expected {(batch, time)}, as tokens")
+        check_shape("positions_BT", positions_BT, (batch, time))
+        check_shape("segments_BT", segments_BT, (batch, time))
+        check_shape("lengths_B", lengths_B, (batch,))
+        check_shape("prefix_B", prefix_B, (batch,))
         valid_BT = None
         if lengths_B is not None:
             valid_BT = jnp.arange(time)[None] < lengths_B[:, None]
+            tokens_BT = jnp.where(valid_BT, tokens_BT, 0)  # padding may be any number
         taps: dict[str, tuple[jax.Array, jax.Array]] = {}
         keep: list[jax.Array] | None = [] if "hidden" in want else None
         final = self.run(
@@ -257,6 +263,13 @@ class LM:
         return token_logprobs(final, table, targets_BT, self.shape_logits, chunk)
 
 
+def _apply(module: nn.Module, params: Params, *args: Any) -> jax.Array:
+    """A linen module over its part of the tree; every one here returns one array."""
+    out = module.apply({"params": params}, *args)
+    assert isinstance(out, jax.Array)
+    return out
+
+
 def pick(hidden_BTD: jax.Array, at: Slots, lengths_B: jax.Array | None) -> jax.Array:
     """The hidden states whose logits are wanted, (B, M, D)."""
     if isinstance(at, str):
@@ -267,7 +280,25 @@ def pick(hidden_BTD: jax.Array, at: Slots, lengths_B: jax.Array | None) -> jax.A
         if lengths_B is None:
             return hidden_BTD[:, -1:]
         at = lengths_B[:, None] - 1
+    if at.ndim != 2 or len(at) != len(hidden_BTD):
+        raise ShapeError(f"logits_at is {at.shape}; expected ({len(hidden_BTD)}, M), by rows")
     return jnp.take_along_axis(hidden_BTD, at[..., None], axis=1, mode="clip")
+
+
+def check_tokens(tokens_BT: jax.Array) -> tuple[int, int]:
+    """The shape (B, T) of token ids; ShapeError for another rank, a float, or nothing at all."""
+    shape, dtype = jnp.shape(tokens_BT), jnp.result_type(tokens_BT)
+    if len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
+        raise ShapeError(
+            f"tokens are {dtype} {shape}; expected whole numbers (rows, time), at least one of each"
+        )
+    return shape[0], shape[1]
+
+
+def check_shape(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
+    """ShapeError unless `array` is None or of this shape; a broadcast would hide a mistake."""
+    if array is not None and jnp.shape(array) != shape:
+        raise ShapeError(f"{name} is {jnp.shape(array)}; expected {shape}, to go with the tokens")
 
 
 def count_params(lm: LM) -> int:
@@ -277,5 +308,3 @@ def count_params(lm: LM) -> int:
 
 def _no_tap(name: str, x: jax.Array, y: jax.Array) -> None:
     """The tap that does nothing."""
-
-
