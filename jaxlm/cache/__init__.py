@@ -3,3 +3,5 @@
 from jaxlm.cache.base import CacheKind as CacheKind
 from jaxlm.cache.base import init_caches as init_caches
 from jaxlm.cache.dense import Dense as Dense
+from jaxlm.cache.kivi import Kivi as Kivi
+from jaxlm.cache.squat import Squat as Squat

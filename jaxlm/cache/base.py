@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.models.config import AttentionSpec
 
@@ -60,6 +61,20 @@ class CacheKind(Protocol):
         self, spec: AttentionSpec, state: State, due: jax.Array, length_B: jax.Array
     ) -> State:
         """Where `due` (bool), compress the tokens that still wait in full precision."""
+
+
+def broken_layer(caches: tuple[State, ...]) -> int | None:
+    """The first layer whose state holds a NaN or an infinity, or a row flagged `bad_B` for one."""
+
+    def broken(path, leaf) -> bool:
+        flag = jax.tree_util.keystr(path).endswith("['bad_B']")
+        return (flag and bool(leaf.any())) or (
+            jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()))
+
+    for layer, cache in enumerate(caches):
+        if any(broken(*leaf) for leaf in jax.tree_util.tree_leaves_with_path(cache)):
+            return layer
+    return None
 
 
 def init_caches(

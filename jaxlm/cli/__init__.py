@@ -16,6 +16,7 @@ COMMANDS = {
     "info": "versions, devices and memory, and an accelerator that is visible but unused",
     "generate": "continue a prompt",
     "score": "log-probabilities and perplexity of texts",
+    "tune-cache": "choose a cache kind for every layer, on a text",
     "demo": "run the bundled model on held-out problems and write a report",
 }
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jaxlm.cli.options import CACHES, Cache, Device, Dtype, Model, note, open_model, read_text
+from jaxlm.cache.policy import open_cache
+from jaxlm.cli.options import Device, Dtype, Model, note, open_model, read_text
 from jaxlm.decode.generate import Generation, generate
 from jaxlm.decode.generate import stream as stream_text
 from jaxlm.decode.samplers import Greedy, Temperature
@@ -19,7 +20,7 @@ CHUNK = 8  # tokens a piece
 
 def run(
     model: Model, prompt: Prompt, /, max_new_tokens: int = 64, temperature: float = 0.0,
-    seed: int = 0, cache: Cache = "dense", stream: bool = True, device: Device | None = None,
+    seed: int = 0, cache: str = "dense", stream: bool = True, device: Device | None = None,
     dtype: Dtype | None = None, revision: str | None = None,
 ) -> None:
     """Continue a prompt: the text goes to stdout, the speed to stderr.
@@ -30,7 +31,8 @@ def run(
       max_new_tokens: stop after so many tokens, or before that at the model's own stop token.
       temperature: 0 takes the likeliest token; above 0 samples.
       seed: of the sampling; the same seed gives the same text.
-      cache: how keys and values are kept.
+      cache: how keys and values are kept: dense, kivi2, squat2, squat4v2:group=64, ..., or a
+        file of `jaxlm tune-cache`.
       stream: show the text while it grows.
       device: where to run; default what jax finds.
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
@@ -39,7 +41,8 @@ def run(
     began = time.perf_counter()
     bundle = open_model(model, device, dtype, revision)
     arguments: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "cache": CACHES[cache], "key": jax.random.key(seed),
+        "max_new_tokens": max_new_tokens, "cache": open_cache(cache, bundle.lm.config),
+        "key": jax.random.key(seed),
         "sampler": Temperature(temperature) if temperature else Greedy(),
     }
     text = read_text("-") if prompt == "-" else prompt

@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.cache.base import CacheKind
-from jaxlm.cache.dense import Dense
 from jaxlm.core.device import enable_compilation_cache
 from jaxlm.core.errors import ConfigError
 from jaxlm.hf.bundle import Bundle, load
@@ -16,8 +14,6 @@ from jaxlm.hf.bundle import Bundle, load
 Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
 Device = Literal["cpu", "gpu", "tpu"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Cache = Literal["dense"]
-CACHES: dict[str, CacheKind] = {"dense": Dense()}
 
 
 def open_model(

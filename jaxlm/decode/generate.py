@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.cache.base import CacheKind
+from jaxlm.cache.base import CacheKind, broken_layer
 from jaxlm.cache.dense import Dense
 from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, TokenizerError, whole
 from jaxlm.core.mesh import shard_batch
@@ -216,9 +216,12 @@ def read(bundle: Bundle, job: Job, state: DecodeState) -> list[Generation]:
         drawn = tokens_BS[row, len(prompt): length_B[row]].tolist()
         logprobs = logprob_BS[row, len(prompt): length_B[row]]
         if not np.isfinite(logprobs).all():
+            layer = broken_layer(state.caches)
+            where = "" if layer is None else f", first in the keys or values of layer {layer}"
             raise NumericsError(
                 f"row {row}: the model gave a logit that is NaN or infinite at token "
-                f"{int(np.argmin(np.isfinite(logprobs)))}; check the weights, or load in float32"
+                f"{int(np.argmin(np.isfinite(logprobs)))}{where}; check the weights, or load in "
+                "float32"
             )
         stopped = bool(drawn) and drawn[-1] in job.stop.ids
         before = bundle.tokenizer.decode(prompt)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.shared import Shared, SharedState, gather_cache
+from jaxlm.cache.squat import Squat
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import Params, gather_rows
 from jaxlm.decode.state import DecodeState
@@ -51,6 +52,8 @@ def fork(
         if kind is not None:
             new = own or (kind.own if isinstance(kind, Shared) else kind)
             added = new.init(lm.config.attention(layer), batch, slots, dtype)
+            if isinstance(new, Squat):
+                added = new.inherit(added, prompt, particles)
             kinds[layer] = Shared(kind, new)
             length_R = jnp.array(state.length_B)  # a buffer of its own: states are donated
             caches[layer] = SharedState(prompt, added, length_R)

@@ -115,14 +115,15 @@ def extend(
     start_B, counts_B = state.length_B, counts_B.astype(jnp.int32)
     tokens_BT = jnp.where(jnp.arange(time) < counts_B[:, None], tokens_BT, 0)  # any padding
     pos_BT = start_B[:, None] + jnp.arange(time, dtype=jnp.int32)
+    fits_B = (start_B + counts_B <= state.limit_B) & (counts_B >= 0) & (counts_B <= time)
+    read_B = counts_B > 0
+    kept_B = jnp.where(fits_B, counts_B, 0)  # a refused row's tokens must not reach its codes
     hidden, caches = cached_run(
         lm, params, tokens_BT, state.kinds, state.caches,
         lambda kind, spec, cache, q, k, v: kind.extend(
-            spec, cache, q, k, v, pos_BT, start_B, counts_B
+            spec, cache, q, k, v, pos_BT, start_B, kept_B
         ),
     )
-    fits_B = (start_B + counts_B <= state.limit_B) & (counts_B >= 0) & (counts_B <= time)
-    read_B = counts_B > 0
     new_BV = lm.head(params, pick(hidden, "last", jnp.maximum(counts_B, 1)))[:, 0]
     new_BV = jnp.where(read_B[:, None], new_BV, state.logits_BV)
     rows = jnp.arange(batch)[:, None]

@@ -165,6 +165,9 @@ def test_bad_requests_are_one_line_and_exit_code_2(capsys, tiny, tmp_path):
         ("score", "tiny", str(latin)): "not UTF-8",
         ("score", "tiny", "--text", "abc", "--stride", "0"): "stride is 0",
         ("demo", "--out", str(latin)): "is a file",
+        ("generate", "tiny", "x", "--cache", "nope"): "cache 'nope' is unknown",
+        ("generate", "tiny", "x", "--cache", "nope.json"): "no cache policy",
+        ("generate", "tiny", "x", "--cache", "squat2:group=24,window=32"): "multiple of group",
     }
     for argv, expected in cases.items():
         assert expected in refused(capsys, *argv), argv
@@ -176,8 +179,7 @@ def test_an_absent_accelerator_is_named(capsys, tiny):
     assert "'gpu'" in refused(capsys, "generate", "tiny", "x", "--device", "gpu")
 
 
-@pytest.mark.parametrize("argv", [("generate", "tiny"), ("info", "--nope"),
-                                  ("generate", "tiny", "x", "--cache", "nope")])
+@pytest.mark.parametrize("argv", [("generate", "tiny"), ("info", "--nope")])
 def test_wrong_arguments_exit_with_code_2(capsys, argv):
     with pytest.raises(SystemExit) as stopped:
         main(argv)

@@ -1,0 +1,81 @@
+"""Cache kinds by name, for command lines and policy files."""
+
+import dataclasses
+import re
+from typing import Any, get_type_hints
+
+from jaxlm.cache.base import CacheKind
+from jaxlm.cache.dense import Dense
+from jaxlm.cache.kivi import Kivi
+from jaxlm.cache.squat import Squat
+from jaxlm.core.errors import ConfigError
+
+KINDS: dict[str, type] = {"dense": Dense, "kivi": Kivi, "squat": Squat}
+NAME = re.compile(r"([a-z]+?)(?:([248])(?:v([248]))?)?(?::(.+))?")
+
+
+def parse_cache(text: str) -> CacheKind:
+    """A kind from `name[bits[v bits]][:field=value,...]`.
+
+    Args: text: 'dense', 'kivi4' (4 bits), 'squat2v4' (2-bit keys, 4-bit values),
+      'squat2:group=64,window=64,rope=before'.
+    Raises: ConfigError for a name, a field or a value that there is not.
+
+    Example:
+      >>> parse_cache("squat2v4:window=64").v_bits
+      4
+    """
+    found = NAME.fullmatch(text.strip())
+    if found is None or found[1] not in KINDS or (found[1] == "dense" and found[2]):
+        raise ConfigError(f"cache {text!r} is unknown; expected dense, kivi2, kivi4, kivi8, "
+                          "squat2, squat4, squat8, or one of these as squat2v4:group=64,window=64")
+    kind = KINDS[found[1]]
+    values: dict[str, Any] = {}
+    if found[2]:
+        values = {"k_bits": int(found[2]), "v_bits": int(found[3] or found[2])}
+    for part in filter(None, (found[4] or "").split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"cache {text!r}: {part!r} has no value; expected field=value")
+        values[name.strip()] = _read(kind, name.strip(), value.strip(), text)
+    return kind(**values)
+
+
+def cache_name(kind: CacheKind) -> str:
+    """The text that `parse_cache` reads back as the same kind.
+
+    >>> cache_name(parse_cache("kivi4v2:window=64"))
+    'kivi4v2:window=64'
+    """
+    name = next((name for name, known in KINDS.items() if type(kind) is known), None)
+    if name is None:
+        raise ConfigError(f"{type(kind).__name__} has no name; expected one of {sorted(KINDS)}")
+    given = {field.name: getattr(kind, field.name) for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+             if getattr(kind, field.name) != field.default}
+    k_bits, v_bits = getattr(kind, "k_bits", None), getattr(kind, "v_bits", None)
+    bits = "" if k_bits is None else f"{k_bits}" if k_bits == v_bits else f"{k_bits}v{v_bits}"
+    write = lambda value: "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    rest = [f"{key}={write(value)}" for key, value in given.items()
+            if key not in ("k_bits", "v_bits")]
+    return name + bits + (":" + ",".join(rest) if rest else "")
+
+
+def _read(kind: type, name: str, value: str, text: str) -> Any:
+    """One field's value by the field's type; tuples are written a/b/c."""
+    types = get_type_hints(kind)
+    fields = [field.name for field in dataclasses.fields(kind)]
+    if name not in fields:
+        raise ConfigError(f"cache {text!r}: no field {name!r}; expected one of {fields}")
+    wanted = str(types[name])
+    try:
+        if value == "None" and "None" in wanted:
+            return None
+        if "tuple" in wanted:
+            return tuple(float(x) for x in value.split("/"))
+        if "bool" in wanted:
+            return {"true": True, "false": False}[value.lower()]
+        if "int" in wanted:
+            return int(value)
+        return float(value) if "float" in wanted else value
+    except (ValueError, KeyError):
+        raise ConfigError(f"cache {text!r}: {name} is {value!r}; expected {wanted}") from None

@@ -1,0 +1,206 @@
+"""What the quantised kinds share: appending to the tail, packing whole groups, attending to both.
+
+One layer's state is a dict. `packed`: codes and scales of each row's first `packed_B` tokens.
+`k`, `v`: the tail (B, K, W, H), the tokens behind them in full precision, oldest first, zeros
+where unused. `bad_B`: a NaN or an infinity came in with this row's keys or values, which codes
+could hide; every later output of the row is NaN.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.cache.base import State
+from jaxlm.models.attention import Mask, attention, merge
+from jaxlm.models.config import AttentionSpec
+from jaxlm.models.layers import apply_rope
+from pallas_kernels.quant import PackedKV, QuantFormat, init_packed, pack_words, quantise_values
+from pallas_kernels.quant_decode_attention import quant_decode_attention
+from pallas_kernels.quant_decode_attention.common import (
+    Softmax,
+    cap,
+    finish,
+    start_softmax,
+    weigh,
+)
+from pallas_kernels.quant_decode_attention.xla import read_chunk
+from pallas_kernels.quant_flush import quant_flush
+from pallas_kernels.squat import Compensation
+
+QUERIES, TOKENS = 256, 1024  # of several queries' scores, held at once
+
+
+def empty(spec: AttentionSpec, batch: int, capacity: int, tail: int, fmt: QuantFormat,
+          dtype) -> State:
+    """No tokens; room for `capacity` coded ones (rounded up to whole tiles) and `tail` others."""
+    packed = init_packed(batch, spec.num_kv_heads, capacity, spec.head_dim, fmt)
+    packed = packed._replace(  # donated buffers must not be one and the same
+        k_min=jnp.zeros_like(packed.k_scale), v_min=jnp.zeros_like(packed.v_scale))
+    shape = (batch, spec.num_kv_heads, tail, spec.head_dim)
+    return {"packed": packed, "k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype),
+            "packed_B": jnp.zeros(batch, jnp.int32), "bad_B": jnp.zeros(batch, bool)}
+
+
+def not_finite(k_BTKH: jax.Array, v_BTKH: jax.Array, count_B: jax.Array) -> jax.Array:
+    """Rows with a NaN or an infinity among their first `count_B` tokens, bool (B,)."""
+    fine_BT = jnp.isfinite(k_BTKH).all((2, 3)) & jnp.isfinite(v_BTKH).all((2, 3))
+    return (~fine_BT & (jnp.arange(fine_BT.shape[1]) < count_B[:, None])).any(1)
+
+
+def join(tail_BKWH: jax.Array, new_BKTH: jax.Array, held_B: jax.Array, count_B: jax.Array):
+    """Each row's `held_B` tail tokens, then `count_B` new ones, then zeros: (B, K, W + T, H)."""
+    size = tail_BKWH.shape[2] + new_BKTH.shape[2]
+    both = jnp.concatenate([tail_BKWH, new_BKTH.astype(tail_BKWH.dtype)], 2)
+    at_BS = jnp.broadcast_to(jnp.arange(size), (both.shape[0], size))
+    held, total = held_B[:, None], (held_B + count_B)[:, None]
+    source = jnp.where(at_BS < held, at_BS, at_BS - held + tail_BKWH.shape[2])
+    taken = jnp.take_along_axis(both, jnp.minimum(source, size - 1)[:, None, :, None], axis=2)
+    return jnp.where((at_BS < total)[:, None, :, None], taken, 0)
+
+
+def leftover(x_BKSH: jax.Array, gone_B: jax.Array, count_B: jax.Array, size: int) -> jax.Array:
+    """`size` tokens from `gone_B` on, zeros beyond `count_B`."""
+    at_BW = gone_B[:, None] + jnp.arange(size)
+    taken = jnp.take_along_axis(
+        x_BKSH, jnp.minimum(at_BW, x_BKSH.shape[2] - 1)[:, None, :, None], axis=2)
+    return jnp.where((at_BW < count_B[:, None])[:, None, :, None], taken, 0)
+
+
+def ready_groups(count_B: jax.Array, keep: int, group: int) -> jax.Array:
+    """Whole groups among `count_B` tokens whose newest `keep` stay in full precision."""
+    return jnp.maximum(count_B - keep, 0) // group
+
+
+def fill(packed: PackedKV, k_BKTH: jax.Array, v_BKTH: jax.Array, fmt: QuantFormat,
+         code_keys: Callable) -> PackedKV:
+    """Code all T tokens (B, K, T, H) into empty words, a tile at a time, bits beyond T included."""
+    size = packed.k_words.shape[2] * 32 // fmt.k_bits
+    chunk, pieces = fmt.tile, -(-min(k_BKTH.shape[2], size) // fmt.tile)
+    fit = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max(pieces * chunk - x.shape[2], 0)), (0, 0)))
+    k_BKTH, v_BKTH = fit(k_BKTH), fit(v_BKTH)
+
+    def put(i, packed: PackedKV) -> PackedKV:
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 2)
+        keys, values = code_keys(take(k_BKTH)), quantise_values(take(v_BKTH), fmt)
+        at = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
+            old, new.astype(old.dtype), i * new.shape[axis], axis)
+        return packed._replace(
+            k_words=at(packed.k_words, pack_words(keys.codes, fmt.k_bits, fmt.group), 2),
+            v_words=at(packed.v_words, pack_words(values.codes, fmt.v_bits, fmt.group), 2),
+            k_scale=at(packed.k_scale, keys.scale, 2), k_min=at(packed.k_min, keys.minimum, 2),
+            v_scale=at(packed.v_scale, values.scale, 3), v_min=at(packed.v_min, values.minimum, 3))
+
+    return jax.lax.fori_loop(0, pieces, put, packed)
+
+
+def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.Array,
+               ready_B: jax.Array, fmt: QuantFormat, comp: Compensation | None, block: int,
+               implementation) -> State:
+    """Of `count_B` uncoded tokens a row, code the first `ready_B` groups; the rest is the tail.
+
+    One group of every ready row at a time, written in place.
+    """
+    group, width = fmt.group, state["k"].shape[2]
+    short = max(group - k_BKSH.shape[2], 0)
+    on_gpu = implementation == "gpu" or (implementation is None and jax.default_backend() == "gpu")
+    fit = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0)))
+    keys, values = fit(k_BKSH), fit(v_BKSH)
+
+    def put(i, packed: PackedKV) -> PackedKV:
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * group, group, 2)
+        return quant_flush(packed, take(keys), take(values), state["packed_B"] + i * group,
+                           ready_B > i, fmt, comp, block=block, guard=False,
+                           implementation="xla" if on_gpu else implementation)
+
+    packed = jax.lax.fori_loop(0, jnp.max(ready_B), put, state["packed"])
+    gone_B = ready_B * group
+    return state | {
+        "packed": packed, "packed_B": state["packed_B"] + gone_B,
+        "k": leftover(k_BKSH, gone_B, count_B, width).astype(state["k"].dtype),
+        "v": leftover(v_BKSH, gone_B, count_B, width).astype(state["v"].dtype),
+    }
+
+
+def attend_one(spec: AttentionSpec, state: State, q_B1NH: jax.Array, pos_B: jax.Array,
+               length_B: jax.Array, first_B: jax.Array, fmt: QuantFormat, before: bool,
+               implementation) -> tuple[jax.Array, jax.Array]:
+    """One query a row over codes and tail together; token i stands at `first_B + i`."""
+    seen_B = jnp.clip(pos_B - first_B + 1, 0, length_B)
+    coded_B = jnp.minimum(seen_B, state["packed_B"])
+    start = None if spec.window is None else jnp.maximum(pos_B - first_B - spec.window + 1, 0)
+    out, lse = quant_decode_attention(
+        q_B1NH[:, 0], state["packed"], coded_B, fmt, state["k"], state["v"],
+        jnp.maximum(seen_B - state["packed_B"], 0), start=start, scale=spec.scale,
+        softcap=spec.softcap, rotate=rotation(spec, first_B) if before else None,
+        implementation=implementation)
+    return out[:, None].astype(q_B1NH.dtype), lse[:, None]
+
+
+def attend_many(spec: AttentionSpec, state: State, q_BTNH: jax.Array, pos_BT: jax.Array,
+                k_BKSH: jax.Array, v_BKSH: jax.Array, length_B: jax.Array, first_B: jax.Array,
+                fmt: QuantFormat, before: bool) -> tuple[jax.Array, jax.Array]:
+    """Queries over the codes and over uncoded tokens (B, K, S, H) behind them, merged."""
+    packed_B = jnp.minimum(state["packed_B"], length_B)
+    slot_BS = packed_B[:, None] + jnp.arange(k_BKSH.shape[2])
+    if before:
+        k_BKSH = rotation(spec, first_B)(k_BKSH, slot_BS)
+    rest = attention(
+        q_BTNH, k_BKSH.astype(q_BTNH.dtype).swapaxes(2, 3), v_BKSH.astype(q_BTNH.dtype),
+        Mask(window=spec.window), pos_BT, slot_BS + first_B[:, None], scale=spec.scale,
+        softcap=spec.softcap, key_valid_BS=slot_BS < length_B[:, None])
+    time = q_BTNH.shape[1]
+    if time <= QUERIES:
+        coded = attend_codes(spec, state["packed"], packed_B, q_BTNH, pos_BT, first_B, fmt, before)
+        return merge([rest, coded])
+    count = -(-time // QUERIES)
+    cut = lambda x: jnp.moveaxis(jnp.pad(
+        x, ((0, 0), (0, count * QUERIES - time)) + ((0, 0),) * (x.ndim - 2)
+    ).reshape(x.shape[0], count, QUERIES, *x.shape[2:]), 1, 0)
+    coded = jax.lax.map(lambda part: attend_codes(
+        spec, state["packed"], packed_B, *part, first_B, fmt, before), (cut(q_BTNH), cut(pos_BT)))
+    whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :time]
+    return merge([rest, (whole(coded[0]), whole(coded[1]))])
+
+
+def attend_codes(spec: AttentionSpec, packed: PackedKV, packed_B: jax.Array, q_BTNH: jax.Array,
+                 pos_BT: jax.Array, first_B: jax.Array, fmt: QuantFormat, before: bool):
+    """Several queries a row over the codes, a chunk dequantised at a time, by online softmax."""
+    batch, time, heads, width = q_BTNH.shape
+    kv_heads = packed.k_words.shape[1]
+    q = q_BTNH.reshape(batch, time, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    q = q.astype(jnp.float32) * spec.scale  # B K G T H
+    tiles = packed.k_words.shape[2] * 32 // fmt.k_bits // fmt.tile
+    most = max(TOKENS // fmt.tile, 1)
+    size = fmt.tile * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= most)
+
+    def absorb(i, soft: Softmax) -> Softmax:
+        keys, values = read_chunk(packed, i, size, fmt)
+        slot_BS = jnp.broadcast_to(i * size + jnp.arange(size), (batch, size))
+        if before:
+            keys = rotation(spec, first_B)(keys, slot_BS)
+        behind = pos_BT[:, :, None] - (slot_BS + first_B[:, None])[:, None]
+        keep = (behind >= 0) & (slot_BS < packed_B[:, None])[:, None]
+        if spec.window is not None:
+            keep &= behind < spec.window
+        values = jnp.where((slot_BS < packed_B[:, None])[:, None, :, None], values, 0.0)
+        scores = cap(jnp.einsum("bkgth,bksh->bkgts", q, keys), spec.softcap)
+        soft, weights = weigh(soft, scores, keep[:, None, None])
+        more = jnp.einsum("bkgts,bksh->bkgth", weights, values)
+        return soft._replace(values=soft.values + more)
+
+    pieces = (jnp.max(packed_B) + size - 1) // size
+    soft = jax.lax.fori_loop(0, pieces, absorb, start_softmax(q.shape[:4], width))
+    out, lse = finish(soft)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
+    return out.astype(q_BTNH.dtype), lse.transpose(0, 3, 1, 2).reshape(batch, time, heads)
+
+
+def rotation(spec: AttentionSpec, first_B: jax.Array):
+    """Rotates keys (B, K, S, H) kept before RoPE by the positions of their slots (B, S)."""
+
+    def rotate(keys, slot_BS):
+        turned = apply_rope(keys.swapaxes(1, 2), slot_BS + first_B[:, None], spec.rope)
+        return turned.swapaxes(1, 2)
+
+    return rotate
