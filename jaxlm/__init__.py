@@ -22,7 +22,8 @@ _HOMES = {
     "jaxlm.hf.bundle": ("Bundle", "load", "save"),
     "jaxlm.hf.tokenizer": ("Tokenizer",),
     "jaxlm.decode.samplers": ("Greedy", "Temperature"),
-    "jaxlm.decode.state": ("DecodeState", "Stop", "decode", "decode_step", "extend", "prefill"),
+    "jaxlm.decode.state": ("DecodeState", "decode", "decode_step", "extend", "prefill"),
+    "jaxlm.decode.stop": ("Stop",),
     "jaxlm.decode.generate": ("Generation", "generate", "stream"),
     "jaxlm.decode.score": ("Score", "perplexity", "score"),
 }

@@ -71,3 +71,19 @@ def goldens_dir() -> Path:
 def golden_subset() -> Path:
     """The reference vectors committed with the tests."""
     return ROOT / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A tiny random Llama as a Hugging Face folder; do not write into it."""
+    from tests.tiny import write_folder
+
+    return write_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def bundle(tiny_folder):
+    """The tiny model, loaded."""
+    from jaxlm.hf.bundle import load
+
+    return load(tiny_folder)

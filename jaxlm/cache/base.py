@@ -53,8 +53,8 @@ class CacheKind(Protocol):
     ) -> tuple[jax.Array, jax.Array]:
         """Read-only: out_BTNH and lse_BTN of queries over each row's first `length_B` tokens.
 
-        Token `i` of a row stands at position `first_B + i`. A query sees what is not behind it,
-        so that several rows' queries may be laid along T, in any order.
+        Token `i` of a row stands at position `first_B + i`. A query sees what stands at its own
+        position or before; queries of several rows may be laid along T, in any order.
         """
 
     def flush(

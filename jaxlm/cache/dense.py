@@ -13,6 +13,8 @@ from jaxlm.models.attention import Mask, attention
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
 
+SPARE = 8  # slots beyond the last: rows that are done go on stepping, and write there
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -26,8 +28,9 @@ class Dense:
     flush_every = None
 
     def init(self, spec: AttentionSpec, batch: int, slots: int, dtype: Any) -> State:
-        """Zeros for `slots` tokens a row."""
+        """Zeros for `slots` tokens a row, and the spare slots."""
         heads, width, dtype = spec.num_kv_heads, spec.head_dim, self.dtype or dtype
+        slots += SPARE
         return {"k": jnp.zeros((batch, heads, width, slots), dtype),
                 "v": jnp.zeros((batch, heads, slots, width), dtype)}
 
@@ -55,7 +58,7 @@ class Dense:
         """One token in every row."""
         pos_B1, length_B = pos_B[:, None], start_B + 1
         q, k = (apply_rope(x, pos_B1, spec.rope) for x in (q_B1NH, k_B1KH))
-        state = append(state, k, v_B1KH, start_B, jnp.ones_like(start_B))
+        state = append_one(state, k, v_B1KH, start_B)
 
         def look(size):
             part = {"k": state["k"][..., :size], "v": state["v"][:, :, :size]}
@@ -95,6 +98,22 @@ def append(
     put = lambda ref, x: ref.set(x.astype(state["v"].dtype), mode="drop")
     return {"k": put(state["k"].at[rows, :, :, slot_BT], k_BTKH),
             "v": put(state["v"].at[rows, :, slot_BT], v_BTKH)}
+
+
+def append_one(state: State, k_B1KH: jax.Array, v_B1KH: jax.Array, start_B: jax.Array) -> State:
+    """Write one token a row at its `start_B`; what does not fit goes to the last spare slot.
+
+    A slice update that clamps, mapped over rows: any bounds check here, even the scatter's own,
+    makes XLA:TPU copy the whole cache in every step of a loop.
+    """
+    k_BKH, v_BKH = (x[:, 0].astype(state["v"].dtype) for x in (k_B1KH, v_B1KH))
+    update = jax.lax.dynamic_update_slice
+    return {
+        "k": jax.vmap(lambda row, x, at: update(row, x[..., None], (0, 0, at)))(
+            state["k"], k_BKH, start_B),
+        "v": jax.vmap(lambda row, x, at: update(row, x[:, None], (0, at, 0)))(
+            state["v"], v_BKH, start_B),
+    }
 
 
 def bounded(look: Callable[[int], Any], longest: jax.Array, slots: int) -> Any:

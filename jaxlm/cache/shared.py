@@ -14,8 +14,7 @@ from jaxlm.models.attention import merge
 from jaxlm.models.config import AttentionSpec
 
 
-@struct.dataclass
-class SharedState:
+class SharedState(struct.PyTreeNode):
     """One layer's prompt, whose leaves lead with R, and its rows' own tokens, with B = R P.
 
     length_R: int32, tokens in the prompt.

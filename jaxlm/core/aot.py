@@ -2,7 +2,6 @@
 
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +40,7 @@ class Program:
         return self.arguments + self.outputs - self.reused + self.temporaries
 
 
-def compile_program(jitted: Callable, *args: Any, **kwargs: Any) -> Program:
+def compile_program(jitted: Any, *args: Any, **kwargs: Any) -> Program:
     """Lower and compile; arguments may be `jax.ShapeDtypeStruct`s with shardings.
 
     A program that the compiler itself finds too large for the chip gives a Program whose

@@ -53,7 +53,7 @@ def report() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "processes": jax.process_count(),
         "devices": devices,
-        "compilation_cache": jax.config.jax_compilation_cache_dir,
+        "compilation_cache": getattr(jax.config, "jax_compilation_cache_dir", None),
         "advice": advice(),
     }
 

@@ -1,5 +1,9 @@
 """Errors that say what was wrong, what came, what was expected, and what to do."""
 
+from typing import Any
+
+import numpy as np
+
 
 class JaxlmError(ValueError):
     """Base of every error that jaxlm raises on bad input."""
@@ -27,3 +31,18 @@ class DeviceError(JaxlmError):
 
 class NumericsError(JaxlmError):
     """A NaN or an infinity where a number was expected."""
+
+
+def whole(name: str, value: Any, low: int = 1, high: int = 2**31 - 1) -> int:
+    """`value` as an int; numpy's integers count, booleans and floats do not.
+
+    Raises: ConfigError outside [low, high]; the default bound is what an int32 index can reach.
+
+    >>> whole("batch", np.int64(8))
+    8
+    """
+    fine = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not fine or not low <= value <= high:
+        limits = f"of at least {low}" if high == 2**31 - 1 else f"from {low} to {high}"
+        raise ConfigError(f"{name} is {value!r}; expected a whole number {limits}")
+    return int(value)

@@ -31,15 +31,16 @@ def make_mesh(
       >>> make_mesh(devices=jax.devices()[:1]).shape["tensor"]
       1
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for name, size in sizes.items():
-        if size < 1:
-            raise DeviceError(f"mesh axis {name!r} has size {size}; expected at least 1")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise DeviceError(f"mesh axis {name!r} has size {size!r}; expected at least 1")
     if int(np.prod(list(sizes.values()))) != len(devices):
         raise DeviceError(
             f"mesh {sizes} needs {int(np.prod(list(sizes.values())))} devices, got {len(devices)} "
-            f"({devices[0].platform}); change an axis or pass `devices`"
+            f"({', '.join(sorted({d.platform for d in devices}))}); change an axis or pass "
+            "`devices`"
         )
     # Explicit axes, the default of jax.make_mesh, refuse gathers and cache writes
     grid = np.asarray(devices).reshape(tuple(sizes.values()))
@@ -86,13 +87,7 @@ def shardings(axes: Params, shapes: Params, mesh: Mesh, rules: Rules = RULES) ->
 
 def shard_batch(tree: Any, mesh: Mesh | None, rules: Rules = RULES) -> Any:
     """Place arrays that lead with the batch; without a mesh, leave them as they are."""
-    if mesh is None:
+    if mesh is None or not (leaves := jax.tree.leaves(tree)):
         return tree
-
-    def place(x):
-        axes = ("batch",) + ("",) * (x.ndim - 1)
-        return jax.device_put(x, NamedSharding(mesh, partition(axes, x.shape, mesh, rules)))
-
-    return jax.tree.map(place, tree)
-
-
+    rows = partition(("batch",), leaves[0].shape[:1], mesh, rules, "batch")  # one warning at most
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, rows)), tree)

@@ -74,7 +74,8 @@ def compress(codes_SV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     similar size compile once.
     """
     states, vocab = codes_SV.shape
-    mix = np.random.default_rng(0).integers(1, 2**63, states, dtype=np.uint64) | np.uint64(1)
+    draw = np.random.default_rng(0).integers(1, 2**63, (states,), dtype=np.uint64)
+    mix = np.bitwise_or(draw, np.uint64(1))
     hashes = (codes_SV.astype(np.uint64) * mix[:, None]).sum(0, dtype=np.uint64)
     _, first, class_V = np.unique(hashes, return_index=True, return_inverse=True)
     table = codes_SV[:, first]

@@ -1,6 +1,7 @@
 """generate and stream: text in, text out, over the pure functions of `decode.state`."""
 
-from collections.abc import Generator, Sequence
+import os
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +11,18 @@ import numpy as np
 
 from jaxlm.cache.base import CacheKind, broken_layer
 from jaxlm.cache.dense import Dense
-from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, TokenizerError
+from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, TokenizerError, whole
 from jaxlm.core.mesh import shard_batch
 from jaxlm.decode.samplers import Greedy, Sampler
 from jaxlm.decode.state import DecodeState, Kinds, Stop, decode, prefill
 from jaxlm.hf.bundle import Bundle
+from jaxlm.hf.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 BUCKET = 32  # prompts are padded to multiples of this, so that near lengths share a program
 
 prefill_jit = jax.jit(prefill, static_argnames=("lm", "cache", "slots"))
-decode_jit = jax.jit(decode, static_argnames=("lm", "stop"), donate_argnames=("state",))
+decode_jit = jax.jit(decode, static_argnames="lm", donate_argnames=("state",))
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,18 @@ def stream(
 
     Yields: the new text (a list of texts for a list of prompts) since the last piece.
     Returns: as a generator does (`answer = yield from stream(...)`), what `generate` returns.
+    Raises: as `generate`, at the call and not at the first piece.
     """
-    if chunk < 1:
-        raise ConfigError(f"chunk is {chunk}; expected at least 1")
+    whole("chunk", chunk)
     job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len)
+    return _pieces(bundle, job, max_new_tokens, sampler, cache, chunk)
+
+
+def _pieces(
+    bundle: Bundle, job: "Job", max_new_tokens: int, sampler: Sampler, cache: CacheKind | Kinds,
+    chunk: int,
+) -> Generator[Any, None, Any]:
+    """The loop of `stream`."""
     state = prefill_jit(bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B, cache,
                         job.slots, job.keys_B)
     shown = [""] * len(job.prompts)
@@ -122,12 +132,11 @@ def prepare(
     stop_ids: Sequence[int] | None, max_len: int | None,
 ) -> Job:
     """Check everything that can be wrong with a request, and pad it."""
-    if isinstance(max_new, bool) or not isinstance(max_new, int) or max_new < 1:
-        raise ConfigError(f"max_new_tokens is {max_new!r}; expected a whole number above 0")
+    max_new = whole("max_new_tokens", max_new)
     vocab = bundle.lm.config.vocab_size
     ids, many = to_ids(bundle, prompts)
     longest = max(map(len, ids))
-    room = max_len or longest + max_new
+    room = longest + max_new if max_len is None else whole("max_len", max_len)
     if longest + max_new > room:
         raise ShapeError(
             f"prompt {np.argmax([len(i) for i in ids])} has {longest} tokens and {max_new} new "
@@ -142,38 +151,59 @@ def prepare(
     tokens = np.zeros((len(ids), width), np.int32)
     for row, prompt in enumerate(ids):
         tokens[row, : len(prompt)] = prompt
-    stops = bundle.stop_ids if stop_ids is None else tuple(sorted(set(stop_ids)))
-    if any(not 0 <= i < vocab for i in stops):
-        raise TokenizerError(f"stop_ids are {stops}; expected ids from 0 to {vocab - 1}")
-    batch = shard_batch(
-        (jnp.asarray(tokens), jnp.asarray([len(i) for i in ids], jnp.int32)), bundle.mesh
-    )
-    return Job(ids, many, *batch, row_keys(key, len(ids)), round_up(room, BUCKET), Stop(stops))
+    stops = bundle.stop_ids if stop_ids is None else stop_ids
+    if isinstance(stops, str | bytes) or not isinstance(stops, Iterable):
+        raise ConfigError(f"stop_ids is {stops!r}; expected a list of token ids")
+    stops = tuple(sorted({check_id(i, vocab, "stop_ids") for i in stops}))
+    lengths = jnp.asarray([len(i) for i in ids], jnp.int32)
+    tokens_BT, lengths_B = shard_batch((jnp.asarray(tokens), lengths), bundle.mesh)
+    return Job(ids, many, tokens_BT, lengths_B, row_keys(key, len(ids)), round_up(room, BUCKET),
+               Stop(stops))
 
 
 def to_ids(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt]
 ) -> tuple[list[list[int]], bool]:
     """Prompts as checked lists of ids, and whether a list was given."""
-    one = isinstance(prompts, str) or (
-        len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
-    )
-    given = [prompts] if one else list(prompts)
-    if not given:
+    if bundle.lm.labels is not None:
+        raise ConfigError("this model gives labels, not text; use bundle.lm.classify")
+    given: Any = prompts.tolist() if isinstance(prompts, np.ndarray | jax.Array) else prompts
+    one = isinstance(given, str)
+    if not one and not isinstance(given, list | tuple):
+        raise ShapeError(
+            f"got {type(prompts).__name__} {prompts!r}; expected a text, a list of token ids, or a "
+            "list of either"
+        )
+    if not one and len(given) == 0:
         raise ShapeError("got no prompts; expected at least one")
-    vocab, out = bundle.lm.config.vocab_size, []
-    for number, prompt in enumerate(given):
-        encode = bundle.tokenizer.encode
-        ids = encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        if not ids or prompt == "":
-            raise ShapeError(f"prompt {number} is empty; expected at least one token")
-        if wrong := [i for i in ids if not 0 <= i < vocab]:
-            raise TokenizerError(
-                f"prompt {number} has token id {wrong[0]}; expected 0 to {vocab - 1}. Was it "
-                "made with another model's tokenizer?"
-            )
-        out.append(ids)
+    one = one or not isinstance(given[0], str | list | tuple | np.ndarray | jax.Array)
+    vocab = bundle.lm.config.vocab_size
+    out = [_prompt_ids(bundle.tokenizer, prompt, vocab, f"prompt {number}")
+           for number, prompt in enumerate([given] if one else given)]
     return out, not one
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: Any, vocab: int, name: str) -> list[int]:
+    """One prompt as checked ids."""
+    given = prompt.tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
+    if isinstance(given, str):
+        given = tokenizer.encode(given) if given else []
+    if not isinstance(given, list | tuple):
+        raise ShapeError(f"{name} is {prompt!r}; expected a text or a list of token ids")
+    if len(given) == 0:
+        raise ShapeError(f"{name} is empty; expected at least one token")
+    return [check_id(i, vocab, name) for i in given]
+
+
+def check_id(value: Any, vocab: int, name: str) -> int:
+    """A token id as an int; TokenizerError outside the vocabulary, or for anything but an int."""
+    try:
+        return whole(name, value, 0, vocab - 1)
+    except ConfigError as error:
+        raise TokenizerError(
+            f"{name} has token id {value!r}; expected a whole number from 0 to {vocab - 1}. Was it "
+            "made with another model's tokenizer?"
+        ) from error
 
 
 def read(bundle: Bundle, job: Job, state: DecodeState) -> list[Generation]:
@@ -195,9 +225,11 @@ def read(bundle: Bundle, job: Job, state: DecodeState) -> list[Generation]:
             )
         stopped = bool(drawn) and drawn[-1] in job.stop.ids
         before = bundle.tokenizer.decode(prompt)
-        whole = bundle.tokenizer.decode(prompt + (drawn[:-1] if stopped else drawn))
+        text = bundle.tokenizer.decode(prompt + (drawn[:-1] if stopped else drawn))
+        if not text.startswith(before):  # the prompt ends inside a character
+            before = os.path.commonprefix([before, text])
         answers.append(Generation(
-            before, whole[len(before):], tuple(drawn), logprobs, "stop" if stopped else "length"
+            before, text[len(before):], tuple(drawn), logprobs, "stop" if stopped else "length"
         ))
     return answers
 
@@ -205,6 +237,10 @@ def read(bundle: Bundle, job: Job, state: DecodeState) -> list[Generation]:
 def row_keys(key: jax.Array | None, batch: int) -> jax.Array:
     """One key a row: from one key, or as given."""
     key = jax.random.key(0) if key is None else key
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise ConfigError(f"key is {key!r}; expected a typed key, such as jax.random.key(0)")
+    if key.ndim > 1:
+        raise ShapeError(f"keys are {key.shape}; expected one key, or one for each of {batch} rows")
     if key.ndim == 1:
         if len(key) != batch:
             raise ShapeError(f"got {len(key)} keys for {batch} prompts; give one, or one a prompt")

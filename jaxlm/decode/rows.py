@@ -55,7 +55,8 @@ def fork(
             if isinstance(new, Squat):
                 added = new.inherit(added, prompt, particles)
             kinds[layer] = Shared(kind, new)
-            caches[layer] = SharedState(prompt, added, state.length_B)
+            length_R = jnp.array(state.length_B)  # a buffer of its own: states are donated
+            caches[layer] = SharedState(prompt, added, length_R)
     rows = repeat_rows(moved_fields(state), particles)
     full_B = rows["length_B"] >= rows["limit_B"]
     longer = lambda x: jnp.pad(x, ((0, 0), (0, slots)))

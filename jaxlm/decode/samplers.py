@@ -101,8 +101,9 @@ class Categorical:
     Example:
       >>> sampler = Categorical(0.8, top_k=2)
       >>> logits = jnp.array([[0.0, 8.0, 8.8, 1.0]])
-      >>> print(sampler.logprob(logits, jnp.array([1]), sampler.init(1, 4)))
-      [-1.3132999]
+      >>> logprob_B = sampler.logprob(logits, jnp.array([1]), sampler.init(1, 4))
+      >>> print(f"{logprob_B[0]:.3f}")
+      -1.313
     """
 
     temperature: Any = 1.0

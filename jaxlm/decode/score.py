@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.errors import ConfigError, NumericsError, ShapeError
+from jaxlm.core.errors import NumericsError, ShapeError, whole
 from jaxlm.core.mesh import shard_batch
 from jaxlm.core.tree import Params
 from jaxlm.decode.generate import BUCKET, Prompt, round_up, to_ids
@@ -42,7 +42,7 @@ def score(
     Args:
       texts: a text or token ids, or a list of either; at least 2 tokens each.
       window: tokens a window, 2 to the model's length (the default).
-      stride: 1 to window; default half a window. The smaller, the more context and time.
+      stride: 1 to window - 1; default half a window. The smaller, the more context and time.
       batch: windows computed together.
     Returns: a Score, or a list of them when a list was given.
     Raises: ShapeError, ConfigError, TokenizerError before any compute; NumericsError on NaN.
@@ -53,14 +53,9 @@ def score(
       True
     """
     limit = bundle.lm.config.max_len
-    window = limit if window is None else window
-    stride = max(window // 2, 1) if stride is None else stride
-    if not 2 <= window <= limit:
-        raise ConfigError(f"window is {window}; expected 2 to {limit}, the model's length")
-    if not 1 <= stride < window:
-        raise ConfigError(f"stride is {stride}; expected 1 to {window - 1}, below the window")
-    if batch < 1:
-        raise ConfigError(f"batch is {batch}; expected at least 1")
+    window = limit if window is None else whole("window", window, 2, limit)
+    stride = max(window // 2, 1) if stride is None else whole("stride", stride, 1, window - 1)
+    batch = whole("batch", batch)
     ids, many = to_ids(bundle, texts)
     for number, text in enumerate(ids):
         if len(text) < 2:
@@ -99,6 +94,8 @@ def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]
 
 def perplexity(scores: Sequence[Score]) -> float:
     """`exp` of the mean negative log-probability over all tokens of all texts."""
+    if not scores:
+        raise ShapeError("got no scores; expected at least one")
     return float(np.exp(-np.concatenate([s.logprobs for s in scores]).mean(dtype=np.float64)))
 
 

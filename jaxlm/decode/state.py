@@ -12,13 +12,12 @@ from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import Params
 from jaxlm.decode.samplers import Sampler, read_text
 from jaxlm.decode.stop import NEVER, Stop
-from jaxlm.models.lm import LM, pick
+from jaxlm.models.lm import LM, check_shape, check_tokens, pick
 
 Kinds = tuple[CacheKind | None, ...]
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
     """Everything that a batch of growing texts carries; every leaf but `since_flush` leads with B.
 
     tokens_BS: int32, the text so far, prompt included; slots beyond `length_B` are unspecified.
@@ -65,14 +64,16 @@ def prefill(
       lengths_B: int32, 1 to T.
       cache: one kind, or one a layer. slots: static, tokens a row can hold in all.
       keys_B: typed keys, one a row.
-    Raises: ShapeError when the prompts do not fit.
+    Raises: ShapeError when the prompts do not fit, or the arrays do not fit together.
+      A length outside 1 to T gives NaN logits.
     """
-    batch, time = tokens_BT.shape
-    if batch == 0 or time == 0:
-        raise ShapeError(f"tokens are {tokens_BT.shape}; expected at least one row and one token")
+    batch, time = check_tokens(tokens_BT)
+    check_shape("lengths_B", lengths_B, (batch,))
+    check_shape("keys_B", keys_B, (batch,))
     if time > slots:
         raise ShapeError(f"prompts are {time} tokens wide but the cache holds {slots}; raise slots")
     kinds = layer_kinds(lm, cache)
+    tokens_BT = jnp.where(jnp.arange(time) < lengths_B[:, None], tokens_BT, 0)  # any padding
     dtype = params["embed"]["table"].dtype
     specs = tuple(lm.config.attention(i) for i in range(lm.config.num_layers))
     caches = init_caches(kinds, specs, batch, slots, dtype)
@@ -82,6 +83,7 @@ def prefill(
         lambda kind, spec, state, q, k, v: kind.prefill(spec, state, q, k, v, pos_BT, lengths_B),
     )
     logits = lm.head(params, pick(hidden, "last", lengths_B))[:, 0]
+    logits = jnp.where(((lengths_B >= 1) & (lengths_B <= time))[:, None], logits, jnp.nan)
     return DecodeState(
         tokens_BS=jnp.zeros((batch, slots), jnp.int32).at[:, :time].set(tokens_BT),
         length_B=lengths_B.astype(jnp.int32), logits_BV=logits,
@@ -104,13 +106,17 @@ def extend(
       tokens_BT: int32, right-padded. counts_B: tokens of each row to append, 0 to T.
       logits_at: "all", or int32 (B, M) indices into T, for logits besides the next token's.
     Returns: the state, live again where tokens came, and float32 logits (B, M, V) or None.
-      A row that would outgrow its cache gets NaN logits, never wrong ones.
+      A row that would outgrow its cache, or T, gets NaN logits, never wrong ones.
     """
-    batch, time = tokens_BT.shape
+    batch, time = check_tokens(tokens_BT)
     slots = state.tokens_BS.shape[1]
+    check_shape("tokens_BT", tokens_BT, (len(state.length_B), time))
+    check_shape("counts_B", counts_B, (batch,))
     start_B, counts_B = state.length_B, counts_B.astype(jnp.int32)
+    tokens_BT = jnp.where(jnp.arange(time) < counts_B[:, None], tokens_BT, 0)  # any padding
     pos_BT = start_B[:, None] + jnp.arange(time, dtype=jnp.int32)
-    fits_B, read_B = start_B + counts_B <= state.limit_B, counts_B > 0
+    fits_B = (start_B + counts_B <= state.limit_B) & (counts_B >= 0) & (counts_B <= time)
+    read_B = counts_B > 0
     kept_B = jnp.where(fits_B, counts_B, 0)  # a refused row's tokens must not reach its codes
     hidden, caches = cached_run(
         lm, params, tokens_BT, state.kinds, state.caches,

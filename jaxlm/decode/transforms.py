@@ -94,8 +94,8 @@ def shortest_top(
     Returns: bool (B, V).
 
     The threshold is found bit by bit, from the highest of 32, over integers that order as the
-    floats do: 32 passes without a sort (8 rows of 32k logits: 3 ms against 102 ms on two cores,
-    `experiments/bench_samplers.py`).
+    floats do: 32 passes and no sort, which costs several times more
+    (`experiments/bench_samplers.py`).
     """
     order_BV = _ordered_bits(logits_BV)
 

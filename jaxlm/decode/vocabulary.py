@@ -10,8 +10,8 @@ def token_bytes(tokenizer: Any, size: int | None = None) -> list[bytes]:
     """What every token id adds to a text.
 
     Args:
-      tokenizer: a `tokenizers.Tokenizer`, or a fast transformers one, of the byte-level kind
-        (GPT-2, Llama 3, Qwen) or the sentencepiece kind (Llama 2, Mistral, Gemma).
+      tokenizer: jaxlm's, a `tokenizers.Tokenizer`, or a fast transformers one, of the byte-level
+        kind (GPT-2, Llama 3, Qwen) or the sentencepiece kind (Llama 2, Mistral, Gemma).
       size: the model's vocabulary, at least the tokenizer's; ids without a token add nothing.
     Returns: bytes by id. Special tokens count with their name, so that a rule may look for it.
     Raises: TokenizerError for another kind of tokenizer, or a model's vocabulary that is smaller.

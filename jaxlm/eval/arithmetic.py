@@ -213,7 +213,9 @@ def check_steps(problem: Problem, text: str) -> Verdict:
       >>> slip.steps, slip.answered, slip.correct
       ((False,), True, False)
     """
-    plan, valid, results = problem.plan, [], []
+    plan = problem.plan
+    valid: list[bool] = []
+    results: list[str] = []
     for line in text.split("\n"):
         if answer := _ANSWER.fullmatch(line):
             correct = answer[1] == str(problem.answer)

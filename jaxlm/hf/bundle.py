@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 
 from jaxlm.core.device import require
 from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError
 from jaxlm.core.mesh import RULES, Rules, shardings
-from jaxlm.core.tree import Params
-from jaxlm.hf.config import from_hf, read_json, to_hf
+from jaxlm.core.tree import Params, flatten
+from jaxlm.hf.config import from_hf, labels_from_hf, read_json, to_hf
 from jaxlm.hf.families import family_of
 from jaxlm.hf.hub import fetch
 from jaxlm.hf.tokenizer import FILES, Tokenizer
@@ -28,13 +29,14 @@ from jaxlm.models.lm import LM
 
 BUNDLED = {"tiny": pathlib.Path(__file__).parents[1] / "bundled" / "tiny"}
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A model to use: the only object here that holds arrays.
 
-    `stop_ids` end a text; `extra` keeps the token ids of config.json for `save`.
+    `stop_ids` end a text; `extra` keeps config.json's token ids and label names for `save`.
     """
 
     lm: LM
@@ -57,7 +59,8 @@ def load(
 
     Args:
       source: a model folder, a hub id such as `org/name`, or "tiny", the bundled model.
-      dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
+      dtype: of the parameters, or "own" for the checkpoint's own; default float32 on a CPU, the
+        checkpoint's own elsewhere.
       mesh: place every parameter over this mesh by `rules`, tensor by tensor.
       device: "cpu", "gpu" or "tpu"; default whatever jax uses.
       revision: of a hub id.
@@ -70,26 +73,37 @@ def load(
     """
     if device is not None and mesh is not None:
         raise ConfigError("pass either a device or a mesh, not both")
+    if dtype is not None and not _is_float(dtype):
+        raise ConfigError(f"dtype is {dtype!r}; expected float32, bfloat16 or float16")
     target = require(device)[0] if device is not None else None
     folder = resolve(source, revision)
     raw = read_json(folder / "config.json")
     config = from_hf(raw)
-    lm = LM(config)
+    labels, per_token = labels_from_hf(raw)
+    lm = LM(config, labels=labels, per_token=per_token)
     tokenizer = Tokenizer(folder)
     stop_ids = _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
-    on_cpu = (device or jax.default_backend()) == "cpu"
+    if dtype is None and (device or jax.default_backend()) == "cpu":
+        dtype = jnp.float32
+    dtype = None if dtype == "own" else dtype
     shapes = lm.shapes(dtype or jnp.float32)
     placement = None
     if mesh is not None:
         placement = shardings(lm.axes(), shapes, mesh, rules)
     elif target is not None:
         placement = jax.tree.map(lambda _: target, shapes)
-    params = load_params(
-        folder, shapes, family_of(config.family),
-        dtype if dtype is not None else (jnp.float32 if on_cpu else None), placement,
-    )
-    extra = {name: raw[name] for name in TOKEN_FIELDS if raw.get(name) is not None}
+    params = load_params(folder, shapes, family_of(config.family), dtype, placement)
+    names = TOKEN_FIELDS if labels is None else TOKEN_FIELDS + LABEL_FIELDS
+    extra = {name: raw[name] for name in names if raw.get(name) is not None}
     return Bundle(lm, params, tokenizer, stop_ids, extra, mesh)
+
+
+def _is_float(dtype: Any) -> bool:
+    """Whether parameters may be of this dtype: one with a mantissa to lose, not an integer."""
+    try:
+        return jnp.dtype(dtype) in map(jnp.dtype, ("float32", "bfloat16", "float16"))
+    except TypeError:
+        return False
 
 
 def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
@@ -114,9 +128,9 @@ def _check_tokenizer(
     tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
 ) -> tuple[int, ...]:
     """The tokenizer belongs to this model; returns the ids that end a text."""
-    if tokenizer.size > vocab:
+    if tokenizer.base_size > vocab:
         raise TokenizerError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} but the model's "
+            f"{folder}: the tokenizer has ids up to {tokenizer.base_size - 1} but the model's "
             f"vocabulary is {vocab}; it belongs to another model"
         )
     ours, theirs = tokenizer.id_of("bos_token"), raw.get("bos_token_id")
@@ -129,7 +143,7 @@ def _check_tokenizer(
     defaults = read_json(path) if path.exists() else {}
     stops = defaults.get("eos_token_id", raw.get("eos_token_id"))
     found = stops if isinstance(stops, list) else [stops]
-    if any(i is not None and not (isinstance(i, int) and 0 <= i < vocab) for i in found):
+    if any(i is not None and (type(i) is not int or not 0 <= i < vocab) for i in found):
         raise ConfigError(
             f"{folder}: eos_token_id is {stops}; expected ids from 0 to {vocab - 1}"
         )
@@ -144,47 +158,84 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
     a full disk or a kill leaves what was there. Other files of an overwritten folder are kept.
 
     Raises:
-      CheckpointError: `folder` exists and `overwrite` is false.
+      CheckpointError: `folder` exists and `overwrite` is false, the parameters do not fit the
+        model, or the disk is full.
       ConfigError: the family's config.json cannot express the model (a plan, say).
     """
-    if bundle.lm.plan or bundle.lm.labels is not None:
+    if bundle.lm.plan:
         raise ConfigError(
-            "a Hugging Face folder cannot hold a layer plan or a label head; save "
-            "LM(config) with the full parameters instead"
+            "a Hugging Face folder cannot hold a layer plan; save LM(config) with the full "
+            "parameters instead"
         )
-    config = bundle.lm.config
+    lm, config = bundle.lm, bundle.lm.config
     dtype = str(bundle.params["embed"]["table"].dtype)
-    raw = to_hf(config, dtype=dtype, **bundle.extra)
+    raw = to_hf(config, lm.labels, lm.per_token, dtype=dtype, **bundle.extra)
+    _check_fit(bundle)
+    files = [path for name in FILES if (path := bundle.tokenizer.folder / name).exists()]
+    if not files:
+        raise CheckpointError(
+            f"{bundle.tokenizer.folder} no longer holds the tokenizer's files; expected one of "
+            f"{FILES}; put them back, or load the model again"
+        )
     with staged(pathlib.Path(folder), overwrite) as stage:
         (stage / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        generation = {**bundle.extra, "eos_token_id": list(bundle.stop_ids)}
+        tokens = {name: bundle.extra[name] for name in TOKEN_FIELDS if name in bundle.extra}
+        generation = {**tokens, "eos_token_id": list(bundle.stop_ids) or None}
         (stage / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         save_params(stage, bundle.params, family_of(config.family))
-        for name in FILES:
-            if (bundle.tokenizer.folder / name).exists():
-                shutil.copyfile(bundle.tokenizer.folder / name, stage / name)
+        for path in files:
+            shutil.copyfile(path, stage / path.name)
     return pathlib.Path(folder)
+
+
+def _check_fit(bundle: Bundle) -> None:
+    """The parameters are those of the model, or the folder could not be loaded again."""
+    found, wanted = flatten(bundle.params), flatten(bundle.lm.shapes())
+    for path in {**wanted, **found}:
+        got = tuple(found[path].shape) if path in found else "absent"
+        expected = tuple(wanted[path].shape) if path in wanted else "absent"
+        if got != expected:
+            raise CheckpointError(
+                f"parameter {path!r} is {got}; expected {expected} by the model's config; save a "
+                "bundle whose lm and params belong together"
+            )
 
 
 @contextmanager
 def staged(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well."""
+    folder = folder.expanduser().resolve()  # a link's target is replaced, not the link
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder} exists; pass overwrite=True or choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; expected a folder, or a name not yet taken")
+    stage = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stage = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         yield stage
         if folder.exists():
             for old in folder.iterdir():
-                if not (stage / old.name).exists() and not old.name.endswith(".safetensors"):
+                if not (stage / old.name).exists() and not _is_ours(old.name):
                     (shutil.copytree if old.is_dir() else shutil.copy2)(old, stage / old.name)
+        stage.chmod(0o755)
+        if folder.exists():
             _exchange(stage, folder)
         else:
             os.rename(stage, folder)
-        os.chmod(folder, 0o755)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} was not written ({error}); what was there is untouched. Make room or choose "
+            "another place"
+        ) from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _is_ours(name: str) -> bool:
+    """Files that belong to one model, and must not be left over from another."""
+    return name in FILES or name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def _exchange(stage: pathlib.Path, folder: pathlib.Path) -> None:

@@ -9,6 +9,8 @@ from jaxlm.hf.families import family_of
 from jaxlm.hf.fields import Fields
 from jaxlm.models.config import ModelConfig
 
+CLASSIFIERS = ("SequenceClassification", "TokenClassification")
+
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object from disk; CheckpointError when it is missing or damaged."""
@@ -16,8 +18,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; expected a Hugging Face model folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # damaged text, a number too long, deep nesting
+        raise CheckpointError(f"{path} is not valid JSON: {error}; fetch it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}; expected a JSON object")
     return value
@@ -32,18 +36,60 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     """
     fields = Fields(raw)
     config = family_of(fields.take("model_type", None)).read(fields)
+    for name in ("num_labels", "token_classification_bias"):  # read by `labels_from_hf`
+        fields.take(name, None)
     fields.finish()
     return config
 
 
-def to_hf(config: ModelConfig, **extra: Any) -> dict[str, Any]:
+def labels_from_hf(raw: dict[str, Any]) -> tuple[int | None, bool]:
+    """How many labels a checkpoint has, None for a language model, and whether it labels tokens.
+
+    Raises: ConfigError for an `architectures` that is neither, and for unclear labels.
+    """
+    given = raw.get("architectures") or ["ForCausalLM"]
+    names = given if isinstance(given, list) else [given]
+    kind = str(names[0]).rpartition("For")[2]
+    if len(names) != 1 or kind not in ("CausalLM", *CLASSIFIERS):
+        raise ConfigError(
+            f"config.json: field 'architectures' is {given!r}; supported: one name that ends in "
+            "ForCausalLM, ForSequenceClassification or ForTokenClassification"
+        )
+    if kind == "CausalLM":
+        return None, False
+    fields = Fields(raw)
+    named = len(fields.take("id2label", {}, dict)) or None
+    labels = fields.count("num_labels", named or 2)  # transformers leaves out a count of 2
+    if named is not None and named != labels:
+        raise ConfigError(
+            f"config.json: num_labels is {labels} but id2label has {named}; remove the wrong one"
+        )
+    if kind == CLASSIFIERS[1]:
+        fields.expect("token_classification_bias", True)
+    return labels, kind == CLASSIFIERS[1]
+
+
+def to_hf(
+    config: ModelConfig, labels: int | None = None, per_token: bool = False, **extra: Any
+) -> dict[str, Any]:
     """A ModelConfig as a config.json's content; `extra` fields (token ids, dtype) are added.
 
-    Raises: ConfigError when the family's config.json cannot express the model.
+    Raises: ConfigError when the family's config.json cannot express the model, or when
+      transformers has no such classifier.
     """
     family = family_of(config.family)
-    raw = {"architectures": [family.architecture], "model_type": config.family,
-           **family.write(config), **extra}
+    name: str | None = family.architecture
+    if labels is not None:
+        name = family.token if per_token else family.sequence
+        if name is None:
+            raise ConfigError(
+                f"transformers has no {CLASSIFIERS[per_token]} for family {config.family!r}; "
+                "save the parameters without their label head, or choose another family"
+            )
+        if len(extra.get("id2label") or {}) != labels:
+            extra["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+            extra["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+    raw = {"architectures": [name], "model_type": config.family, **family.write(config), **extra}
     if (back := from_hf(raw)) != config:
         wrong = [name for name in vars(config) if getattr(back, name) != getattr(config, name)]
         raise ConfigError(

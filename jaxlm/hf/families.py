@@ -5,10 +5,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxlm.core.errors import ConfigError
+from jaxlm.hf.common import (
+    FULL,
+    SLIDING,
+    read_common,
+    read_layers,
+    read_windows,
+    rope_from,
+    unless_null,
+    write_common,
+    write_rope,
+    write_windows,
+)
 from jaxlm.hf.fields import Fields
 from jaxlm.models.config import ModelConfig, Rope
-
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 LAYER_NAMES = {
     "attn_norm/scale": "input_layernorm.weight",
@@ -18,126 +28,37 @@ LAYER_NAMES = {
     **{f"attn/{p}_norm/scale": f"self_attn.{p}_norm.weight" for p in "qk"},
     **{f"mlp/{p}/kernel": f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
 }
+GEMMA_NAMES = {
+    "attn_post_norm/scale": "post_attention_layernorm.weight",
+    "mlp_norm/scale": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm/scale": "post_feedforward_layernorm.weight",
+}
 TOP_NAMES = {
     "embed/table": "model.embed_tokens.weight",
     "head/table": "lm_head.weight",
+    "score/table": "score.weight",
+    "score/bias": "score.bias",
     "final_norm/scale": "model.norm.weight",
 }
 
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`: config both ways, the architecture's name, and renamed layer tensors."""
+    """One `model_type`: config both ways, transformers' class names, and renamed layer tensors.
+
+    `sequence` and `token`: the classes with a label head; None where transformers has none.
+    """
 
     architecture: str
     read: Callable[[Fields], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     layer_names: dict[str, str] = field(default_factory=dict)
-
-
-def read_rope(fields: Fields, theta: float = 10000.0) -> Rope:
-    """Rotary settings from `rope_parameters` (transformers 5), or from the older pair of fields."""
-    new = fields.take("rope_parameters", None, dict)
-    old = fields.take("rope_scaling", None, dict)
-    bare = fields.number("rope_theta", None)
-    if new is None:
-        source, where = dict(old or {}), "rope_scaling"
-        source["rope_theta"] = bare if bare is not None else theta
-    else:
-        source, where = dict(new), "rope_parameters"
-        if bare is not None and source.get("rope_theta", bare) != bare:
-            raise ConfigError(
-                f"config.json: rope_theta is {bare} but rope_parameters says "
-                f"{source['rope_theta']}; remove the wrong one"
-            )
-        source.setdefault("rope_theta", bare)
-    return rope_from(Fields(source, f"config.json {where}"), fields)
-
-
-def rope_from(source: Fields, fields: Fields) -> Rope:
-    """One rope setting; `fields` gives the model's own length where a scaling leaves it out."""
-    kind = source.take("rope_type", source.take("type", "default"))
-    theta = float(source.number("rope_theta"))
-    fraction = source.number("partial_rotary_factor", 1.0)
-    if fraction != 1.0:
-        raise ConfigError(f"{source.where}: partial_rotary_factor is {fraction}; only 1 is known")
-    if kind == "default":
-        rope = Rope(theta)
-    elif kind == "linear":
-        rope = Rope(theta, "linear", float(source.number("factor")))
-    elif kind == "llama3":
-        rope = Rope(
-            theta, "llama3", float(source.number("factor")),
-            float(source.number("low_freq_factor")), float(source.number("high_freq_factor")),
-            source.count("original_max_position_embeddings"),
-        )
-    else:
-        raise ConfigError(
-            f"{source.where}: rope_type is {kind!r}; supported: 'default', 'linear', 'llama3'"
-        )
-    source.finish()
-    return rope
-
-
-def write_rope(rope: Rope) -> dict[str, Any]:
-    """The `rope_parameters` of one setting."""
-    out: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
-        out["factor"] = rope.factor
-    if rope.kind == "llama3":
-        out |= {"low_freq_factor": rope.low_freq_factor,
-                "high_freq_factor": rope.high_freq_factor,
-                "original_max_position_embeddings": rope.original_max_len}
-    return out
-
-
-def read_common(fields: Fields, *, tied: bool = False, activation: str = "silu",
-                theta: float = 10000.0, **switches: Any) -> ModelConfig:
-    """The fields that every decoder family shares; `switches` are the family's own."""
-    heads, dim = fields.count("num_attention_heads"), fields.count("hidden_size")
-    head_dim = fields.take("head_dim", None)
-    if head_dim is None:
-        if dim % heads:
-            raise ConfigError(
-                f"config.json: hidden_size {dim} is not a multiple of num_attention_heads {heads} "
-                "and head_dim is not given"
-            )
-        head_dim = dim // heads
-    act = fields.take("hidden_act", activation)
-    if act not in ACTIVATIONS:
-        raise ConfigError(f"config.json: hidden_act is {act!r}; supported: {list(ACTIVATIONS)}")
-    for name in ("quantization_config", "is_encoder_decoder", "tie_encoder_decoder"):
-        fields.expect(name, False, None)
-    fields.expect("pretraining_tp", 1)
-    fields.expect("mlp_bias", False)
-    return ModelConfig(
-        vocab_size=fields.count("vocab_size"), dim=dim,
-        num_layers=fields.count("num_hidden_layers"), num_heads=heads,
-        num_kv_heads=fields.count("num_key_value_heads", heads), head_dim=head_dim,
-        ffn_dim=fields.count("intermediate_size"),
-        max_len=fields.count("max_position_embeddings", 2048),
-        family=fields.take("model_type"), norm_eps=float(fields.number("rms_norm_eps", 1e-6)),
-        rope=read_rope(fields, theta), activation=ACTIVATIONS[act],
-        tie_embeddings=fields.take("tie_word_embeddings", tied, bool), **switches,
-    )
-
-
-def write_common(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_common`."""
-    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-    return {
-        "vocab_size": config.vocab_size, "hidden_size": config.dim,
-        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim, "max_position_embeddings": config.max_len,
-        "rms_norm_eps": config.norm_eps, "hidden_act": activations[config.activation],
-        "tie_word_embeddings": config.tie_embeddings, "rope_parameters": write_rope(config.rope),
-    }
+    sequence: str | None = None
+    token: str | None = None
 
 
 def read_llama(fields: Fields) -> ModelConfig:
-    """Llama 1 to 3.2, and SmolLM2, which is published as one."""
-    fields.expect("attention_bias", False)
+    """Llama 1 to 3.2, and SmolLM2, which is published as one; 3.1 and 3.2 scale slow rotations."""
     return read_common(fields)
 
 
@@ -146,16 +67,191 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
     return write_common(config) | {"attention_bias": False, "mlp_bias": False}
 
 
+def read_mistral(fields: Fields) -> ModelConfig:
+    """Mistral 7B: Llama with a window on every layer; 0.2 and later have none (null)."""
+    fields.count("num_key_value_heads")
+    window = unless_null(fields, "sliding_window", 4096, "count")
+    windows = (window,) * read_layers(fields)
+    return read_common(fields, windows=windows)
+
+
+def write_mistral(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_mistral`."""
+    return write_common(config) | {"sliding_window": write_windows(config)["sliding_window"]}
+
+
+def read_qwen2(fields: Fields) -> ModelConfig:
+    """Qwen 2 and 2.5: biases on q, k and v; a window, if switched on, in the upper layers."""
+    return read_common(fields, qkv_bias=True, windows=_qwen_windows(fields))
+
+
+def read_qwen3(fields: Fields) -> ModelConfig:
+    """Qwen 3: no biases; every head's queries and keys are normalised before rotation."""
+    fields.count("head_dim")  # need not be hidden_size / heads
+    return read_common(fields, qk_norm=True, windows=_qwen_windows(fields))
+
+
+def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
+    fields.count("num_key_value_heads")
+    window = unless_null(fields, "sliding_window", 4096, "count")
+    first = fields.take("max_window_layers", 28, int)
+    if not fields.take("use_sliding_window", False, bool):
+        window = None
+    return read_windows(fields, window, lambda layer: window is not None and layer >= first)
+
+
+def write_qwen(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_qwen2` and `read_qwen3`; `layer_types` says it all."""
+    windows = write_windows(config)
+    return write_common(config) | windows | {
+        "use_sliding_window": windows["sliding_window"] is not None,
+        "max_window_layers": config.num_layers,
+    }
+
+
+def read_gemma2(fields: Fields) -> ModelConfig:
+    """Gemma 2: soft caps on scores and logits, norms after each branch too, every other layer
+    windowed, norm scales stored minus 1, embeddings times sqrt(D). Source: 2408.00118."""
+    window = unless_null(fields, "sliding_window", 4096, "count")
+    return read_common(
+        fields, **_gemma_switches(fields),
+        windows=read_windows(fields, window, lambda layer: layer % 2 == 0),
+        attention_softcap=unless_null(fields, "attn_logit_softcapping", 50.0),
+        logit_softcap=unless_null(fields, "final_logit_softcapping", 30.0),
+    )
+
+
+def write_gemma2(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_gemma2`."""
+    return _write_gemma(config) | {"attn_logit_softcapping": config.attention_softcap}
+
+
+def read_gemma3(fields: Fields) -> ModelConfig:
+    """Gemma 3, text: Gemma 2 without the cap on scores, with normalised queries and keys, five
+    windowed layers to a full one, and their own rotary base. Source: 2503.19786."""
+    window = unless_null(fields, "sliding_window", 4096, "count")
+    period = fields.count("sliding_window_pattern", 6)
+    fields.take("_sliding_window_pattern", None)  # transformers' note to itself
+    # transformers 5 reads this cap and never applies it, so no value has one meaning
+    fields.expect("attn_logit_softcapping", None)
+    rope, local_rope = _gemma3_ropes(fields)
+    return read_common(
+        fields, **_gemma_switches(fields), rope=rope, local_rope=local_rope, qk_norm=True,
+        windows=read_windows(fields, window, lambda layer: (layer + 1) % period != 0),
+        logit_softcap=unless_null(fields, "final_logit_softcapping", None),
+    )
+
+
+def write_gemma3(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_gemma3`."""
+    ropes = {FULL: write_rope(config.rope), SLIDING: write_rope(config.local_rope or config.rope)}
+    return _write_gemma(config) | {"rope_parameters": ropes}
+
+
+def _gemma_switches(fields: Fields) -> dict[str, Any]:
+    for name in ("head_dim", "num_key_value_heads"):
+        fields.count(name)
+    activation = fields.take("hidden_activation", "gelu_pytorch_tanh")
+    if fields.take("hidden_act", activation) != activation:
+        raise ConfigError(
+            f"{fields.where}: hidden_act is {fields.raw['hidden_act']!r} but hidden_activation, "
+            f"which Gemma computes with, is {activation!r}; remove the wrong one"
+        )
+    return {
+        "act": "hidden_activation", "activation": "gelu_pytorch_tanh", "tie_embeddings": True,
+        "post_norms": True, "norm_offset": 1.0, "embed_scale": fields.count("hidden_size") ** 0.5,
+        "attention_scale": fields.count("query_pre_attn_scalar", 256) ** -0.5,
+    }
+
+
+def _write_gemma(config: ModelConfig) -> dict[str, Any]:
+    scale = max(config.attention_scale or config.head_dim**-0.5, 1e-9)
+    return write_common(config, act="hidden_activation") | write_windows(config) | {
+        "query_pre_attn_scalar": max(round(scale**-2), 1),
+        "final_logit_softcapping": config.logit_softcap,
+    }
+
+
+def _gemma3_ropes(fields: Fields) -> tuple[Rope, Rope]:
+    """The rotary settings of full and of windowed layers, in the new nested or the old flat form.
+
+    An old `rope_scaling` is for the full layers alone.
+    """
+    new = fields.take("rope_parameters", None, dict)
+    old = fields.take("rope_scaling", None, dict)
+    if new is not None and old:
+        raise ConfigError(
+            f"{fields.where}: both rope_scaling and rope_parameters are given; remove the wrong one"
+        )
+    nested = Fields(new or {FULL: old}, f"{fields.where} rope_parameters")
+    ropes = []
+    for kind, flat, default in (
+        (FULL, "rope_theta", 1e6), (SLIDING, "rope_local_base_freq", 1e4)
+    ):
+        bare = fields.number(flat, None)
+        source = dict(nested.take(kind, {}, dict))
+        theta = source.setdefault("rope_theta", default if bare is None else bare)
+        if bare is not None and theta != bare:
+            raise ConfigError(
+                f"{fields.where}: {flat} is {bare} but rope_parameters says {theta} for {kind}; "
+                "remove the wrong one"
+            )
+        ropes.append(rope_from(Fields(source, f"{nested.where} {kind}")))
+    nested.finish()
+    return ropes[0], ropes[1]
+
+
+def read_granite(fields: Fields) -> ModelConfig:
+    """Granite 3: Llama with four multipliers: embeddings, residual branches and scores are
+    multiplied, logits divided. Absent ones are 1, the score's too, as transformers has it."""
+    return read_common(
+        fields,
+        embed_scale=float(fields.number("embedding_multiplier", 1.0)),
+        residual_scale=float(fields.number("residual_multiplier", 1.0)),
+        attention_scale=float(fields.number("attention_multiplier", 1.0)),
+        logit_divisor=float(fields.number("logits_scaling", 1.0)),
+    )
+
+
+def write_granite(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_granite`."""
+    return write_llama(config) | {
+        "embedding_multiplier": config.embed_scale, "residual_multiplier": config.residual_scale,
+        "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
+        "logits_scaling": config.logit_divisor,
+    }
+
+
+def _family(
+    name: str, read: Callable, write: Callable, layer_names: dict[str, str] | None = None
+) -> Family:
+    """A family whose label classes are named like its language model."""
+    return Family(f"{name}ForCausalLM", read, write, layer_names or {},
+                  f"{name}ForSequenceClassification", f"{name}ForTokenClassification")
+
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", read_llama, write_llama),
+    "llama": _family("Llama", read_llama, write_llama),
+    "mistral": _family("Mistral", read_mistral, write_mistral),
+    "qwen2": _family("Qwen2", read_qwen2, write_qwen),
+    "qwen3": _family("Qwen3", read_qwen3, write_qwen),
+    "gemma2": _family("Gemma2", read_gemma2, write_gemma2, GEMMA_NAMES),
+    "gemma3_text": Family("Gemma3ForCausalLM", read_gemma3, write_gemma3, GEMMA_NAMES,
+                          "Gemma3TextForSequenceClassification"),
+    "granite": Family("GraniteForCausalLM", read_granite, write_granite),
+}
+HINTS = {
+    "gemma3": "it is the model of text and images; save its language model alone, as 'gemma3_text'",
 }
 
 
 def family_of(model_type: Any) -> Family:
     """The entry of one `model_type`; ConfigError names what is supported."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        hint = HINTS.get(model_type, "") if isinstance(model_type, str) else ""
         raise ConfigError(
             f"config.json: field 'model_type' is {model_type!r}; supported: {sorted(FAMILIES)}"
+            + (f". {hint.capitalize()}" if hint else "")
         )
     return FAMILIES[model_type]
 

@@ -4,6 +4,8 @@ import pathlib
 
 from jaxlm.core.errors import CheckpointError
 
+# the same weights again in their makers' own layout
+OTHER_LAYOUTS = ["consolidated*", "original/*"]
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 
 
@@ -17,7 +19,9 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
 
     try:
         return pathlib.Path(
-            snapshot_download(name, revision=revision, allow_patterns=PATTERNS)
+            snapshot_download(
+                name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=OTHER_LAYOUTS
+            )
         )
     except Exception as error:  # the hub's errors have no common base beside Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -33,9 +33,12 @@ class Tokenizer:
             import tokenizers
 
             try:
-                return tokenizers.Tokenizer.from_file(str(path))
+                backend = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:  # the binding raises bare Exception
-                raise TokenizerError(f"{path} is damaged: {error}") from error
+                raise TokenizerError(f"{path} is damaged: {error}; fetch it again") from error
+            backend.no_truncation()  # a file may carry both, and cut or pad texts in silence
+            backend.no_padding()
+            return backend
         try:
             return self._transformers().backend_tokenizer
         except (OSError, ValueError, AttributeError, ImportError) as error:
@@ -50,9 +53,19 @@ class Tokenizer:
         return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
 
     @property
+    def backend_tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` underneath, under transformers' name for it."""
+        return self._backend
+
+    @property
     def size(self) -> int:
         """One more than the largest id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def base_size(self) -> int:
+        """The same without added tokens: Gemma 3's image token lies beyond its text models."""
+        return max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
 
     def id_of(self, name: str) -> int | None:
         """The id of a special token by its role, such as `eos_token`."""
@@ -70,6 +83,9 @@ class Tokenizer:
 
     def chat(self, messages: list[dict[str, str]]) -> str:
         """The model's chat template over messages, ready for its answer."""
-        return self._transformers().apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            return self._transformers().apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except ValueError as error:
+            raise TokenizerError(f"{self.folder}: no usable chat template: {error}") from error

@@ -18,21 +18,23 @@ from jaxlm.hf.families import Family, tensor_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def locate(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Which file holds each tensor; every header is read, and no tensor.
 
+    As in transformers, an index counts only where there is no `model.safetensors`.
     Raises: CheckpointError for missing, truncated or corrupt files, and for pickles.
     """
-    if (folder / INDEX).exists():
+    if (folder / INDEX).exists() and not (folder / SINGLE).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX} has no weight_map; the index is damaged")
         names = sorted({str(name) for name in weight_map.values()})
     else:
-        weight_map, names = None, [SINGLE]
+        weight_map, names = {}, [SINGLE]
     files: dict[str, pathlib.Path] = {}
     for name in names:
         if pathlib.PurePath(name).name != name:
@@ -41,9 +43,19 @@ def locate(folder: pathlib.Path) -> dict[str, pathlib.Path]:
         if not path.exists():
             raise CheckpointError(_missing(folder, path))
         with open_file(path) as file:
-            files |= dict.fromkeys(file.keys(), path)
-    if weight_map is not None and (lost := sorted(set(weight_map) - set(files))):
-        raise CheckpointError(f"{folder}: the index names {lost[0]!r}, but no file holds it")
+            for tensor in file.keys():
+                if tensor in files:
+                    raise CheckpointError(
+                        f"{folder}: tensor {tensor!r} is in both {files[tensor].name} and {name}; "
+                        "expected it once"
+                    )
+                files[tensor] = path
+    for tensor, name in weight_map.items():
+        if tensor not in files or files[tensor].name != name:
+            raise CheckpointError(
+                f"{folder}: the index says that {name} holds {tensor!r}, but it does not; "
+                "fetch index and shards again"
+            )
     return files
 
 
@@ -83,15 +95,26 @@ def load_params(
     files = locate(folder)
     names = {path: tensor_name(path, family) for path in wanted}
     _check_headers(folder, files, names, wanted)
+    _check_tied(folder, files, set(names.values()))
     out: dict[str, jax.Array] = {}
     for file_path in dict.fromkeys(files.values()):
         with open_file(file_path) as file:
             for path, name in names.items():
                 if files[name] == file_path:
                     array = to_ours(_read(file, name, file_path), name, wanted[path].shape)
-                    array = array.astype(dtype) if dtype is not None else array
-                    out[path] = jax.device_put(array, places.get(path))
+                    out[path] = jax.device_put(_cast(array, dtype, name), places.get(path))
     return unflatten({path: out[path] for path in wanted})
+
+
+def _cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """To dtype, None for its own; float16 has a largest number."""
+    if dtype is None:
+        return array
+    if jnp.dtype(dtype) == jnp.float16 and not (np.abs(array) <= 65504).all():
+        raise CheckpointError(
+            f"tensor {name!r} holds numbers beyond float16's 65504; choose bfloat16 or float32"
+        )
+    return array.astype(dtype)
 
 
 def _check_headers(folder, files, names, wanted) -> None:
@@ -127,8 +150,26 @@ def _check_slice(folder, piece, name, shape) -> None:
 
 def _harmless(name: str, needed: dict[str, str]) -> bool:
     """Tensors that old exports carry and nobody needs."""
-    tied = name == "lm_head.weight" and "model.embed_tokens.weight" in needed
+    tied = name == HEAD and EMBED in needed
     return tied or name.endswith("rotary_emb.inv_freq")
+
+
+def _check_tied(folder, files, needed: set[str], rows: int = 8192) -> None:
+    """A head that a tied model's file still carries is the embedding, or the tie is an error."""
+    if HEAD not in files or HEAD in needed or "score.weight" in needed:
+        return
+    with open_file(files[HEAD]) as one, open_file(files[EMBED]) as other:
+        head, embed = one.get_slice(HEAD), other.get_slice(EMBED)
+        same = head.get_shape() == embed.get_shape() and head.get_dtype() == embed.get_dtype()
+        last = head.get_shape()[0] if same else 0
+        for start in range(0, last, rows):
+            part = slice(start, min(start + rows, last))
+            same = same and np.array_equal(head[part], embed[part])
+    if not same:
+        raise CheckpointError(
+            f"{folder}: config.json ties the head to the embedding, but {HEAD!r} differs from "
+            f"{EMBED!r}; set tie_word_embeddings to false"
+        )
 
 
 def _read(file: Any, name: str, path: pathlib.Path) -> np.ndarray:
@@ -136,9 +177,29 @@ def _read(file: Any, name: str, path: pathlib.Path) -> np.ndarray:
         array = file.get_tensor(name)
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from error
-    if not np.isfinite(array.astype(np.float32, copy=False).sum(dtype=np.float64)):
+    if not _finite(array):
         raise CheckpointError(f"{path}: tensor {name!r} holds NaN or infinity; the file is damaged")
     return array
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether every number is finite, and float32 can hold it."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(array.astype(np.float32, copy=False).sum(dtype=np.float64)))
+
+
+def _cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """To `dtype`, refusing what it cannot hold (float16 ends at 65,504)."""
+    if dtype is None or array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if not _finite(cast):
+        raise CheckpointError(
+            f"tensor {name!r} holds {np.abs(array).max()}, beyond {np.dtype(dtype)}; load it in "
+            "float32 or bfloat16"
+        )
+    return cast
 
 
 def is_kernel(name: str) -> bool:
@@ -180,6 +241,7 @@ def save_params(
         tensors = {tensor_name(p, family): to_theirs(flat[p], tensor_name(p, family))
                    for p in paths}
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors leaves it to its owner alone
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         total = sum(int(x.size) * x.dtype.itemsize for x in flat.values())

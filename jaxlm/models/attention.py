@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.models.layers import softcap as cap_scores
 
 NEG = float(-0.7 * np.finfo(np.float32).max)  # finite: exp gives 0, differences give no NaN
@@ -49,6 +49,8 @@ def visible(
     Returns: bool (B, T, S).
     """
     query, key = query_pos_BT[:, :, None], key_pos_BS[:, None, :]
+    if (query_segment_BT is None) != (key_segment_BS is None):
+        raise ShapeError("segments of queries and of keys come together; got only one of them")
     seen = jnp.ones(jnp.broadcast_shapes(query.shape, key.shape), bool)
     if mask.causal:
         seen = key <= query

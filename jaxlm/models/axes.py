@@ -5,6 +5,8 @@ from jaxlm.core.errors import ConfigError
 AXES: dict[str, tuple[str, ...]] = {
     "embed/table": ("vocab", "embed"),
     "head/table": ("vocab", "embed"),
+    "score/table": ("labels", "embed"),
+    "score/bias": ("labels",),
     "q/kernel": ("embed", "heads", "head_dim"),
     "k/kernel": ("embed", "kv_heads", "head_dim"),
     "v/kernel": ("embed", "kv_heads", "head_dim"),

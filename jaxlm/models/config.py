@@ -1,12 +1,21 @@
 """What a decoder is: a frozen description, hashed by value; families differ by switches."""
 
 import math
+import numbers
 from dataclasses import dataclass, replace
 
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, whole
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 ROPE_KINDS = ("default", "linear", "llama3")
+MAX_LAYERS = 1024  # a decoder is unrolled: beyond this, a wrong config.json is likelier
+
+
+def positive(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a finite number above 0."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (real and 0 < value < math.inf):  # type: ignore[operator]
+        raise ConfigError(f"{name} is {value!r}; expected a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,7 @@ class Rope:
         if self.kind not in ROPE_KINDS:
             raise ConfigError(f"rope kind {self.kind!r} is unknown; expected one of {ROPE_KINDS}")
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_len"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"rope {name} is {value}; expected a finite number above 0")
+            positive(f"rope {name}", getattr(self, name))
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ConfigError(
                 f"rope high_freq_factor {self.high_freq_factor} must exceed "
@@ -60,6 +67,12 @@ class LayerPlan:
     attention_scale: float = 1.0
     mlp_scale: float = 1.0
 
+    def __post_init__(self):
+        for name in ("attention_scale", "mlp_scale"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ConfigError(f"plan {name} is {value!r}; expected a finite number")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -67,6 +80,8 @@ class ModelConfig:
 
     `windows` holds one entry a layer (None: full attention), or is empty for full everywhere.
     `norm_offset` is added to every norm's stored scale; `local_rope` serves windowed layers.
+    Values that say the default another way are stored as the default, so that models that compute
+    the same compare and hash equal.
     """
 
     vocab_size: int
@@ -91,7 +106,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     embed_scale: float = 1.0
     residual_scale: float = 1.0
-    logit_scale: float = 1.0
+    logit_divisor: float = 1.0
     windows: tuple[int | None, ...] = ()
     local_rope: Rope | None = None
 
@@ -99,9 +114,8 @@ class ModelConfig:
         counts = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",
                   "ffn_dim", "max_len")
         for name in counts:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+            whole(name, getattr(self, name))
+        whole("num_layers", self.num_layers, high=MAX_LAYERS)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
@@ -110,19 +124,34 @@ class ModelConfig:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even number")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"activation {self.activation!r}; expected one of {ACTIVATIONS}")
+        if not isinstance(self.windows, tuple):  # a list would not hash
+            raise ConfigError(f"windows is {self.windows!r}; expected a tuple")
         if self.windows and len(self.windows) != self.num_layers:
             raise ConfigError(
                 f"windows has {len(self.windows)} entries for {self.num_layers} layers; "
                 "give one a layer, or none"
             )
-        if any(window is not None and window < 1 for window in self.windows):
-            raise ConfigError(f"windows holds {self.windows}; expected None or at least 1")
-        positive = ("norm_eps", "attention_scale", "attention_softcap", "logit_softcap",
-                    "embed_scale", "residual_scale", "logit_scale")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} is {value}; expected a finite number above 0")
+        for layer, window in enumerate(self.windows):
+            if window is not None:
+                whole(f"windows[{layer}]", window)
+        if not (isinstance(self.norm_offset, int | float) and math.isfinite(self.norm_offset)):
+            raise ConfigError(f"norm_offset is {self.norm_offset!r}; expected a finite number")
+        scales = ("norm_eps", "attention_scale", "attention_softcap", "logit_softcap",
+                  "embed_scale", "residual_scale", "logit_divisor")
+        optional = ("attention_scale", "attention_softcap", "logit_softcap")
+        for name in scales:
+            if getattr(self, name) is not None or name not in optional:
+                positive(name, getattr(self, name))
+        self._use_defaults()
+
+    def _use_defaults(self) -> None:
+        """Store a default that was spelled out as the default."""
+        if not any(self.windows):
+            object.__setattr__(self, "windows", ())
+        if self.attention_scale == self.head_dim**-0.5:
+            object.__setattr__(self, "attention_scale", None)
+        if self.local_rope == self.rope:
+            object.__setattr__(self, "local_rope", None)
 
     def attention(self, layer: int) -> AttentionSpec:
         """The attention of one layer."""

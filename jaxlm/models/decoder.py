@@ -108,7 +108,9 @@ class Block(nn.Module):
 
         def add(x: jax.Array, branch: jax.Array, scale: float) -> jax.Array:
             scale = scale * c.residual_scale
-            return x + (branch if scale == 1.0 else branch * jnp.asarray(scale, branch.dtype))
+            if scale != 1.0:  # in float32: 0.22 is not a bfloat16
+                branch = (branch.astype(jnp.float32) * scale).astype(branch.dtype)
+            return x + branch
 
         if not plan.skip_attention:
             branch = Attention(c, self.layer, name="attn")(norm("attn_norm", x), attend, tap)
@@ -130,7 +132,10 @@ class Embed(nn.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         c = self.config
         start = nn.initializers.normal(c.dim**-0.5)
-        x = self.param("table", start, (c.vocab_size, c.dim))[tokens_BT]
+        table_VD = self.param("table", start, (c.vocab_size, c.dim))
+        # an id outside the vocabulary becomes NaN, not some other token
+        known_BT = jnp.where(tokens_BT < 0, c.vocab_size, tokens_BT)
+        x = table_VD.at[known_BT].get(mode="fill", fill_value=jnp.nan)
         return x if c.embed_scale == 1.0 else x * jnp.asarray(c.embed_scale, x.dtype)
 
 
@@ -139,10 +144,13 @@ class Head(nn.Module):
 
     outputs: int
     dim: int
+    bias: bool = False
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.param("table", nn.initializers.normal(self.dim**-0.5), (self.outputs, self.dim))
+    def __call__(self) -> None:
+        self.param("table", nn.initializers.normal(self.dim**-0.5), (self.outputs, self.dim))
+        if self.bias:
+            self.param("bias", nn.initializers.zeros, (self.outputs,))
 
 
 class Decoder(nn.Module):
@@ -151,6 +159,8 @@ class Decoder(nn.Module):
     config: ModelConfig
     plan: tuple[LayerPlan, ...] = ()
     outputs: int | None = None  # rows of a head of its own; None: the embedding table serves
+    head: str = "head"  # "score" for labels
+    head_bias: bool = False
     remat: bool = False
 
     @nn.compact
@@ -173,5 +183,5 @@ class Decoder(nn.Module):
         if keep is not None:
             keep.append(x)
         if self.outputs is not None:
-            Head(self.outputs, c.dim, name="head")()
+            Head(self.outputs, c.dim, self.head_bias, name=self.head)()
         return x

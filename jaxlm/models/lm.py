@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.errors import ConfigError, ShapeError
+from jaxlm.core.errors import ConfigError, ShapeError, whole
 from jaxlm.core.tree import Params, flatten, map_with_path
 from jaxlm.models.attention import Mask, attention
 from jaxlm.models.axes import axes_of
@@ -39,8 +40,9 @@ class LM:
     Args:
       config: the decoder.
       plan: one `LayerPlan` a layer, or empty.
-      labels: rows of a classification or scalar head instead of a vocabulary; None for a
-        language model.
+      labels: outputs of a classification head (1: a scalar reward) instead of a vocabulary;
+        None for a language model.
+      per_token: label every token, with a bias, instead of the whole text at its last token.
       remat: recompute each block in the backward pass instead of storing it.
 
     Example:
@@ -57,12 +59,20 @@ class LM:
     plan: tuple[LayerPlan, ...] = ()
     labels: int | None = None
     remat: bool = False
+    per_token: bool = False
 
     def __post_init__(self):
+        if not isinstance(self.plan, tuple):  # a list would not hash
+            raise ConfigError(f"plan is {self.plan!r}; expected a tuple of LayerPlan")
+        if self.per_token and self.labels is None:
+            raise ConfigError("per_token is for a model with labels; set labels")
         if self.plan and len(self.plan) != self.config.num_layers:
             raise ConfigError(
-                f"plan has {len(self.plan)} entries for {self.config.num_layers} layers"
+                f"plan has {len(self.plan)} entries for {self.config.num_layers} layers; "
+                "give one a layer, or none"
             )
+        if self.labels is not None:
+            whole("labels", self.labels)
 
     @property
     def module(self) -> Decoder:
@@ -70,7 +80,8 @@ class LM:
         outputs = self.labels
         if outputs is None and not self.config.tie_embeddings:
             outputs = self.config.vocab_size
-        return Decoder(self.config, self.plan, outputs, self.remat)
+        head = "head" if self.labels is None else "score"
+        return Decoder(self.config, self.plan, outputs, head, self.per_token, self.remat)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -81,7 +92,7 @@ class LM:
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
         """Random parameters as a nested dict of arrays."""
         module, tokens = self.module, jnp.zeros((1, 1), jnp.int32)
-        tree = module.init(key, tokens, lambda layer, q, k, v: q, _no_tap)["params"]
+        tree: Params = module.init(key, tokens, lambda layer, q, k, v: q, _no_tap)["params"]
         return jax.tree.map(lambda x: x.astype(dtype), tree)
 
     def shapes(self, dtype: Any = jnp.float32) -> Params:
@@ -101,7 +112,7 @@ class LM:
         A tree from `stack.stack` runs its layers as a scan, without taps or kept states.
         """
         if STACK not in params:
-            return self.module.apply({"params": params}, tokens_BT, attend, tap or _no_tap, keep)
+            return _apply(self.module, params, tokens_BT, attend, tap or _no_tap, keep)
         if tap is not None or keep is not None:
             raise ConfigError("a stacked tree gives no taps or hidden states; unstack it first")
         return self._run_stacked(params, tokens_BT, attend)
@@ -112,19 +123,19 @@ class LM:
 
         def block(layer: int, tree: Params, x: jax.Array) -> jax.Array:
             plan = self.plan[layer] if self.plan else LayerPlan()
-            return Block(c, layer, plan).apply({"params": tree}, x, attend, _no_tap)
+            return _apply(Block(c, layer, plan), tree, x, attend, _no_tap)
 
         def one_period(x, trees):
             for j in range(size):
                 x = block(j, trees[f"layers_{j}"], x)
             return x, None
 
-        x = Embed(c).apply({"params": params["embed"]}, tokens_BT)
+        x = _apply(Embed(c), params["embed"], tokens_BT)
         step = jax.checkpoint(one_period) if self.remat else one_period
         x, _ = jax.lax.scan(step, x, params[STACK])
         for layer in range(groups * size, c.num_layers):
             x = block(layer, params[f"layers_{layer}"], x)
-        return Norm(c.norm_eps, c.norm_offset).apply({"params": params["final_norm"]}, x)
+        return _apply(Norm(c.norm_eps, c.norm_offset), params["final_norm"], x)
 
     def head(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., D) to float32 logits (..., V) or labels."""
@@ -132,17 +143,35 @@ class LM:
         logits = jnp.einsum(
             "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
         )
+        if self.labels is not None:
+            return logits + params["score"]["bias"] if self.per_token else logits
         return self.shape_logits(logits)
 
     def head_table(self, params: Params) -> jax.Array:
-        """The output weights (V, D): the head's own, or the embedding's when tied."""
+        """The output weights (V, D): the head's own, the labels', or the embedding's when tied."""
+        if self.labels is not None:
+            return params["score"]["table"]
         return params["head"]["table"] if "head" in params else params["embed"]["table"]
 
     def shape_logits(self, logits: jax.Array) -> jax.Array:
-        """The family's scale and soft cap on raw logits."""
-        if self.labels is not None:
-            return logits
-        return softcap(logits * self.config.logit_scale, self.config.logit_softcap)
+        """The family's divisor and soft cap on raw logits."""
+        return softcap(logits / self.config.logit_divisor, self.config.logit_softcap)
+
+    def classify(
+        self, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array | None = None
+    ) -> jax.Array:
+        """Label logits, float32: (B, labels) at each row's last token, or (B, T, labels).
+
+        transformers takes the last token that is not the padding id, so the two differ on a text
+        that itself ends in that id.
+        Raises: ConfigError for a model without labels.
+        """
+        if self.labels is None:
+            raise ConfigError("this is a language model; classify needs LM(labels=...)")
+        at = "all" if self.per_token else "last"
+        logits = self.apply(params, tokens_BT, lengths_B=lengths_B, logits_at=at).logits
+        assert logits is not None
+        return logits if self.per_token else logits[:, 0]
 
     def apply(
         self,
@@ -162,7 +191,7 @@ class LM:
 
         Args:
           params: the tree of `init`.
-          tokens_BT: int32 ids, right-padded.
+          tokens_BT: int32 ids, right-padded; an id outside the vocabulary gives NaN.
           lengths_B: valid tokens a row; default all.
           positions_BT: default 0, 1, 2, ...; with `segments_BT`, give positions that restart.
           segments_BT: ids of packed documents; a token sees only its own segment.
@@ -174,19 +203,21 @@ class LM:
         Returns: `Output`.
         Raises: ShapeError for arrays that do not fit together, ConfigError for an unknown want.
         """
-        batch, time = tokens_BT.shape
+        batch, time = check_tokens(tokens_BT)
         if unknown := set(want) - {"hidden", "taps"}:
             raise ConfigError(f"want holds {sorted(unknown)}; expected 'hidden' or 'taps'")
         if want and "taps" in want and self.remat:
             raise ConfigError("taps cannot be read through remat; use LM(remat=False)")
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
-        for name, array in (("positions_BT", positions_BT), ("segments_BT", segments_BT)):
-            if array is not None and array.shape != (batch, time):
-                raise ShapeError(f"{name} is {array.shape}; expected {(batch, time)}, as tokens")
+        check_shape("positions_BT", positions_BT, (batch, time))
+        check_shape("segments_BT", segments_BT, (batch, time))
+        check_shape("lengths_B", lengths_B, (batch,))
+        check_shape("prefix_B", prefix_B, (batch,))
         valid_BT = None
         if lengths_B is not None:
             valid_BT = jnp.arange(time)[None] < lengths_B[:, None]
+            tokens_BT = jnp.where(valid_BT, tokens_BT, 0)  # padding may be any number
         taps: dict[str, tuple[jax.Array, jax.Array]] = {}
         keep: list[jax.Array] | None = [] if "hidden" in want else None
         final = self.run(
@@ -225,9 +256,18 @@ class LM:
 
         Never holds (B, T, V) logits; the backward pass recomputes each chunk.
         """
+        if self.labels is not None:
+            raise ConfigError("a model with labels gives no log-probabilities of tokens")
         final = self.apply(params, tokens_BT, logits_at=None, **apply_args).final
         table = self.head_table(params)
         return token_logprobs(final, table, targets_BT, self.shape_logits, chunk)
+
+
+def _apply(module: nn.Module, params: Params, *args: Any) -> jax.Array:
+    """A linen module over its part of the tree; every one here returns one array."""
+    out = module.apply({"params": params}, *args)
+    assert isinstance(out, jax.Array)
+    return out
 
 
 def pick(hidden_BTD: jax.Array, at: Slots, lengths_B: jax.Array | None) -> jax.Array:
@@ -240,7 +280,25 @@ def pick(hidden_BTD: jax.Array, at: Slots, lengths_B: jax.Array | None) -> jax.A
         if lengths_B is None:
             return hidden_BTD[:, -1:]
         at = lengths_B[:, None] - 1
+    if at.ndim != 2 or len(at) != len(hidden_BTD):
+        raise ShapeError(f"logits_at is {at.shape}; expected ({len(hidden_BTD)}, M), by rows")
     return jnp.take_along_axis(hidden_BTD, at[..., None], axis=1, mode="clip")
+
+
+def check_tokens(tokens_BT: jax.Array) -> tuple[int, int]:
+    """The shape (B, T) of token ids; ShapeError for another rank, a float, or nothing at all."""
+    shape, dtype = jnp.shape(tokens_BT), jnp.result_type(tokens_BT)
+    if len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
+        raise ShapeError(
+            f"tokens are {dtype} {shape}; expected whole numbers (rows, time), at least one of each"
+        )
+    return shape[0], shape[1]
+
+
+def check_shape(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
+    """ShapeError unless `array` is None or of this shape; a broadcast would hide a mistake."""
+    if array is not None and jnp.shape(array) != shape:
+        raise ShapeError(f"{name} is {jnp.shape(array)}; expected {shape}, to go with the tokens")
 
 
 def count_params(lm: LM) -> int:
@@ -250,5 +308,3 @@ def count_params(lm: LM) -> int:
 
 def _no_tap(name: str, x: jax.Array, y: jax.Array) -> None:
     """The tap that does nothing."""
-
-

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.errors import whole
 from jaxlm.models.attention import NEG
 
 
@@ -22,13 +23,13 @@ def token_logprobs(
     Args:
       hidden_BTD: final hidden states, any float dtype.
       table_VD: output weights.
-      targets_BT: int32 ids in [0, V).
+      targets_BT: int32 ids in [0, V); any other gives NaN.
       shape_logits: elementwise scale and cap on float32 logits.
       chunk: vocabulary rows held at once; at least 1.
     Returns: float32 (B, T), at most 0. The backward pass recomputes each slice.
     """
     vocab, dim = table_VD.shape
-    chunk = min(chunk, vocab)
+    chunk = min(whole("chunk", chunk), vocab)
     count = -(-vocab // chunk)
     slices = jnp.pad(table_VD, ((0, count * chunk - vocab), (0, 0))).reshape(count, chunk, dim)
 
@@ -45,11 +46,11 @@ def token_logprobs(
         new_peak = jnp.maximum(peak, jax.lax.stop_gradient(logits).max(-1))
         total = total * jnp.exp(peak - new_peak) + jnp.exp(logits - new_peak[..., None]).sum(-1)
         local = targets_BT - index * chunk
-        here = (local >= 0) & (local < chunk)
+        here = (local >= 0) & (local < chunk) & (targets_BT < vocab)
         found = jnp.take_along_axis(logits, jnp.clip(local, 0, chunk - 1)[..., None], -1)[..., 0]
         return (new_peak, total, jnp.where(here, found, target_logit)), None
 
     shape = targets_BT.shape
-    start = (jnp.full(shape, NEG, jnp.float32), jnp.zeros(shape), jnp.zeros(shape))
+    start = (jnp.full(shape, NEG), jnp.zeros(shape), jnp.full(shape, jnp.nan))
     (peak, total, target_logit), _ = jax.lax.scan(fold, start, (jnp.arange(count), slices))
     return target_logit - peak - jnp.log(total)

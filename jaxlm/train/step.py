@@ -53,7 +53,7 @@ def lm_objective(lm: LM, chunk: int = 8192) -> Objective:
 
 def train_step(
     objective: Objective, optimizer: optax.GradientTransformation, state: TrainState, batch: Any,
-    key: jax.Array,
+    key: jax.Array | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Gradient, update, and metrics with the gradient's global norm.
 

@@ -23,10 +23,10 @@ SPECS = {"full": SPEC, "window": replace(SPEC, window=4), "softcap": replace(SPE
 LENGTHS = np.array([9, 4, 1])
 
 
-def draw(time: int = T, seed: int = 0):
+def draw(time: int = T, seed: int = 0, batch: int = B):
     """Random q, k, v of one call."""
     keys = jax.random.split(jax.random.key(seed), 3)
-    return tuple(jax.random.normal(key, (B, time, heads, H))
+    return tuple(jax.random.normal(key, (batch, time, heads, H))
                  for key, heads in zip(keys, (N, K, K), strict=True))
 
 
@@ -37,9 +37,9 @@ def positions(time: int = T):
 
 def reference(spec, q, k, v):
     """Attention over all tokens of the call, without a cache."""
-    pos = positions(q.shape[1])
+    pos = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
     q, k = apply_rope(q, pos, spec.rope), apply_rope(k, pos, spec.rope)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     seen = visible(Mask(window=spec.window), pos, pos)
     return attend(q, k, v, seen, scale=spec.scale, softcap=spec.softcap)
 

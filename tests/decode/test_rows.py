@@ -9,6 +9,7 @@ from jaxlm.cache import Dense
 from jaxlm.cache.shared import Shared
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import nbytes
+from jaxlm.decode.generate import decode_jit
 from jaxlm.decode.rows import fork, gather, repeat
 from jaxlm.decode.samplers import Categorical, Greedy
 from jaxlm.decode.state import compact, prefill
@@ -157,6 +158,16 @@ def test_clones_go_on_differently_and_prompts_stay():
     drawn = DECODE(lm, params, Categorical(2.0), same, NEVER, 8)
     texts = np.asarray(drawn.tokens_BS)[:PARTICLES].tolist()
     assert len({tuple(text) for text in texts}) == PARTICLES
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_forked_state_may_be_donated(wrap):
+    lm, params = tiny_model()
+    state = wrap(lambda s: fork(lm, params, s, 2, 4))(start(lm, params, TIME))
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.caches)]
+    assert len(set(pointers)) == len(pointers)
+    done = decode_jit(lm, params, Greedy(), state, NEVER, 4)
+    assert done.done_B.all()
 
 
 def test_bad_calls_are_named():

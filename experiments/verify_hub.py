@@ -1,0 +1,90 @@
+"""Compare published checkpoints with transformers: max |logit difference|, KL, top-k agreement.
+
+Fetches each checkpoint (HF_TOKEN for gated ones, HF_HOME for the cache), loads it in jaxlm and in
+transformers in float32, and compares on a few short texts. Memory: 4 bytes a parameter, twice.
+`--checkpoints` names others, local folders included; a checkpoint that cannot be had or does not
+pass is reported with its error, and the exit code is 1 when none was compared.
+
+Command: python experiments/verify_hub.py --out experiments/results/verify_hub/cpu.json
+Hardware: a network, torch, and 64 GB of memory for the 7B and 8B models (--max-billion 2: 16 GB)
+Minutes: 60, mostly download
+Expected: max_logit_error below 1e-2 and top1 above 0.99 for each (not yet measured by us)
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from experiments import twins
+from experiments._harness import run
+from jaxlm.core.errors import JaxlmError
+from jaxlm.eval.verify import TEXTS, verify
+from jaxlm.models.lm import LM, count_params
+from jaxlm.models.presets import preset
+
+# preset: hub id
+CHECKPOINTS = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "mistral-7b-v0.1": "mistralai/Mistral-7B-v0.1",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "gemma-2-2b": "google/gemma-2-2b",
+    "gemma-2-9b": "google/gemma-2-9b",
+    "gemma-3-1b": "google/gemma-3-1b-pt",
+    "granite-3.1-2b": "ibm-granite/granite-3.1-2b-base",
+    "granite-3.1-8b": "ibm-granite/granite-3.1-8b-base",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoints, and how long the texts."""
+    parser.add_argument("--checkpoints", nargs="*", help="hub ids or folders; default the list")
+    parser.add_argument("--max-billion", type=float, default=10.0, help="skip larger presets")
+    parser.add_argument("--revision", help="of every checkpoint")
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The checkpoints to compare."""
+    if args.checkpoints:
+        return args.checkpoints
+    limit = args.max_billion * 1e9
+    return [hub for name, hub in CHECKPOINTS.items() if count_params(LM(preset(name))) <= limit]
+
+
+def compare(source: str, texts: tuple[str, ...], revision: str | None) -> dict[str, Any]:
+    """The figures of one checkpoint, or why there are none."""
+    try:
+        return vars(verify(source, texts, revision=revision))
+    except (JaxlmError, OSError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Every chosen checkpoint; a smoke run takes a tiny random one made on the spot."""
+    with tempfile.TemporaryDirectory() as folder:
+        if args.smoke:
+            twins.write(twins.config_of("qwen2"), Path(folder))
+            return {"checkpoints": {"twin": compare(folder, ("w5 w9 w7 w30",), None)}}
+        found = {name: compare(name, TEXTS, args.revision) for name in chosen(args)}
+    for name, figures in found.items():
+        print(name, figures)
+    if all("error" in figures for figures in found.values()):
+        raise SystemExit("no checkpoint could be compared; is there a network? see above")
+    return {"checkpoints": found}
+
+
+if __name__ == "__main__":
+    run(__file__, __doc__, measure, add_arguments)

@@ -1,0 +1,91 @@
+"""Meshes that cannot be, sharding that does not divide, and the device report."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxlm.core import device
+from jaxlm.core.errors import ConfigError, DeviceError, whole
+from jaxlm.core.mesh import make_mesh, partition, shard_batch, shardings
+from tests.tiny import CONFIG, model
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(data=2, tensor=4)
+
+
+@pytest.mark.parametrize("sizes, words", [
+    ({"data": 3}, ["'data': 3", "needs 3 devices", "got 8"]),
+    ({"fsdp": 0, "data": 8}, ["'fsdp'", "size 0", "at least 1"]),
+    ({"tensor": 2.0}, ["'tensor'", "size 2.0", "at least 1"]),
+    ({"devices": []}, ["needs 1 devices", "got 0"]),
+])
+def test_impossible_meshes_name_the_axis_and_its_size(sizes, words):
+    with pytest.raises(DeviceError) as error:
+        make_mesh(**sizes)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_what_does_not_divide_is_replicated_with_one_warning(mesh):
+    lm, _ = model()  # 2 kv heads over 4 ways; 258 rows of vocabulary too
+    with pytest.warns(UserWarning) as caught:
+        placed = shardings(lm.axes(), lm.shapes(), mesh)
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == len(set(messages)) == 2  # tables as one, kv kernels as one
+    kv = [message for message in messages if "kv_heads" in message]
+    assert len(kv) == 1 and all(
+        word in kv[0] for word in ("layers_0/attn/k/kernel", "size 2", "4 devices", "tensor")
+    )
+    layer = placed["layers_1"]
+    assert layer["attn"]["k"]["kernel"].spec == PartitionSpec(None, None, None)
+    assert layer["attn"]["q"]["kernel"].spec == PartitionSpec(None, "tensor", None)
+    assert layer["mlp"]["down"]["kernel"].spec == PartitionSpec("tensor", None)
+
+
+def test_a_batch_goes_over_data_and_fsdp():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    assert partition(("batch", "x"), (8, 3), mesh) == PartitionSpec(("data", "fsdp"), None)
+    rows = shard_batch({"a": jnp.zeros((4, 3)), "b": jnp.zeros(4)}, mesh)
+    assert {x.sharding.shard_shape(x.shape) for x in rows.values()} == {(1, 3), (1,)}
+    with pytest.warns(UserWarning, match="batch.*size 3") as caught:
+        shard_batch((jnp.zeros((3, 2)), jnp.zeros(3)), mesh)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shard_batch(CONFIG, None) is CONFIG
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu", "abacus"])
+def test_an_absent_device_is_said_to_be_absent(name):
+    if name in {d.platform for d in jax.devices()}:
+        pytest.skip(f"this machine has a {name}")
+    with pytest.raises(DeviceError) as error:
+        device.require(name)
+    assert all(word in str(error.value) for word in (f"asked for '{name}'", "'cpu'"))
+
+
+def test_an_unused_accelerator_comes_with_advice(monkeypatch):
+    monkeypatch.setattr(device, "visible_accelerators", lambda: ["NVIDIA GPU"])
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (advice,) = device.advice()
+    assert "NVIDIA GPU is visible but jax uses the CPU" in advice and "jaxlm[cuda" in advice
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert "JAX_PLATFORMS=cpu is set" in device.advice()[0]
+
+
+def test_report_names_versions_and_devices():
+    report = device.report()
+    assert report["versions"]["jax"] == jax.__version__
+    assert len(report["devices"]) == jax.local_device_count()
+    assert report["host_bytes"] is None or report["host_bytes"] > 2**28
+
+
+@pytest.mark.parametrize("bad", [0, 11, True, 2.0, "3", None, float("nan")])
+def test_whole_refuses_what_is_no_count(bad):
+    with pytest.raises(ConfigError, match="n is .* expected a whole number from 1 to 10"):
+        whole("n", bad, 1, 10)

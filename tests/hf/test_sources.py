@@ -1,0 +1,74 @@
+"""What `load` takes: a folder, a bundled name, a hub id; and what it says when it is none."""
+
+import pytest
+
+import jaxlm.hf.bundle
+from jaxlm.core.errors import CheckpointError, ConfigError, DeviceError, JaxlmError
+from jaxlm.core.mesh import make_mesh
+from jaxlm.hf.bundle import load, resolve
+from tests.tiny import write_folder
+
+
+@pytest.mark.parametrize("source, words", [
+    ("no-such-model", ["'no-such-model'", "neither a folder", "org/name", "tiny"]),
+    ("./a/b", ["'./a/b'", "neither a folder"]),
+    ("/nowhere/at/all", ["/nowhere/at/all", "neither a folder"]),
+    ("a/b/c", ["'a/b/c'", "org/name"]),
+])
+def test_a_source_that_is_nothing(source, words):
+    with pytest.raises(CheckpointError) as error:
+        load(source)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "model.bin").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file; expected a model folder or a hub id"):
+        load(tmp_path / "model.bin")
+
+
+def test_a_hub_id_without_a_network(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError) as error:
+        load("some-org/some-model")
+    words = ("some-org/some-model", "Without a network", "local folder", "'tiny'", "HF_TOKEN")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_hub_id_is_fetched_once_it_is_no_folder(monkeypatch, tiny_folder):
+    asked = []
+    monkeypatch.setattr(jaxlm.hf.bundle, "fetch",
+                        lambda name, revision: asked.append((name, revision)) or tiny_folder)
+    assert resolve("org/name", "main") == tiny_folder and asked == [("org/name", "main")]
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+def test_an_accelerator_that_is_absent(tiny_folder, device):
+    import jax
+
+    if jax.default_backend() == device:
+        pytest.skip(f"this machine has a {device}")
+    with pytest.raises(DeviceError, match=f"asked for '{device}'.*'cpu'"):
+        load(tiny_folder, device=device)
+
+
+def test_device_and_mesh_exclude_each_other(tiny_folder):
+    assert load(tiny_folder, device="cpu").params
+    with pytest.raises(ConfigError, match="either a device or a mesh"):
+        load(tiny_folder, device="cpu", mesh=make_mesh(data=8))
+
+
+def test_no_tokenizer(tmp_path):
+    folder = write_folder(tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(JaxlmError, match="no tokenizer.json"):
+        load(folder)
+
+
+def test_no_chat_template(bundle):
+    with pytest.raises(JaxlmError, match="no usable chat template"):
+        bundle.tokenizer.chat([{"role": "user", "content": "hi"}])
