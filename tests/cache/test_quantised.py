@@ -221,8 +221,8 @@ def test_bad_settings_fail_before_any_compute(changes, message):
 
 
 @pytest.mark.parametrize("name", ["dense", "kivi2", "squat4", "squat2v4:group=64,window=128",
-                                  "kivi8:rope=before,scales=int8,shrinks=1.0/0.5",
-                                  "squat2:guard=False,rank=20,lam=0.5"])
+                                  "kivi8:scales=int8,shrinks=1.0/0.5,rope=before",
+                                  "squat2:lam=0.5,rank=20,guard=False"])
 def test_names_round_trip(name):
     assert cache_name(parse_cache(name)) == name
 
