@@ -64,10 +64,10 @@ class CacheKind(Protocol):
 
 
 def broken_layer(caches: tuple[State, ...]) -> int | None:
-    """The first layer whose state holds a NaN or an infinity, or a row flagged `bad_B` for one."""
+    """The first layer whose state holds a NaN or an infinity, or is flagged `bad` for one."""
 
     def broken(path, leaf) -> bool:
-        flag = jax.tree_util.keystr(path).endswith("['bad_B']")
+        flag = jax.tree_util.keystr(path).endswith("['bad']")
         return (flag and bool(leaf.any())) or (
             jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()))
 

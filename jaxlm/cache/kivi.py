@@ -101,7 +101,7 @@ class Kivi:
         out, lse = attention(
             q, heads_first(rotated).swapaxes(2, 3), v, Mask(window=spec.window), pos_BT, pos_BT,
             scale=spec.scale, softcap=spec.softcap, key_valid_BS=valid_BT)
-        state = state | {"bad_B": quantised.not_finite(k_BTKH, v_BTKH, count_B)}
+        state = state | {"bad": quantised.not_finite(k_BTKH, v_BTKH, count_B)}
         k = heads_first(k_BTKH if self.rope == "before" else rotated)
         state, code_keys = self.read_prompt(spec, state, q, k, valid_BT)
         ready_B = quantised.ready_groups(count_B, self.keep, self.group)
@@ -123,8 +123,7 @@ class Kivi:
         held_B = start_B - state["packed_B"]
         put = lambda old, new: quantised.join(old, new.swapaxes(1, 2), held_B, count_B)
         k, v = put(state["k"], k), put(state["v"], v_BTKH)
-        bad_B = state["bad_B"] | quantised.not_finite(k_BTKH, v_BTKH, count_B)
-        state = state | {"bad_B": bad_B}
+        state = state | {"bad": state["bad"] | quantised.not_finite(k_BTKH, v_BTKH, count_B)}
         out, lse = quantised.attend_many(
             spec, state, q, pos_BT, k, v, start_B + count_B, pos_BT[:, 0] - start_B, fmt,
             self.rope == "before")
@@ -139,8 +138,8 @@ class Kivi:
         rows, slot_B = jnp.arange(len(start_B)), start_B - state["packed_B"]
         put = lambda tail, x: tail.at[rows, :, slot_B].set(x[:, 0].astype(tail.dtype), mode="drop")
         one_B = jnp.ones_like(start_B)
-        state = state | {"k": put(state["k"], k), "v": put(state["v"], v_B1KH), "bad_B":
-                         state["bad_B"] | quantised.not_finite(k_B1KH, v_B1KH, one_B)}
+        state = state | {"k": put(state["k"], k), "v": put(state["v"], v_B1KH), "bad":
+                         state["bad"] | quantised.not_finite(k_B1KH, v_B1KH, one_B)}
         state = self.read_queries(spec, state, q, start_B, one_B)
         out, lse = self._attend_one(spec, state, q, pos_B, start_B + 1, pos_B - start_B)
         return flagged(out, state), lse, state
@@ -193,5 +192,7 @@ class Kivi:
 
 
 def flagged(out_BTNH: jax.Array, state: State) -> jax.Array:
-    """NaN for rows that took in a NaN or an infinity."""
-    return jnp.where(state["bad_B"][:, None, None, None], jnp.nan, out_BTNH)
+    """NaN from heads that took in a NaN or an infinity."""
+    batch, time, heads, width = out_BTNH.shape
+    out = out_BTNH.reshape(batch, time, state["bad"].shape[1], -1, width)
+    return jnp.where(state["bad"][:, None, :, None], jnp.nan, out).reshape(out_BTNH.shape)

@@ -2,8 +2,8 @@
 
 One layer's state is a dict. `packed`: codes and scales of each row's first `packed_B` tokens.
 `k`, `v`: the tail (B, K, W, H), the tokens behind them in full precision, oldest first, zeros
-where unused. `bad_B`: a NaN or an infinity came in with this row's keys or values, which codes
-could hide; every later output of the row is NaN.
+where unused. `bad` (B, K, 1): a NaN or an infinity came in with keys or values, which codes could
+hide; every later output of that kv head is NaN.
 """
 
 from collections.abc import Callable
@@ -39,13 +39,16 @@ def empty(spec: AttentionSpec, batch: int, capacity: int, tail: int, fmt: QuantF
         k_min=jnp.zeros_like(packed.k_scale), v_min=jnp.zeros_like(packed.v_scale))
     shape = (batch, spec.num_kv_heads, tail, spec.head_dim)
     return {"packed": packed, "k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype),
-            "packed_B": jnp.zeros(batch, jnp.int32), "bad_B": jnp.zeros(batch, bool)}
+            "packed_B": jnp.zeros(batch, jnp.int32),
+            "bad": jnp.zeros((batch, spec.num_kv_heads, 1), bool)}
 
 
 def not_finite(k_BTKH: jax.Array, v_BTKH: jax.Array, count_B: jax.Array) -> jax.Array:
-    """Rows with a NaN or an infinity among their first `count_B` tokens, bool (B,)."""
-    fine_BT = jnp.isfinite(k_BTKH).all((2, 3)) & jnp.isfinite(v_BTKH).all((2, 3))
-    return (~fine_BT & (jnp.arange(fine_BT.shape[1]) < count_B[:, None])).any(1)
+    """Where the first `count_B` tokens hold a NaN or an infinity, bool (B, K, 1); by head, so
+    that heads on several devices need not meet."""
+    fine_BTK = jnp.isfinite(k_BTKH).all(3) & jnp.isfinite(v_BTKH).all(3)
+    real_BT = jnp.arange(fine_BTK.shape[1]) < count_B[:, None]
+    return (~fine_BTK & real_BT[..., None]).any(1)[..., None]
 
 
 def join(tail_BKWH: jax.Array, new_BKTH: jax.Array, held_B: jax.Array, count_B: jax.Array):

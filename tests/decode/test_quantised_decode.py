@@ -1,0 +1,168 @@
+"""Models over quantised caches: the loop, shared prompts, a mesh, what compilers make of it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxlm.cache import Dense, Kivi, Squat
+from jaxlm.cache.base import broken_layer
+from jaxlm.core.mesh import make_mesh
+from jaxlm.decode.placement import state_shardings
+from jaxlm.decode.rows import fork, gather, repeat
+from jaxlm.decode.samplers import Categorical, Greedy
+from jaxlm.decode.state import decode, decode_step, prefill
+from jaxlm.decode.stop import NEVER
+from tests.decode.tiny import DECODE, EXTEND, PREFILL, VOCAB, prompts, tiny_model
+
+SMALL = dict(group=8, window=8)
+SQUAT8 = Squat(8, 8, **SMALL, block=2)
+TIME, SLOTS = 40, 72
+
+
+def begin(lm, params, cache, rows=3, sampler=Greedy(), slots=SLOTS):
+    """Prefilled rows of 40, 4 and 7 tokens, ..."""
+    tokens, lengths = prompts(rows, TIME, seed=2)
+    keys = jax.random.split(jax.random.key(5), rows)
+    return PREFILL(lm, params, sampler, tokens, lengths, cache, slots, keys)
+
+
+def test_a_mix_of_kinds_follows_the_dense_cache_and_pieces_change_nothing():
+    """One loop, the same loop in pieces, and single steps: the same text, bit for bit."""
+    lm, params = tiny_model(num_layers=3)
+    mixed = (Kivi(8, 8, **SMALL), Dense(), SQUAT8)
+    dense, whole, pieces, single = (begin(lm, params, c) for c in (Dense(), mixed, mixed, mixed))
+    np.testing.assert_allclose(whole.logits_BV, dense.logits_BV, atol=1e-5)  # prompts are exact
+    dense, whole = (DECODE(lm, params, Greedy(), s, NEVER, 24) for s in (dense, whole))
+    for count in (5, 1, 11, 7):
+        pieces = DECODE(lm, params, Greedy(), pieces, NEVER, count)
+    step = jax.jit(decode_step, static_argnums=0)
+    for _ in range(24):
+        single = step(lm, params, Greedy(), single)
+    for other in (pieces, single):
+        np.testing.assert_array_equal(whole.tokens_BS, other.tokens_BS)
+        np.testing.assert_allclose(whole.logits_BV, other.logits_BV, atol=1e-5)
+    assert whole.caches[0]["packed_B"].tolist() == [56, 24, 24]
+    same = np.asarray(whole.tokens_BS == dense.tokens_BS)
+    assert same[0, :TIME + 8].all(), "8-bit codes changed the first greedy tokens"
+
+
+def test_a_row_that_outgrows_its_cache_keeps_its_text_and_codes():
+    lm, params = tiny_model()
+    state = begin(lm, params, SQUAT8)
+    more = jax.random.randint(jax.random.key(4), (3, 40), 0, VOCAB)
+    grown, _ = EXTEND(lm, params, state, more, jnp.array([40, 40, 0]))
+    assert bool(jnp.isnan(grown.logits_BV[0]).all())
+    assert grown.length_B.tolist() == [TIME, 4 + 40, 7]
+    for old, new in zip(jax.tree.leaves(state.caches), jax.tree.leaves(grown.caches), strict=True):
+        np.testing.assert_array_equal(old[0], new[0])
+
+
+def test_shared_prompts_equal_copied_ones_until_groups_start():
+    """Own tokens begin groups of their own; at 8 bits that moves logits by little."""
+    lm, params = tiny_model()
+    hot = Categorical(0.9)
+    one = begin(lm, params, SQUAT8, sampler=hot, slots=TIME)
+    two = begin(lm, params, SQUAT8, sampler=hot)
+    shared, copied = fork(lm, params, one, 4, 32), repeat(two, 4)
+    moves = [cache.own["moves"] for cache in shared.caches]
+    assert all(bool((m != 0).any()) for m in moves), "suffixes code keys by the prompts' queries"
+    ancestors = jnp.array([[0, 0, 2, 3], [3, 3, 3, 3], [1, 0, 3, 2]])
+    for count in (4, 20):
+        text = jax.random.randint(jax.random.key(count), (12, count), 0, VOCAB)
+        shared, copied = (gather(EXTEND(lm, params, s, text, jnp.full(12, count))[0], ancestors)
+                          for s in (shared, copied))
+        spread = float(copied.logits_BV.std())
+        np.testing.assert_allclose(shared.logits_BV, copied.logits_BV, atol=0.1 * spread)
+    assert shared.caches[0].own["packed_B"].tolist() == [16] * 12
+    shared, copied = (DECODE(lm, params, hot, s, NEVER, 1) for s in (shared, copied))
+    np.testing.assert_allclose(shared.logprob_BS.sum(1), copied.logprob_BS.sum(1), atol=0.2)
+
+
+@pytest.mark.parametrize("cache", [Dense(), Kivi(2, 2, **SMALL, scales="int8")])
+def test_a_broken_layer_is_named(cache):
+    lm, params = tiny_model(num_layers=3)
+    assert broken_layer(begin(lm, params, cache).caches) is None
+    broken = jax.tree.map(lambda x: x, params)
+    kernel = broken["layers_1"]["attention"]["k"]["kernel"]
+    broken["layers_1"]["attention"]["k"]["kernel"] = kernel.at[0].set(jnp.nan)
+    state = begin(lm, broken, cache)
+    assert broken_layer(state.caches) == 1 and bool(jnp.isnan(state.logits_BV).all())
+
+
+def test_kv_heads_over_eight_devices_need_no_collective():
+    """Step and flush of sharded heads, as XLA compiles them: devices do not speak."""
+    lm, _ = tiny_model(num_heads=16, num_kv_heads=8)
+    spec, mesh, batch = lm.config.attention(0), make_mesh(tensor=8), 2
+    kind = Squat(**SMALL, block=4)
+    where = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+    given = lambda tree, place: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)
+    state = given(jax.eval_shape(lambda: kind.init(spec, batch, 128, jnp.float32)),
+                  lambda x: where(None, "tensor") if x.ndim > 1 else where())
+    heads = [jax.ShapeDtypeStruct((batch, 1, n, 8), jnp.float32,
+                                  sharding=where(None, None, "tensor")) for n in (16, 8, 8)]
+    row = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=where())
+    step = jax.jit(lambda *args: kind.step(spec, *args), donate_argnums=0)
+    flush = jax.jit(lambda state, at: kind.flush(spec, state, True, at), donate_argnums=0)
+    for compiled in (step.lower(state, *heads, row, row).compile(),
+                     flush.lower(state, row).compile()):
+        found = re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter",
+                           compiled.as_text())
+        assert not found, found
+
+
+def compiled_loop(lm, cache, batch, slots, dtype=jnp.bfloat16, place=None):
+    """The decode loop over a state of `slots` tokens a row, and the bytes of its codes."""
+    params = lm.shapes(dtype)
+    tokens = jax.ShapeDtypeStruct((batch, 128), jnp.int32)
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    state = jax.eval_shape(lambda p, t, n, k: prefill(lm, p, Greedy(), t, n, cache, slots, k),
+                           params, tokens, rows, keys)
+    put = lambda tree: tree if place is None else jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+    loop = jax.jit(lambda p, s, n: decode(lm, p, Greedy(), s, max_new=n), donate_argnums=1)
+    compiled = loop.lower(*put((params, state, jax.ShapeDtypeStruct((), jnp.int32)))).compile()
+    return compiled, state.caches[0]["packed"].k_words
+
+
+def copies_of(compiled, words):
+    """Copies of an array of the codes' shape in the compiled program."""
+    shape = re.escape(f"s32[{','.join(map(str, words.shape))}]")
+    return re.findall(rf"= {shape}\S* copy\(", compiled.as_text())
+
+
+@pytest.mark.slow
+def test_the_decode_loop_never_copies_or_unpacks_the_codes():
+    lm, _ = tiny_model(head_dim=64, num_heads=4, num_kv_heads=2)
+    compiled, words = compiled_loop(lm, Squat(), 4, 8192, jnp.float32)
+    whole = 4 * 2 * 8192 * 64 * 4  # float32 keys of one layer
+    assert compiled.memory_analysis().temp_size_in_bytes < whole / 2
+    assert not copies_of(compiled, words)
+
+
+@pytest.mark.slow
+def test_the_decode_loop_on_a_tpu_never_copies_the_codes():
+    from jaxlm.core.targets import target
+
+    chip = target("v5e:1x1").devices[0]
+    lm, _ = tiny_model(dim=256, head_dim=128, num_heads=8, num_kv_heads=2, num_layers=2)
+    compiled, words = compiled_loop(lm, Squat(), 8, 32768,
+                                    place=SingleDeviceSharding(chip))
+    codes = words.size * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < codes
+    assert not copies_of(compiled, words)
+
+
+def test_cache_shardings_follow_rows_and_heads():
+    """Every leaf of a quantised state is split as its rows and kv heads are."""
+    lm, params = tiny_model(num_heads=16, num_kv_heads=8)
+    state = jax.eval_shape(lambda: begin(lm, params, Squat(**SMALL, block=4), rows=2))
+    places = state_shardings(state, 8, make_mesh(tensor=8))
+    for leaf, place in zip(jax.tree.leaves(state.caches), jax.tree.leaves(places.caches),
+                           strict=True):
+        assert place.spec[1:2] == (("tensor",) if leaf.ndim > 1 else ()), (leaf.shape, place)
