@@ -3,7 +3,7 @@
 Command: python experiments/bench_decode.py --out experiments/results/bench_decode/cpu.json
 Hardware: 2 cores and 6 GB; no accelerator. Leave the machine alone while it runs.
 Minutes: 6
-Expected: decode 15 (batch 1) and 2 to 4 (batch 32); bandwidth 0.7; 135M 1.2; prefill 1.2; 5 s; 0.3 s
+Expected: decode 15 (batch 1), 2 to 4 (batch 32); bandwidth 0.7; 135M 1.2; prefill 1.2; 5 s, 0.3 s
 
 Both sides do the whole of a request: read 8 tokens, then draw 200, greedily, with no stop token.
 They take turns, and a figure is the median of the pairs' ratios (above 1: jaxlm is faster). On the
