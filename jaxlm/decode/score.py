@@ -1,7 +1,7 @@
 """Scoring: per-token log-probabilities, and perplexity over windows with a stride."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxlm.core.tree import Params
 from jaxlm.decode.generate import BUCKET, Prompt, round_up, to_ids
 from jaxlm.hf.bundle import Bundle
 from jaxlm.models.lm import LM
+from jaxlm.models.stack import STACK
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,23 @@ def score(
             found[row][new - 1: end - 1] = line[new - 1 - start: end - 1 - start]
     for number, line in enumerate(found):
         if not np.isfinite(line).all():
+            where = broken_projection(bundle.lm, bundle.params, ids[number][:window])
             raise NumericsError(
-                f"text {number}: log-probability {int(np.argmin(np.isfinite(line)))} is not "
-                "finite; check the weights, or load in float32"
+                f"text {number}: log-probability {int(np.argmin(np.isfinite(line)))} is not finite"
+                f"{where and f', first in {where}'}; check the weights, or load in float32"
             )
     scores = [Score(tuple(text), line) for text, line in zip(ids, found, strict=True)]
     return scores if many else scores[0]
+
+
+def broken_projection(lm: LM, params: Params, ids: Sequence[int]) -> str:
+    """The path of the first projection whose output on a text is not finite; "" if none is."""
+    if STACK in params:
+        return ""
+    tokens = jnp.asarray([ids], jnp.int32)
+    found = replace(lm, remat=False).apply(params, tokens, logits_at=None, want=("taps",)).taps
+    return next((path for path, (_, out) in (found or {}).items()
+                 if not bool(jnp.isfinite(out).all())), "")
 
 
 def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:

@@ -5,6 +5,7 @@ quantises) widens the tolerance of what is read back, and leaves out bit-for-bit
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +45,13 @@ def reference(spec, q, k, v):
     return attend(q, k, v, seen, scale=spec.scale, softcap=spec.softcap)
 
 
+CALLS = {name: jax.jit(lambda kind, spec, *rest, name=name: getattr(kind, name)(spec, *rest),
+                       static_argnums=(0, 1)) for name in ("prefill", "extend", "step")}
+
+
 def jitted(kind):
-    """The kind's functions, compiled once a spec."""
-    return {name: jax.jit(getattr(kind, name), static_argnums=0)
-            for name in ("prefill", "extend", "step")}
+    """The kind's functions, compiled once a kind, spec and shape, whichever test asks."""
+    return {name: partial(call, kind) for name, call in CALLS.items()}
 
 
 class Contract:

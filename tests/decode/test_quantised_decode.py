@@ -87,8 +87,8 @@ def test_a_broken_layer_is_named(cache):
     lm, params = tiny_model(num_layers=3)
     assert broken_layer(begin(lm, params, cache).caches) is None
     broken = jax.tree.map(lambda x: x, params)
-    kernel = broken["layers_1"]["attention"]["k"]["kernel"]
-    broken["layers_1"]["attention"]["k"]["kernel"] = kernel.at[0].set(jnp.nan)
+    kernel = broken["layers_1"]["attn"]["k"]["kernel"]
+    broken["layers_1"]["attn"]["k"]["kernel"] = kernel.at[0].set(jnp.nan)
     state = begin(lm, broken, cache)
     assert broken_layer(state.caches) == 1 and bool(jnp.isnan(state.logits_BV).all())
 
