@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from jaxlm.eval.recall import FRAME_TOKENS, PAIR_TOKENS, QUERY_TOKENS
+
 CARD = """---
 license: apache-2.0
 library_name: jaxlm
@@ -18,11 +20,11 @@ generates, for two skills.
 **Arithmetic with worked steps**, one a line, every one checkable (`jaxlm.eval.arithmetic`):
 
 ```
-Q:37+58*4-16=
-58*4=232
-37+232=269
-269-16=253
-A:253
+Q:37+8*6-16=
+8*6=48
+37+48=85
+85-16=69
+A:69
 ```
 
 **Recall**, two digits for a key of two letters among up to 199 pairs (`jaxlm.eval.recall`):
@@ -37,10 +39,10 @@ what it knows. Characters other than printable ASCII and newline become `<unk>`.
 
 ## Accuracy on test problems
 
-{problems} problems a level, {documents} documents a length, 4 queries each; mean and standard
-error. `sound` means that the answer and every step are right.
+{problems} problems a level, {samples} samples of each at temperature 0.8, {documents} documents a
+length; share right and standard error. A sound solution is right in its answer and in every step.
 
-| level | what | greedy | sound | temperature 0.8 | sound |
+| level | what | greedy | greedy, sound | temperature 0.8 | any of {samples} |
 |---|---|---|---|---|---|
 {arithmetic}
 
@@ -63,26 +65,25 @@ LEVELS = {
 }
 
 
-def card(train: dict[str, Any], evaluated: dict[str, Any], vocab: int, cores: str,
+def card(train: dict[str, Any], metrics: dict[str, Any], vocab: int, cores: str,
          date: str) -> str:
     """The text of README.md.
 
     Args:
-      train, evaluated: the JSON of train_tiny.py and of eval_tiny.py.
+      train: the JSON of train_tiny.py. metrics: those of eval_tiny.py.
       vocab, cores, date: the number of ids, the processor, the day of the evaluation.
     """
-    run, metrics = train["metrics"], evaluated["metrics"]
-    show = lambda r: f"{100 * r['accuracy']:.1f} ± {100 * r['standard_error']:.1f} %"
-    rows = []
-    for level, by in metrics["arithmetic"].items():
-        cells = [cell for name in ("greedy", "t0.8")
-                 for cell in (show(by[name]), f"{100 * by[name]['sound']:.1f} %")]
-        rows.append(f"| {level} | {LEVELS[level]} | {' | '.join(cells)} |")
-    recalled = [f"| {length} | {r['pairs']} | {show(r)} |"
+    show = lambda r: f"{100 * r['value']:.1f} ± {100 * r['error']:.1f} %"
+    columns = ("greedy", "greedy_sound", "t0.8", "t0.8_any")
+    rows = [f"| {level} | {LEVELS[level]} | {' | '.join(show(by[c]) for c in columns)} |"
+            for level, by in metrics["arithmetic"].items()]
+    pairs = lambda length: (length - FRAME_TOKENS - QUERY_TOKENS) // PAIR_TOKENS
+    recalled = [f"| {length} | {pairs(int(length))} | {show(r)} |"
                 for length, r in metrics["recall"].items()]
+    run, hard = train["metrics"], metrics["arithmetic"]["hard"]
     return CARD.format(
         parameters=run["parameters"], vocab=vocab, steps=run["steps"], tokens=run["tokens"] / 1e6,
         minutes=run["minutes"], device=train["device"], cores=cores, date=date,
-        problems=metrics["arithmetic"]["hard"]["greedy"]["n"],
-        documents=metrics["recall"]["64"]["n"], arithmetic="\n".join(rows),
+        problems=hard["problems"], samples=hard["samples"],
+        documents=metrics["recall"]["64"]["documents"], arithmetic="\n".join(rows),
         recall="\n".join(recalled))

@@ -3,10 +3,12 @@
 Shared by train_tiny.py, which makes the bundled model, and make_models.py, which makes the rest.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import optax
 import orbax.checkpoint as ocp
 from optax.contrib import MuonDimensionNumbers, muon
 
-from experiments import tiny_tokenizer
+from experiments import _harness, tiny_tokenizer
 from experiments.tiny_data import STEP, VALUE, Mix, batch
 from jaxlm.core.tree import Params, map_with_path
 from jaxlm.hf.bundle import Bundle, save
@@ -28,18 +30,27 @@ from jaxlm.models.lm import LM
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `mix(step)` is the curriculum; the rates rise, hold, and fall linearly to zero.
+    """One run. `mix(step)` is the curriculum.
 
-    lr is Muon's, for every matrix; adam_lr is Adam's, for the embedding and the norms.
+    lr is Muon's, for every matrix; adam_lr is Adam's, for the embedding and the norms. `rate` has
+    points (step, share of both) to draw straight lines between; the last is the end of the run.
     """
 
     mix: Callable[[int], Mix]
-    steps: int
-    decay: int
-    warmup: int = 20
+    rate: tuple[tuple[int, float], ...]
     lr: float = 0.01
     adam_lr: float = 0.003
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """How long the run is."""
+        return self.rate[-1][0]
+
+
+def short_run(steps: int) -> tuple[tuple[int, float], ...]:
+    """The rate of a plain run: up over 20 steps, level, down over the last two fifths."""
+    return (0, 0.0), (min(20, steps // 3), 1.0), (steps * 3 // 5, 1.0), (steps, 0.0)
 
 
 def model_config(dim: int = 160, layers: int = 8, ffn: int = 448) -> ModelConfig:
@@ -75,11 +86,10 @@ def loss_fn(lm: LM, params: Params, data: dict[str, Any]) -> tuple[jax.Array, di
 
 def optimiser(recipe: Recipe) -> optax.GradientTransformation:
     """Muon (orthogonalised momentum) for matrices, Adam for the rest."""
+    at, shares = (np.array(column, np.float32) for column in zip(*recipe.rate, strict=True))
+
     def rate(peak: float) -> optax.Schedule:
-        return optax.join_schedules(
-            [optax.linear_schedule(0.0, peak, recipe.warmup), optax.constant_schedule(peak),
-             optax.linear_schedule(peak, 0.0, recipe.decay)],
-            [recipe.warmup, recipe.steps - recipe.decay])
+        return lambda count: peak * jnp.interp(jnp.asarray(count, jnp.float32), at, shares)
 
     def as_matrix(path: str, leaf: jax.Array) -> MuonDimensionNumbers | None:
         if not path.endswith("kernel"):
@@ -100,9 +110,10 @@ def fit(lm: LM, recipe: Recipe, work: Path, params: Params | None = None,
     Args:
       lm: the model.
       recipe: the run; data are a function of its seed and the step.
-      work: folder of checkpoints, one kind of run each.
+      work: folder of checkpoints, one for each run.
       params: to start from; default `init`.
       marks: step -> what to do with the parameters after it.
+      log_every: steps. save_every_s: seconds.
     Returns: float32 parameters, and {"steps", "tokens", "minutes", "history"}.
     """
     tx, marks = optimiser(recipe), marks or {}
@@ -113,48 +124,54 @@ def fit(lm: LM, recipe: Recipe, work: Path, params: Params | None = None,
         if manager.latest_step() is not None:
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
             print(f"resumed after step {state['step']}", flush=True)
-        return _loop(lm, recipe, tx, state, manager, marks, log_every, save_every_s)
-
-
-def _loop(lm, recipe, tx, state, manager, marks, log_every, save_every_s):
-    @jax.jit
-    def update(params, opt, data):
-        grads, metrics = jax.grad(lambda p: loss_fn(lm, p, data), has_aux=True)(params)
-        updates, opt = tx.update(grads, opt, params)
-        return optax.apply_updates(params, updates), opt, metrics
-
-    def store(step):
-        manager.save(step, args=ocp.args.StandardSave({**state, "step": step}))
-        manager.wait_until_finished()
-
-    history, recent = [], []
-    began = logged = saved = time.time()
-    before = float(state["minutes"])
-    data = batch(recipe.mix(int(state["step"])), recipe.seed, int(state["step"]))
-    for step in range(int(state["step"]) + 1, recipe.steps + 1):
-        state["params"], state["opt"], metrics = update(state["params"], state["opt"], data)
-        state["tokens"] += data["inputs"].size
-        if step < recipe.steps:  # made while the device works
+        log = _Log(work / "history.json", recipe.steps, log_every, state)
+        update = jax.jit(partial(_update, lm, tx))
+        saved = time.time()
+        for step in range(int(state["step"]), recipe.steps):
             data = batch(recipe.mix(step), recipe.seed, step)
-        recent.append(jax.device_get(metrics))
+            state["params"], state["opt"], metrics = update(state["params"], state["opt"], data)
+            state["step"], state["tokens"] = step + 1, int(state["tokens"]) + data["inputs"].size
+            state["minutes"] = log(step + 1, jax.device_get(metrics))
+            if step + 1 in marks:
+                marks[step + 1](state["params"])
+            if time.time() - saved > save_every_s or step + 1 == recipe.steps:
+                _harness.write_json(log.rows, log.path)
+                manager.save(step + 1, args=ocp.args.StandardSave(state))
+                manager.wait_until_finished()
+                saved = time.time()
+    return state["params"], {"steps": recipe.steps, "tokens": int(state["tokens"]),
+                             "minutes": float(state["minutes"]), "history": log.rows}
+
+
+def _update(lm, tx, params, opt, data):
+    grads, metrics = jax.grad(lambda p: loss_fn(lm, p, data), has_aux=True)(params)
+    updates, opt = tx.update(grads, opt, params)
+    return optax.apply_updates(params, updates), opt, metrics
+
+
+class _Log:
+    """The line of progress and the rows of history; a call gives the minutes spent so far."""
+
+    def __init__(self, path: Path, steps: int, every: int, state: dict[str, Any]):
+        self.path, self.steps, self.every, self.recent = path, steps, every, []
+        rows = json.loads(path.read_text()) if path.exists() else []
+        self.rows = [row for row in rows if row["step"] <= int(state["step"])]
+        self.began = self.logged = time.time()
+        self.before = float(state["minutes"])
+
+    def __call__(self, step: int, metrics: dict[str, Any]) -> float:
         now = time.time()
-        state["minutes"] = before + (now - began) / 60
-        if step % log_every == 0 or step == recipe.steps:
-            row = {k: float(np.mean([m[k] for m in recent])) for k in recent[0]}
-            history.append({"step": step, **row})
-            pace = (now - logged) / len(recent)
-            print(f"step {step}/{recipe.steps} loss {row['loss']:.4f} steps {row['steps']:.4f} "
-                  f"values {row['values']:.4f} s/step {pace:.2f} min {state['minutes']:.1f} "
-                  f"eta {pace * (recipe.steps - step) / 60:.0f} min", flush=True)
-            recent, logged = [], now
-        if step in marks:
-            marks[step](state["params"])
-        if now - saved > save_every_s or step == recipe.steps:
-            store(step)
-            saved = time.time()
-    summary = {"steps": recipe.steps, "tokens": int(state["tokens"]),
-               "minutes": float(state["minutes"]), "history": history}
-    return state["params"], summary
+        minutes = self.before + (now - self.began) / 60
+        self.recent.append(metrics)
+        if step % self.every == 0 or step == self.steps:
+            row = {k: float(np.mean([m[k] for m in self.recent])) for k in metrics}
+            pace = (now - self.logged) / len(self.recent)
+            print(f"step {step}/{self.steps} loss {row['loss']:.4f} steps {row['steps']:.4f} "
+                  f"values {row['values']:.4f} s/step {pace:.2f} min {minutes:.1f} "
+                  f"eta {pace * (self.steps - step) / 60:.0f} min", flush=True)
+            self.rows.append({"step": step, **row})
+            self.recent, self.logged = [], now
+        return minutes
 
 
 def held_out_loss(lm: LM, params: Params, mix: Mix, seed: int, batches: int = 4) -> float:

@@ -56,8 +56,8 @@ class Level:
 
 LEVELS = {
     "easy": Level(terms=(2, 3), max_total=99),
-    "medium": Level(terms=(3, 4), products=(1, 1), factor=(2, 9), max_total=199),
-    "hard": Level(terms=(5, 8), products=(2, 2), factor=(2, 19), max_total=299),
+    "medium": Level(terms=(3, 4), products=(1, 1), factor=(2, 9), max_total=99),
+    "hard": Level(terms=(5, 8), products=(2, 2), factor=(2, 9), max_total=99),
 }
 
 
