@@ -55,9 +55,9 @@ class Level:
 
 
 LEVELS = {
-    "easy": Level(terms=(2, 3)),
-    "medium": Level(terms=(3, 4), products=(1, 1), factor=(2, 19), max_total=299),
-    "hard": Level(terms=(5, 6), products=(2, 2), number=(1, 399), factor=(11, 99), max_total=999),
+    "easy": Level(terms=(2, 3), max_total=99),
+    "medium": Level(terms=(3, 4), products=(1, 1), factor=(2, 9), max_total=99),
+    "hard": Level(terms=(5, 8), products=(2, 2), factor=(2, 9), max_total=99),
 }
 
 
@@ -71,9 +71,8 @@ class Problem:
     @property
     def expression(self) -> str:
         """The sum as text, for example `37+58*4-16`."""
-        terms = ("*".join(map(str, term)) for term in self.terms)
-        body = "".join(sign + term for sign, term in zip(self.signs, terms, strict=True))
-        return body[1:]
+        products = ["*".join(map(str, term)) for term in self.terms]
+        return "".join(s + p for s, p in zip(self.signs, products, strict=True))[1:]
 
     @property
     def prompt(self) -> str:
