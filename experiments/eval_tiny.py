@@ -2,8 +2,9 @@
 
 Command: python experiments/eval_tiny.py --out experiments/results/eval_tiny/cpu.json
 Hardware: 2 CPU cores.
-Minutes: TODO
-Expected: TODO
+Minutes: 2
+Expected: at temperature 0.8, 99 % on easy and medium sums and 30 to 70 % on hard ones; recall 92 %
+  or more at every length
 
 Test problems only, written freely. An arithmetic solution is sound when its answer and every
 step are right.
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--card", type=Path, help="also write the model card to this file")
     parser.add_argument("--problems", type=int, default=250, help="per level")
     parser.add_argument("--samples", type=int, default=4, help="per problem, at temperature 0.8")
-    parser.add_argument("--documents", type=int, default=200, help="per length")
+    parser.add_argument("--documents", type=int, default=100, help="per length")
 
 
 if __name__ == "__main__":

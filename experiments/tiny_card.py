@@ -27,7 +27,7 @@ Q:37+8*6-16=
 A:69
 ```
 
-**Recall**, two digits for a key of two letters among up to 199 pairs (`jaxlm.eval.recall`):
+**Recall**, two digits for a key of two letters among some 200 pairs at most (`jaxlm.eval.recall`):
 
 ```
 R:kf49;qz13;ab77;
@@ -60,8 +60,8 @@ checksum, so none is in both.
 
 LEVELS = {
     "easy": "2 or 3 numbers below 100, totals below 100",
-    "medium": "3 or 4 terms, one a product of digits, totals below 200",
-    "hard": "5 to 8 terms, two of them products; 6 to 9 steps, totals below 300",
+    "medium": "3 or 4 terms, one a product of digits, totals below 100",
+    "hard": "7 or 8 terms, two of them products; 8 or 9 steps, totals below 110",
 }
 
 

