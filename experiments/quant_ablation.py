@@ -80,8 +80,9 @@ def cases(folder: Path) -> dict[str, tuple]:
     return found
 
 
-def logit_error(q_dec, error) -> float:
-    """||Q dK^T||_F over all rows and heads."""
+def error_of(case, setting) -> float:
+    """||Q dK^T||_F of the held-out queries, over all rows and heads."""
+    q_dec, error = case[1], np.asarray(quantised(case, setting)) - np.asarray(case[2])
     batch, kv_heads, _, head_dim = error.shape
     q = np.asarray(q_dec, np.float64).reshape(batch, kv_heads, -1, head_dim)
     return float(np.linalg.norm(np.einsum("bkqh,bksh->bkqs", q, np.asarray(error, np.float64))))
@@ -114,12 +115,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                                               "all, bfloat16 scales (default)")}
         tests = {name: tests[name] for name in ("c08", "real even")}
     table: dict[str, dict[str, float]] = {}
+    plain = {name: error_of(case, rows["kivi"]) for name, case in tests.items()}
     for name, setting in rows.items():
         table[name] = {}
         for case_name, case in tests.items():
-            error = np.asarray(quantised(case, setting)) - np.asarray(case[2])
-            plain = np.asarray(quantised(case, rows["kivi"])) - np.asarray(case[2])
-            table[name][case_name] = logit_error(case[1], error) / logit_error(case[1], plain)
+            table[name][case_name] = error_of(case, setting) / plain[case_name]
         ratios = np.array(list(table[name].values()))
         table[name] |= {"geomean": float(np.exp(np.log(ratios).mean())), "max": float(ratios.max())}
         print(f"{name:40s}", *(f"{k} {v:.3f}" for k, v in table[name].items()), flush=True)

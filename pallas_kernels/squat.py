@@ -127,15 +127,23 @@ def quantise_keys_squat(k: jax.Array, comp: Compensation, fmt: QuantFormat, bloc
     x = jnp.take_along_axis(original, per_channel, axis=-1)
     origin = jnp.take_along_axis(origin[..., None, None, :], per_channel, axis=-1)
     moves = _permute(comp.matrix, comp.order)
-    parts = []
-    for start in range(0, head_dim, block):
-        now, later = slice(start, start + block), slice(start + block, None)
-        grid = quantise(x[..., now], -2, fmt.k_bits, fmt.scales, fmt.shrinks, origin[..., now],
-                        fmt.exact)
-        parts.append(grid)
-        move = jnp.einsum("...gth,...hi->...gti", grid.value - x[..., now], moves[..., now, later],
+
+    def round_block(x, start, width=block):
+        cut = lambda y, axis: jax.lax.dynamic_slice_in_dim(y, start, width, axis)
+        now = cut(x, -1)
+        grid = quantise(now, -2, fmt.k_bits, fmt.scales, fmt.shrinks, cut(origin, -1), fmt.exact)
+        move = jnp.einsum("...gth,...hi->...gti", grid.value - now, cut(moves, -2),
                           precision=_EXACT)
-        x = x.at[..., later].add(move)
+        return x + move, grid
+
+    whole = head_dim // block * block
+    parts = []
+    if whole:  # a scan, so that one block is compiled
+        x, blocks = jax.lax.scan(round_block, x, jnp.arange(0, whole, block))
+        parts.append(Grid(*(jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], whole)
+                            for y in blocks)))
+    if whole < head_dim:
+        parts.append(round_block(x, whole, head_dim - whole)[1])
     back = jnp.argsort(comp.order, axis=-1)[..., None, None, :]
     grid = Grid(*(jnp.take_along_axis(jnp.concatenate(part, -1), back, axis=-1)
                   for part in zip(*parts, strict=True)))

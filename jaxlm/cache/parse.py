@@ -50,7 +50,8 @@ def cache_name(kind: CacheKind) -> str:
     name = next((name for name, known in KINDS.items() if type(kind) is known), None)
     if name is None:
         raise ConfigError(f"{type(kind).__name__} has no name; expected one of {sorted(KINDS)}")
-    given = {field.name: getattr(kind, field.name) for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+    fields: tuple[dataclasses.Field, ...] = dataclasses.fields(kind)  # type: ignore[arg-type]
+    given = {field.name: getattr(kind, field.name) for field in fields
              if getattr(kind, field.name) != field.default}
     k_bits, v_bits = getattr(kind, "k_bits", None), getattr(kind, "v_bits", None)
     bits = "" if k_bits is None else f"{k_bits}" if k_bits == v_bits else f"{k_bits}v{v_bits}"

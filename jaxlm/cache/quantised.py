@@ -161,7 +161,8 @@ def attend_many(spec: AttentionSpec, state: State, q_BTNH: jax.Array, pos_BT: ja
         x, ((0, 0), (0, count * QUERIES - time)) + ((0, 0),) * (x.ndim - 2)
     ).reshape(x.shape[0], count, QUERIES, *x.shape[2:]), 1, 0)
     coded = jax.lax.map(lambda part: attend_codes(
-        spec, state["packed"], packed_B, *part, first_B, fmt, before), (cut(q_BTNH), cut(pos_BT)))
+        spec, state["packed"], packed_B, part[0], part[1], first_B, fmt, before),
+        (cut(q_BTNH), cut(pos_BT)))
     whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :time]
     return merge([rest, (whole(coded[0]), whole(coded[1]))])
 

@@ -16,6 +16,8 @@ COMMANDS = {
     "info": "versions, devices and memory, and an accelerator that is visible but unused",
     "generate": "continue a prompt",
     "score": "log-probabilities and perplexity of texts",
+    "convert": "a model folder in another dtype, checked against transformers",
+    "fit": "whether a job fits a chip, by the chip's own compiler, without the chip",
     "tune-cache": "choose a cache kind for every layer, on a text",
     "demo": "run the bundled model on held-out problems and write a report",
 }

@@ -3,11 +3,11 @@
 A problem is a sum of signed terms, each a number or a product. The worked solution walks it from
 left to right with a running total; a product is worked out before it is added:
 
-    Q:37+58*4-16=
-    58*4=232
-    37+232=269
-    269-16=253
-    A:253
+    Q:37+8*6-16=
+    8*6=48
+    37+48=85
+    85-16=69
+    A:69
 
 Every total stays in 0 ... `max_total`. Training and test problems never meet: `split_of` assigns
 each expression to one side by its checksum.
@@ -55,9 +55,9 @@ class Level:
 
 
 LEVELS = {
-    "easy": Level(terms=(2, 3)),
-    "medium": Level(terms=(3, 4), products=(1, 1), factor=(2, 19), max_total=299),
-    "hard": Level(terms=(5, 6), products=(2, 2), number=(1, 399), factor=(11, 99), max_total=999),
+    "easy": Level(terms=(2, 3), max_total=99),
+    "medium": Level(terms=(3, 4), products=(1, 1), factor=(2, 9), max_total=99),
+    "hard": Level(terms=(7, 8), products=(2, 2), factor=(2, 9), max_total=109),
 }
 
 
@@ -70,10 +70,9 @@ class Problem:
 
     @property
     def expression(self) -> str:
-        """The sum as text, for example `37+58*4-16`."""
-        terms = ("*".join(map(str, term)) for term in self.terms)
-        body = "".join(sign + term for sign, term in zip(self.signs, terms, strict=True))
-        return body[1:]
+        """The sum as text, for example `37+8*6-16`."""
+        products = ["*".join(map(str, term)) for term in self.terms]
+        return "".join(s + p for s, p in zip(self.signs, products, strict=True))[1:]
 
     @property
     def prompt(self) -> str:

@@ -87,10 +87,12 @@ def mesh_sizes(
     if tensor is None:
         tensor = max(n for n in range(1, kv_heads + 1)
                      if kv_heads % n == 0 and devices % (n * given) == 0) if job != "train" else 1
+    sizes = {"data": data, "fsdp": fsdp}
     rest = max(devices // (given * tensor), 1)
-    if job == "train":
-        return {"data": data or 1, "fsdp": fsdp or rest, "tensor": tensor}
-    return {"data": data or rest, "fsdp": fsdp or 1, "tensor": tensor}
+    for name in ("fsdp", "data") if job == "train" else ("data", "fsdp"):
+        if sizes[name] is None:
+            sizes[name], rest = rest, 1
+    return {**{name: size or 1 for name, size in sizes.items()}, "tensor": tensor}
 
 
 def _placed(shapes: Any, places: Any) -> Any:

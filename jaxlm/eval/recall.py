@@ -1,8 +1,8 @@
 """Recall over long contexts: many random key-value pairs, then queries that name a key.
 
-    R:kf=49;qz=13;ab=77;
-    ?qz=13
-    ?kf=49
+    R:kf49;qz13;ab77;
+    ?qz13
+    ?kf49
 
 Nothing but the pair itself tells its value, so what a cache forgets shows as a wrong answer.
 One character is one token; lengths count the leading `<bos>`.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 KEYS = tuple(a + b for a in string.ascii_lowercase for b in string.ascii_lowercase)
-PAIR_TOKENS, QUERY_TOKENS = 6, 7  # "kf=49;" and "?kf=49\n"
+PAIR_TOKENS, QUERY_TOKENS = 5, 6  # "kf49;" and "?kf49\n"
 FRAME_TOKENS = 4  # <bos>, "R:" and the end of the first line
 
 
@@ -31,7 +31,7 @@ class Document:
     @property
     def context(self) -> str:
         """The line of pairs, without queries."""
-        return "R:" + "".join(f"{key}={value};" for key, value in self.pairs) + "\n"
+        return "R:" + "".join(f"{key}{value};" for key, value in self.pairs) + "\n"
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -41,12 +41,12 @@ class Document:
     @property
     def text(self) -> str:
         """The whole document, queries answered."""
-        return self.context + "".join("?{}={}\n".format(*self.pairs[i]) for i in self.queries)
+        return self.context + "".join("?{}{}\n".format(*self.pairs[i]) for i in self.queries)
 
     def prompt(self, index: int) -> str:
         """The document up to where the value of query `index` belongs, earlier ones answered."""
-        asked = "".join("?{}={}\n".format(*self.pairs[i]) for i in self.queries[:index])
-        return f"{self.context}{asked}?{self.pairs[self.queries[index]][0]}="
+        asked = "".join("?{}{}\n".format(*self.pairs[i]) for i in self.queries[:index])
+        return f"{self.context}{asked}?{self.pairs[self.queries[index]][0]}"
 
 
 def split_of(context: str) -> str:

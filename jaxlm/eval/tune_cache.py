@@ -86,10 +86,12 @@ def sensitivity(lm: LM, params: Params, tokens_BT: jax.Array, kind: CacheKind) -
     def attend(layer, q, k, v):
         spec = lm.config.attention(layer)
         state = kind.init(spec, batch, time, q.dtype)
-        head = [x[:, :half] for x in (q, k, v, pos_BT)]
-        tail = [x[:, half:] for x in (q, k, v, pos_BT)]
-        *_, state = kind.prefill(spec, state, *head, first_B)
-        rough, *_ = kind.extend(spec, state, *tail, first_B, rest_B)
+        *_, state = kind.prefill(
+            spec, state, q[:, :half], k[:, :half], v[:, :half], pos_BT[:, :half], first_B
+        )
+        rough, *_ = kind.extend(
+            spec, state, q[:, half:], k[:, half:], v[:, half:], pos_BT[:, half:], first_B, rest_B
+        )
         turned = [apply_rope(x, pos_BT, spec.rope) for x in (q, k)]
         out, _ = attention(turned[0], turned[1].transpose(0, 2, 3, 1), v.swapaxes(1, 2),
                            Mask(window=spec.window), pos_BT, pos_BT, scale=spec.scale,
@@ -112,6 +114,7 @@ def logprobs(lm: LM, params: Params, tokens_BT: jax.Array, kinds: Kinds) -> jax.
     state = prefill(lm, params, Greedy(), tokens_BT[:, :half], jnp.full(batch, half), kinds, time,
                     keys)
     _, logits = extend(lm, params, state, tokens_BT[:, half:], jnp.full(batch, time - half), "all")
+    assert logits is not None  # they were asked for
     return jax.nn.log_softmax(logits)
 
 

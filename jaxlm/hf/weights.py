@@ -106,17 +106,6 @@ def load_params(
     return unflatten({path: out[path] for path in wanted})
 
 
-def _cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    """To dtype, None for its own; float16 has a largest number."""
-    if dtype is None:
-        return array
-    if jnp.dtype(dtype) == jnp.float16 and not (np.abs(array) <= 65504).all():
-        raise CheckpointError(
-            f"tensor {name!r} holds numbers beyond float16's 65504; choose bfloat16 or float32"
-        )
-    return array.astype(dtype)
-
-
 def _check_headers(folder, files, names, wanted) -> None:
     """Names and shapes agree, before any tensor is read."""
     needed = {name: path for path, name in names.items()}

@@ -17,12 +17,14 @@ class Softmax(NamedTuple):
 
 
 def start_softmax(lead: tuple[int, ...], head_dim: int) -> Softmax:
+    """No tokens yet."""
     column = (*lead, 1)
     return Softmax(jnp.full(column, EMPTY_LSE, jnp.float32), jnp.zeros(column, jnp.float32),
                    jnp.zeros((*lead, head_dim), jnp.float32))
 
 
 def cap(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """Logits under a soft cap, where there is one."""
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 

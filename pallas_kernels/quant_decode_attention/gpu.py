@@ -132,7 +132,8 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
             def values_of(weights, c, at=at):
                 tokens = pl.ds(at * group, group)
                 scale, low = decode_scales(vs_ref[c, tokens], vm_ref[c, tokens])
-                return _scaled_dot(weights, scale, low, *_codes(v_words[c], at, fmt.v_bits), 0)
+                codes, offset = _codes(v_words[c], at, fmt.v_bits)
+                return _scaled_dot(weights, scale, low, codes, offset, 0)
 
             state = absorb(state, logits, index, index < length, values_of)
         return state

@@ -53,7 +53,7 @@ def flush(packed, k, v, lengths, ready, comp, *, fmt, block, guard, interpret=Fa
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
     )(rows, k.astype(jnp.float32), v.astype(jnp.float32), *queries, *state)
-    return PackedKV(*written, packed.k_center)
+    return packed._replace(**dict(zip(PackedKV._fields, written, strict=False)))
 
 
 def _query_side(comp, packed, block):
@@ -68,8 +68,9 @@ def _query_side(comp, packed, block):
 
 
 def _kernel(rows_ref, k_ref, v_ref, center_ref, *refs, fmt, guard, compensated, blocks):
-    refs = [ref.at[0, 0] for ref in refs]
-    queries, old, new = (refs[:3], refs[3:9], refs[9:]) if compensated else ([], refs[:6], refs[6:])
+    rows = [ref.at[0, 0] for ref in refs]
+    sides = 3 if compensated else 0
+    queries, old, new = rows[:sides], rows[sides:sides + 6], rows[sides + 6:]
     token_group, on = rows_ref[0, pl.program_id(0)], rows_ref[1, pl.program_id(0)] > 0
     k, v, center = k_ref[0, 0], v_ref[0, 0], center_ref[0, 0]
     by_channel = lambda reduce, y: reduce(y, axis=0, keepdims=True)

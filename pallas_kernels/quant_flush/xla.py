@@ -1,6 +1,6 @@
 """Plain XLA: all rows are quantised together, then written by a loop of slice updates.
 
-A row loop of `dynamic_update_slice` is updated in place by every compiler tried; a `vmap` of it
+A row loop of `dynamic_update_slice` updates words in place on every compiler tried; a `vmap` of it
 becomes a scatter that copies the codes.
 """
 
@@ -16,6 +16,9 @@ def flush(packed, k, v, lengths, ready, comp, *, fmt, block, guard, interpret=Fa
     del interpret
     keys, values = quantised(packed, k, v, comp, fmt, block, guard)
     zero = jnp.int32(0)
+    # XLA for CPU would widen a whole bfloat16 array to update a slice of it: move bits instead
+    bits_of = lambda x: x if x.dtype != jnp.bfloat16 else jax.lax.bitcast_convert_type(x, jnp.int16)
+    keys, values, state = jax.tree.map(bits_of, (keys, values, packed))
 
     def write_row(b, packed: PackedKV) -> PackedKV:
         token_group, on = lengths[b] // fmt.group, ready[b]
@@ -41,4 +44,6 @@ def flush(packed, k, v, lengths, ready, comp, *, fmt, block, guard, interpret=Fa
             put(packed.v_scale, values.scale, 3, lengths[b]),
             put(packed.v_min, values.minimum, 3, lengths[b]), packed.k_center)
 
-    return jax.lax.fori_loop(0, k.shape[0], write_row, packed)
+    written = jax.lax.fori_loop(0, k.shape[0], write_row, state)
+    return jax.tree.map(lambda x, like: x if x.dtype == like.dtype
+                        else jax.lax.bitcast_convert_type(x, like.dtype), written, packed)

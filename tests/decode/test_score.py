@@ -86,5 +86,6 @@ def test_perplexity_weighs_tokens_and_not_texts(bundle):
 def test_a_nan_is_an_error_that_names_the_text(bundle):
     table = bundle.params["embed"]["table"].at[5].set(jnp.nan)
     broken = bundle.replace(params={**bundle.params, "embed": {"table": table}})
-    with pytest.raises(NumericsError, match=r"text 1: log-probability \d is not finite, first in .*layers_0/attn/q"):
+    named = r"text 1: log-probability \d is not finite, first in .*layers_0/attn/q"
+    with pytest.raises(NumericsError, match=named):
         score(broken, [[1, 2, 3], [1, 5, 2]])

@@ -16,7 +16,7 @@ from tests.tiny import CONFIG
       for bad in (0, -1, 2.0, True, "8", None, 2**31)],
     ("num_layers", 2000), ("num_heads", 3), ("head_dim", 7), ("activation", "relu"),
     ("windows", (4,)), ("windows", [4, None]), ("windows", (0, None)), ("windows", (True, None)),
-    *[(name, bad) for name in ("norm_eps", "embed_scale", "logit_scale")
+    *[(name, bad) for name in ("norm_eps", "embed_scale", "logit_divisor")
       for bad in (0, -1.0, math.nan, math.inf, "1", None)],
     ("attention_softcap", 0.0), ("norm_offset", math.nan),
 ])

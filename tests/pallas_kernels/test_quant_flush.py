@@ -124,7 +124,7 @@ def test_compiles_for_tpu_in_place(chip, head_dim, fmt, backend):
 
 def test_xla_flush_on_cpu_holds_no_second_copy_of_the_codes():
     fmt = QuantFormat()
-    packed, *rest, comp = shapes(fmt, 64, 16384, 2, 2)
+    packed, *rest, comp = shapes(fmt, 64, 65536, 2, 2)
     run = jax.jit(functools.partial(quant_flush, implementation="xla"), static_argnames="fmt",
                   donate_argnums=0)
     memory = run.lower(packed, *rest, fmt, comp).compile().memory_analysis()

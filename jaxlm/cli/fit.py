@@ -1,0 +1,90 @@
+"""`jaxlm fit`: does a job fit a chip? Asked of the chip's own compiler, without the chip."""
+
+import json
+import pathlib
+import time
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jaxlm.cache.parse import parse_cache
+from jaxlm.cli.options import Dtype, columns, note
+from jaxlm.eval.fit import Fit, fit
+from jaxlm.hf.config import from_hf, read_json
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.presets import preset
+
+Target = Annotated[str, tyro.conf.arg(metavar="TARGET")]
+GIB = 2**30
+
+
+def run(
+    model: str, target: Target, job: Literal["decode", "prefill", "train"] = "decode",
+    batch: int = 1, context: int = 4096, cache: str = "dense", dtype: Dtype = "bfloat16",
+    data: int | None = None, fsdp: int | None = None, tensor: int | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Compile a job's real program for a chip that need not be here; print what it takes.
+
+    Args:
+      model: a preset such as llama-3.1-8b, or a folder with a config.json.
+      target: v5e:2x2, v5p:4x4x4, v6e:1x1, h100, h100:8, a100, t4, and the like.
+      job: the decode loop over a full cache, the prefill of a prompt, or an AdamW step.
+      batch: rows in all.
+      context: tokens a row.
+      cache: dense, squat2, kivi4, ...; for decode and prefill.
+      dtype: of the parameters, and of a train step's compute.
+      data: mesh axis over the batch.
+      fsdp: mesh axis over batch and parameters.
+      tensor: mesh axis over heads and the feed-forward.
+      json: print JSON instead of a table.
+    """
+    note(f"compiling {job} for {target} ...")
+    start = time.perf_counter()
+    found = fit(open_config(model), job, target, batch=batch, context=context,
+                cache=parse_cache(cache), dtype=dtype, data=data, fsdp=fsdp, tensor=tensor)
+    record = summary(found) | {"seconds": time.perf_counter() - start}
+    print(json.dumps(record, indent=1) if json_ else as_table(found))
+
+
+def open_config(model: str) -> ModelConfig:
+    """A folder's config.json, or a preset by name."""
+    folder = pathlib.Path(model).expanduser()
+    return from_hf(read_json(folder / "config.json")) if folder.is_dir() else preset(model)
+
+
+def summary(found: Fit) -> dict[str, Any]:
+    """Everything measured, as plain values; bytes are those of one device."""
+    program = found.program
+    return {
+        "target": found.target.name, "job": found.job, "mesh": found.mesh, "fits": found.fits,
+        "device_bytes": found.target.bytes_per_device, "total_bytes": program.total,
+        "argument_bytes": program.arguments, "temporary_bytes": program.temporaries,
+        "parameter_bytes_all": found.param_bytes, "cache_bytes_all": found.cache_bytes,
+        "flops": program.flops, "bytes_accessed": program.bytes_accessed,
+        "collective_bytes": program.collective_bytes,
+        "compile_seconds": program.compile_seconds, "refused": program.refused,
+    }
+
+
+def as_table(found: Fit) -> str:
+    """The summary for people."""
+    program, limit = found.program, found.target.bytes_per_device
+    mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
+    gib = lambda value: f"{value / GIB:.2f} GiB"
+    rows: list[list[Any]] = [
+        ["a device", "of", found.target.name],
+        ["arguments", gib(program.arguments), "parameters, caches and inputs"],
+        ["temporaries", gib(program.temporaries), "what the program needs besides"],
+        ["total", gib(program.total), f"of {gib(limit)}"],
+        ["FLOPs", f"{program.flops:.3g}", "a step; a loop's body counts once"],
+        ["bytes moved", gib(program.bytes_accessed), "by the compiler's estimate"],
+        ["collectives", gib(program.collective_bytes), mesh],
+        ["all devices", gib(found.param_bytes + found.cache_bytes),
+         f"parameters {gib(found.param_bytes)}, caches {gib(found.cache_bytes)}"],
+        ["compile", f"{program.compile_seconds:.1f} s", "here, on this machine's CPU"],
+    ]
+    verdict = "fits" if found.fits else "does not fit"
+    if program.refused:
+        verdict += f": the compiler refuses it: {program.refused}"
+    return f"{columns(rows)}\n{verdict}"
