@@ -98,7 +98,8 @@ def attend(
     peak = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, -1, keepdims=True)
-    blind = peak == NEG  # sees nothing; a NaN is not taken for that
+    # sees nothing; told by the mask, since a maximum on a CPU may pass over a NaN
+    blind = ~jnp.any(visible_BTS, -1)[:, None, :, None]
     lse = jnp.where(blind, NEG, peak + jnp.log(total))[..., 0]  # B N T
     mixed = jnp.einsum(
         "bkqs,bksh->bkqh",
