@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         made = {name: stepper(lm, params, parse_cache(name), cached)
                 for name in (args.kinds[:3] if args.smoke else args.kinds)}
         steps = {name: (step, TOKENS, size) for name, (step, size) in made.items()}
-        if not args.smoke:
+        if not (args.smoke or args.no_peers):
             steps |= {name: (step, 1, None) for name, step in peers(cached)}
         for step, _, _ in steps.values():
             step()
@@ -143,6 +143,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-peers", action="store_true", help="our own kinds only")
 
 
 if __name__ == "__main__":
