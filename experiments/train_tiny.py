@@ -2,7 +2,7 @@
 
 Command: python experiments/train_tiny.py --out experiments/results/train_tiny/cpu.json
 Hardware: 2 CPU cores, 4 GB; a GPU shortens it.
-Minutes: 48 on cores shared with other work; a stopped run goes on from the last checkpoint in --work.
+Minutes: 48 on shared cores; a stopped run goes on from the last checkpoint in --work.
 Expected: eval_tiny.py gives 99 % on easy and medium sums, 30 to 70 % on hard ones, 92 % or more on
   recall
 
