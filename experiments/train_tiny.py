@@ -7,8 +7,8 @@ Expected: by eval_tiny.py 99 % on easy and medium sums, 30 to 70 % on hard ones,
   recall.
 
 Muon on packed rows of 4,096 tokens. Recall comes first and alone: the heads that look a key up
-form in 400 steps of short documents with many questions, and had not formed in 600 steps of a
-mixture with sums. Text that cannot be guessed weighs a twentieth.
+form in 400 steps of short documents with many questions, and did not while trained together
+with sums. Text that cannot be guessed weighs a twentieth.
 """
 
 import argparse
