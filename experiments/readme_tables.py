@@ -96,7 +96,7 @@ def lines(found: list[dict[str, Any]]) -> list[list[str]]:
     """Cells of the table: what, figure, device, command."""
     return [
         [f"{row.words}, {name}" if name else row.words, row.form.format(value), result["device"],
-         f"`{result['command']}`"]
+         f"`python experiments/{row.script}.py`"]
         for row in ROWS
         for result in found if result["name"] == row.script
         for name, value in find(result["metrics"], row.metric).items()
