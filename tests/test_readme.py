@@ -29,7 +29,8 @@ def test_a_new_result_changes_the_readme(tmp_path):
     made = result("bench_decode", {"decode_b1_ratio": {"small": {"ratio": 123.44}, "n": 5.04}})
     (folder / "cpu.json").write_text(json.dumps(made))
     fresh = tables.rewritten(README, tables.results(tmp_path))
-    assert "transformers' generate, small | 123.4 times | cpu | `python experiments/bench_decode.py` |" in fresh
+    row = "generate, small | 123.4 times | cpu | `python experiments/bench_decode.py` |"
+    assert row in fresh
     assert "generate, n | 5.0 times" in fresh
     assert tables.rewritten(fresh, tables.results(tmp_path)) == fresh
     gone = tables.rewritten(fresh, [])
