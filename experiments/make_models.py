@@ -8,7 +8,7 @@ Expected: every folder loads; siblings beat the model they come from on their ow
 
 FOLDER/small/step_N and FOLDER/large/step_N are trained as the bundled model is, six checkpoints
 along each run, the last its end. FOLDER/minus, times and recall are the bundled model fine-tuned
-on one skill each: subtraction alone, products of larger numbers, and recall alone.
+on one skill each: three-digit subtraction, products of larger numbers, and recall alone.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from jaxlm.hf.bundle import load
 from jaxlm.models.lm import LM, count_params
 
 SIZES = {"small": dict(dim=96, layers=8, ffn=256), "large": dict(dim=256, layers=12, ffn=704)}
-MINUS = Level(terms=(3, 5), signs="-", max_total=99)
+MINUS = Level(terms=(3, 5), signs="-", number=(1, 299), max_total=999)
 TIMES = Level(terms=(1, 2), products=(1, 1), factor=(20, 99), max_total=999)
 SKILLS = {
     "minus": Mix(recall=0.0, levels=((MINUS, 1.0),)),

@@ -30,11 +30,11 @@ class Row:
 PERCENT = "{:.1%}"
 TIMES = "{:.1f} times"
 ROWS = (
-    *(Row("eval_tiny", f"arithmetic.{level}.{name}.accuracy",
+    *(Row("eval_tiny", f"arithmetic.{level}.{name}.value",
           f"bundled model, {level} arithmetic, {words}", PERCENT)
       for level in ("easy", "medium", "hard")
       for name, words in (("greedy", "greedy"), ("t0.8", "temperature 0.8"))),
-    *(Row("eval_tiny", f"recall.{length}.accuracy", f"bundled model, recall over {length} tokens",
+    *(Row("eval_tiny", f"recall.{length}.value", f"bundled model, recall over {length} tokens",
           PERCENT) for length in (64, 256, 1024)),
     Row("bench_decode", "decode_b1_ratio",
         "greedy decoding, batch 1, against transformers' generate", TIMES),
@@ -47,6 +47,13 @@ ROWS = (
     Row("bench_decode", "first_token_s",
         "`jaxlm generate`, process start to first token, compiled before", "{:.1f} s"),
     Row("bench_decode", "import_s", "`import jaxlm` beyond `import jax`", "{:.2f} s"),
+    Row("parity", "max_logit_error", "largest logit difference from transformers, random twins of "
+        "every family, float32", "{:.1e}"),
+    Row("quant_ablation", "heldout_ratio_geomean",
+        "2-bit keys, logit error over KIVI's at equal bytes, held-out queries, geometric mean"),
+    Row("quant_ablation", "heldout_ratio_max", "the same, worst input"),
+    Row("quant_decode_cpu", "cpu_attention_vs_dense",
+        "attention over 2-bit codes, time over float32 dense, 8 rows x 4,096 tokens"),
 )
 
 
@@ -89,7 +96,7 @@ def lines(found: list[dict[str, Any]]) -> list[list[str]]:
     """Cells of the table: what, figure, device, command."""
     return [
         [f"{row.words}, {name}" if name else row.words, row.form.format(value), result["device"],
-         f"`{result['command']}`"]
+         f"`python experiments/{row.script}.py`"]
         for row in ROWS
         for result in found if result["name"] == row.script
         for name, value in find(result["metrics"], row.metric).items()

@@ -29,7 +29,8 @@ def test_a_new_result_changes_the_readme(tmp_path):
     made = result("bench_decode", {"decode_b1_ratio": {"small": {"ratio": 123.44}, "n": 5.04}})
     (folder / "cpu.json").write_text(json.dumps(made))
     fresh = tables.rewritten(README, tables.results(tmp_path))
-    assert "transformers' generate, small | 123.4 times | cpu | `python bench_decode` |" in fresh
+    row = "generate, small | 123.4 times | cpu | `python experiments/bench_decode.py` |"
+    assert row in fresh
     assert "generate, n | 5.0 times" in fresh
     assert tables.rewritten(fresh, tables.results(tmp_path)) == fresh
     gone = tables.rewritten(fresh, [])
@@ -37,7 +38,7 @@ def test_a_new_result_changes_the_readme(tmp_path):
 
 
 def test_only_what_is_measured_is_listed():
-    found = [result("eval_tiny", {"arithmetic": {"hard": {"t0.8": {"accuracy": 0.456, "n": 400}}}}),
+    found = [result("eval_tiny", {"arithmetic": {"hard": {"t0.8": {"value": 0.456, "n": 400}}}}),
              result("other", {"decode_b1_ratio": 3.0})]
     assert [row[:2] for row in tables.lines(found)] == [
         ["bundled model, hard arithmetic, temperature 0.8", "45.6%"]

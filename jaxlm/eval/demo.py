@@ -128,8 +128,13 @@ def cache_bytes(bundle: Bundle, dtype: Any, slots: int = 64) -> int:
     """Bytes that one more token takes in a dense cache, from the state's own shapes."""
     config = bundle.lm.config
     specs = tuple(config.attention(i) for i in range(config.num_layers))
-    make = lambda: init_caches((Dense(),) * config.num_layers, specs, 1, slots, jnp.dtype(dtype))
-    return tree.nbytes(jax.eval_shape(make)) // slots
+
+    def held(size: int) -> int:
+        kinds = (Dense(),) * config.num_layers
+        make = lambda: init_caches(kinds, specs, 1, size, jnp.dtype(dtype))
+        return tree.nbytes(jax.eval_shape(make))
+
+    return (held(2 * slots) - held(slots)) // slots
 
 
 def most_telling(solved: list[ArithmeticResult]) -> Attempt:

@@ -73,8 +73,8 @@ def load(
     """
     if device is not None and mesh is not None:
         raise ConfigError("pass either a device or a mesh, not both")
-    if dtype is not None and not _is_float(dtype):
-        raise ConfigError(f"dtype is {dtype!r}; expected float32, bfloat16 or float16")
+    if dtype not in (None, "own") and not _is_float(dtype):
+        raise ConfigError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or 'own'")
     target = require(device)[0] if device is not None else None
     folder = resolve(source, revision)
     raw = read_json(folder / "config.json")

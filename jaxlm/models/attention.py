@@ -98,8 +98,8 @@ def attend(
     peak = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, -1, keepdims=True)
-    # sees nothing; told by the mask, since a maximum on a CPU may pass over a NaN
-    blind = ~jnp.any(visible_BTS, -1)[:, None, :, None]
+    # sees nothing; XLA:CPU's max may drop a NaN, so that the peak alone would hide it
+    blind = (peak == NEG) & ~jnp.isnan(total)
     lse = jnp.where(blind, NEG, peak + jnp.log(total))[..., 0]  # B N T
     mixed = jnp.einsum(
         "bkqs,bksh->bkqh",

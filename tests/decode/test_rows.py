@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.cache import Dense
+from jaxlm.cache.dense import SPARE
 from jaxlm.cache.shared import Shared
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import nbytes
@@ -96,8 +97,9 @@ def test_the_prompt_is_stored_once():
     lm, _, shared, copied = both("plain")
     token = lm.config.num_layers * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
     lengths = lm.config.num_layers * 3 * 4
-    assert nbytes(shared.caches) == token * (3 * TIME + 3 * PARTICLES * NEW) + lengths
-    assert nbytes(copied.caches) == token * 3 * PARTICLES * (TIME + NEW)
+    spare = token * 3 * SPARE * (1 + PARTICLES)  # of the prompts and of their rows
+    assert nbytes(shared.caches) == token * (3 * TIME + 3 * PARTICLES * NEW) + lengths + spare
+    assert nbytes(copied.caches) == token * 3 * PARTICLES * (TIME + NEW + SPARE)
     text = lambda compiled: compiled.as_text()
     params = tiny_model()[1]
     step = jax.jit(lambda p, s: s.kinds[0].step(

@@ -183,7 +183,7 @@ def test_vmap_over_problems_equals_a_loop():
 
 
 def test_the_loop_holds_no_copy_of_the_cache():
-    """Temporaries stay far below the cache, which the loop writes in place."""
+    """Temporaries stay below one layer's cache (a step reads a cut); the loop writes in place."""
     lm, params = model()
     slots = 4096
     shapes = jax.eval_shape(
@@ -193,7 +193,7 @@ def test_the_loop_holds_no_copy_of_the_cache():
     memory = donating.lower(lm, params, Greedy(), shapes, Stop(), 64).compile().memory_analysis()
     cache = nbytes(shapes.caches)
     assert cache > 2 * 2**20
-    assert memory.temp_size_in_bytes < cache / 4
+    assert memory.temp_size_in_bytes < cache / lm.config.num_layers
     assert memory.alias_size_in_bytes >= cache  # donated: the caller's cache is the loop's
 
 
