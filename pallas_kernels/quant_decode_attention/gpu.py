@@ -24,7 +24,7 @@ from pallas_kernels.quant_decode_attention.common import (
 )
 
 _TAIL = 16  # tail tokens at once
-_UNROLL = 4  # token groups a step; compile time grows with it, re-reads of words fall
+_UNROLL = 4  # token groups a step up to head dim 128, then 1: at 256 four compile for minutes
 _PROGRAMS = 1024  # enough to fill the largest card several times over
 
 
@@ -61,7 +61,7 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     column = jax.ShapeDtypeStruct(lead, jnp.float32)
     values, top, total = pl.pallas_call(
         functools.partial(_kernel, fmt=fmt, span=span, splits=splits, softcap=softcap,
-                          unroll=1 if interpret else _UNROLL),
+                          unroll=_UNROLL if head_dim <= 128 and not interpret else 1),
         grid=(batch, kv_heads, splits),
         in_specs=[row, row, row, whole(2 * half, head_dim), along(span * fmt.k_bits // 32),
                   along(span // fmt.group), along(span // fmt.group), whole(head_dim),
