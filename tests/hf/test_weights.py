@@ -207,7 +207,7 @@ def test_a_dtype_that_cannot_hold_the_numbers(tmp_path):
     with pytest.raises(CheckpointError, match="100000.0, beyond float16.*bfloat16"):
         load(folder, dtype="float16")
     for bad in ("int8", "float33", int, "float64"):
-        with pytest.raises(JaxlmError, match="dtype is .* expected float32, bfloat16, float16 or 'own'"):
+        with pytest.raises(JaxlmError, match="expected float32, bfloat16, float16 or 'own'"):
             load(folder, dtype=bad)
 
 
