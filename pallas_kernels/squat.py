@@ -6,9 +6,9 @@ once block F is rounded with error delta, the channels R that follow move to the
 
     x_R <- x_R - A_RR^{-1} A_RF delta .
 
-With A = U U^T, U upper triangular, in processing order, every update is in one matrix: the blocks
-right of the diagonal of `M = blockdiag(U) U^{-1}`, applied as `x <- x + delta M` (rows: the
-rounded channels; columns: the ones that follow).
+All updates are one matrix, `M[F, R] = -A_FR A_RR^{-1}` for every block, applied as `x <- x + delta M`
+(rows: the rounded channels; columns: the ones that follow). Sweeping A's channels from the last to
+the first leaves `A_FR A_RR^{-1}` in place whenever R has been swept.
 """
 
 import functools
@@ -78,7 +78,7 @@ def metric(gram: jax.Array, lam: float, lam_mode: str = "energy", rank: int | No
 def compensation(gram: jax.Array, block: int = 16, lam: float = 10.0, lam_mode: str = "energy",
                  rank: int | None = None, rows: jax.Array | None = None,
                  energy_order: bool = True) -> Compensation:
-    """The update matrix of every block from one Cholesky factorisation.
+    """The update matrix of every block, from one pass over the channels.
 
     Args:
       gram: [..., H, H] from `query_gram`.
@@ -97,13 +97,37 @@ def compensation(gram: jax.Array, block: int = 16, lam: float = 10.0, lam_mode: 
     natural = jnp.broadcast_to(jnp.arange(head_dim, dtype=jnp.int32), energy.shape)
     order = jnp.argsort(-energy, axis=-1).astype(jnp.int32) if energy_order else natural
     ordered = _permute(metric_matrix, order)
-    upper = jnp.flip(jnp.linalg.cholesky(jnp.flip(ordered, (-2, -1))), (-2, -1))
-    index = jnp.arange(head_dim) // block
-    diagonal = jnp.where(index[:, None] == index[None, :], upper, 0.0)
-    # M U = blockdiag(U), solved as U^T M^T = blockdiag(U)^T
-    moves = jax.lax.linalg.triangular_solve(upper, diagonal, left_side=False, lower=False)
-    moves = jnp.where(index[:, None] < index[None, :], moves, 0.0)
+    moves = _sweep(ordered, block)
     return Compensation(_permute(moves, jnp.argsort(order, axis=-1)), order, gram)
+
+
+def _sweep(a: jax.Array, block: int) -> jax.Array:
+    """`-A_FR A_RR^{-1}` for every block F of channels and the channels R behind it, else zeros.
+
+    One symmetric sweep a channel instead of a Cholesky factorisation and a triangular solve: as XLA
+    calls them on a CPU of few cores, several of those at once wait for each other for ever
+    (jaxlib 0.10.2, two cores).
+    """
+    size = a.shape[-1]
+    channel = jnp.arange(size)
+    part = channel // block
+
+    def sweep(n, carry):
+        a, moves = carry
+        k = size - 1 - n
+        first = (k == size - 1) | ((k + 1) % block == 0)  # of its block; all behind it are swept
+        mine = first & (part[:, None] == k // block) & (part[None, :] > k // block)
+        moves = jnp.where(mine, -a, moves)
+        column = jax.lax.dynamic_index_in_dim(a, k, -1, keepdims=True)
+        pivot = jax.lax.dynamic_index_in_dim(column, k, -2, keepdims=True)
+        scaled = column / pivot
+        here = channel == k
+        swept = a - column * jnp.swapaxes(scaled, -1, -2)
+        swept = jnp.where(here[None, :], scaled, swept)
+        swept = jnp.where(here[:, None], jnp.swapaxes(scaled, -1, -2), swept)
+        return jnp.where(here[:, None] & here[None, :], -1 / pivot, swept), moves
+
+    return jax.lax.fori_loop(0, size, sweep, (a, jnp.zeros_like(a)))[1]
 
 
 def _permute(matrix: jax.Array, order: jax.Array) -> jax.Array:
