@@ -6,9 +6,9 @@ once block F is rounded with error delta, the channels R that follow move to the
 
     x_R <- x_R - A_RR^{-1} A_RF delta .
 
-All updates are one matrix, `M[F, R] = -A_FR A_RR^{-1}` for every block, applied as `x <- x + delta M`
-(rows: the rounded channels; columns: the ones that follow). Sweeping A's channels from the last to
-the first leaves `A_FR A_RR^{-1}` in place whenever R has been swept.
+All updates are one matrix, `M[F, R] = -A_FR A_RR^{-1}` for every block, applied as
+`x <- x + delta M` (rows: the rounded channels; columns: the ones that follow). Sweeping A's
+channels from the last to the first leaves `A_FR A_RR^{-1}` in place whenever R has been swept.
 """
 
 import functools
