@@ -1,16 +1,26 @@
 """Choice of a kernel's implementation: None tries in order, one name is strict, a list is tried."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
 Implementation = None | str | Sequence[str]
 
 
-def preferred() -> tuple[str, ...]:
-    """Implementations worth trying on the default backend, best first; XLA always ends the list."""
-    backend = jax.default_backend()
-    return {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}.get(backend, ("xla",))
+def preferred(device: Any = None) -> tuple[str, ...]:
+    """Implementations worth trying on a device, best first; XLA always ends the list.
+
+    Args: device: as of `jax.devices()`, or of a topology that is only compiled for; None: the
+      default backend's first.
+    """
+    device = jax.devices()[0] if device is None else device
+    if device.platform == "tpu":
+        return ("tpu", "xla")
+    # Triton refuses cards before compute capability 8, a T4 among them
+    if device.platform in ("gpu", "cuda") and float(device.compute_capability) >= 8:
+        return ("gpu", "xla")
+    return ("xla",)
 
 
 def dispatch(table: Mapping[str, Callable], implementation: Implementation, *args, **kwargs):
@@ -20,7 +30,7 @@ def dispatch(table: Mapping[str, Callable], implementation: Implementation, *arg
 
     Args:
       table: name -> function, all with one signature.
-      implementation: None (the preferred order of this backend), one name, or names in order.
+      implementation: None (`preferred()`), one name, or names in order.
 
     Returns: what the implementation returns.
 

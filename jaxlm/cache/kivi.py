@@ -1,13 +1,16 @@
 """KIVI: plain asymmetric min-max codes, keys per channel and values per token."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxlm.cache import quantised
 from jaxlm.cache.base import Attended, State
+from jaxlm.cache.local import implementations, per_head
 from jaxlm.core.errors import ConfigError
 from jaxlm.models.attention import Mask, attention
 from jaxlm.models.config import AttentionSpec
@@ -37,7 +40,8 @@ class Kivi:
       scales: 'float32', 'float16', 'bfloat16' or 'int8'.
       shrinks: tried widths of a group's grid, relative to min-max; the least squared error wins.
       rope: keys are stored 'after' rotary positions, or 'before' them and rotated as read.
-      implementation: of attention and flush: None (the backend's best), 'xla', 'tpu', 'gpu'.
+      implementation: of attention and flush: None (the devices' best), 'xla', 'tpu', 'gpu'.
+      mesh: where rows and kv heads lie, if on several devices; `generate` sets it.
     Raises: ConfigError.
 
     Example:
@@ -55,6 +59,7 @@ class Kivi:
     shrinks: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7)
     rope: str = "after"
     implementation: str | None = None
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         try:
@@ -176,19 +181,28 @@ class Kivi:
         """How later tokens' keys are coded: a compensation and the block it was made for."""
         return None, 1
 
+    @partial(jax.jit, static_argnums=0)  # traced and lowered once for all layers
     def _pack(self, state, k_BKSH, v_BKSH, count_B, ready_B):
-        comp, block = self.later_coder(state)
-        return quantised.pack_ready(state, k_BKSH, v_BKSH, count_B, ready_B, self.format, comp,
-                                    block, self.implementation)
+        names = implementations(self.implementation, self.mesh)
+
+        def pack(state, k_BKSH, v_BKSH, count_B, ready_B):
+            comp, block = self.later_coder(state)
+            return quantised.pack_ready(state, k_BKSH, v_BKSH, count_B, ready_B, self.format,
+                                        comp, block, names)
+
+        return per_head(pack, self.mesh, state["k"].shape[1], state, k_BKSH, v_BKSH, count_B,
+                        ready_B)
 
     def _rotate(self, spec, q_BTNH, k_BTKH, pos_BT):
         """Queries to attend with and keys to store."""
         q = apply_rope(q_BTNH, pos_BT, spec.rope)
         return q, k_BTKH if self.rope == "before" else apply_rope(k_BTKH, pos_BT, spec.rope)
 
+    @partial(jax.jit, static_argnums=(0, 1))
     def _attend_one(self, spec, state, q_B1NH, pos_B, length_B, first_B):
         return quantised.attend_one(spec, state, q_B1NH, pos_B, length_B, first_B, self.format,
-                                    self.rope == "before", self.implementation)
+                                    self.rope == "before",
+                                    implementations(self.implementation, self.mesh), self.mesh)
 
 
 def flagged(out_BTNH: jax.Array, state: State) -> jax.Array:

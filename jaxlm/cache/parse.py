@@ -52,7 +52,7 @@ def cache_name(kind: CacheKind) -> str:
         raise ConfigError(f"{type(kind).__name__} has no name; expected one of {sorted(KINDS)}")
     fields: tuple[dataclasses.Field, ...] = dataclasses.fields(kind)  # type: ignore[arg-type]
     given = {field.name: getattr(kind, field.name) for field in fields
-             if getattr(kind, field.name) != field.default}
+             if field.name != "mesh" and getattr(kind, field.name) != field.default}
     k_bits, v_bits = getattr(kind, "k_bits", None), getattr(kind, "v_bits", None)
     bits = "" if k_bits is None else f"{k_bits}" if k_bits == v_bits else f"{k_bits}v{v_bits}"
     write = lambda value: "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -64,7 +64,7 @@ def cache_name(kind: CacheKind) -> str:
 def _read(kind: type, name: str, value: str, text: str) -> Any:
     """One field's value by the field's type; tuples are written a/b/c."""
     types = get_type_hints(kind)
-    fields = [field.name for field in dataclasses.fields(kind)]
+    fields = [field.name for field in dataclasses.fields(kind) if field.name != "mesh"]
     if name not in fields:
         raise ConfigError(f"cache {text!r}: no field {name!r}; expected one of {fields}")
     wanted = str(types[name])

@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxlm.cache.base import State
+from jaxlm.cache.local import per_head
 from jaxlm.models.attention import Mask, attention, merge
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
@@ -99,14 +101,14 @@ def fill(packed: PackedKV, k_BKTH: jax.Array, v_BKTH: jax.Array, fmt: QuantForma
 
 def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.Array,
                ready_B: jax.Array, fmt: QuantFormat, comp: Compensation | None, block: int,
-               implementation) -> State:
+               implementation: tuple[str, ...]) -> State:
     """Of `count_B` uncoded tokens a row, code the first `ready_B` groups; the rest is the tail.
 
     One group of every ready row at a time, written in place.
     """
     group, width = fmt.group, state["k"].shape[2]
     short = max(group - k_BKSH.shape[2], 0)
-    on_gpu = implementation == "gpu" or (implementation is None and jax.default_backend() == "gpu")
+    names = [name for name in implementation if name != "gpu"] or ["xla"]  # no flush in Triton
     fit = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0)))
     keys, values = fit(k_BKSH), fit(v_BKSH)
 
@@ -114,7 +116,7 @@ def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * group, group, 2)
         return quant_flush(packed, take(keys), take(values), state["packed_B"] + i * group,
                            ready_B > i, fmt, comp, block=block, guard=False,
-                           implementation="xla" if on_gpu else implementation)
+                           implementation=names)
 
     packed = jax.lax.fori_loop(0, jnp.max(ready_B), put, state["packed"])
     gone_B = ready_B * group
@@ -127,16 +129,22 @@ def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.
 
 def attend_one(spec: AttentionSpec, state: State, q_B1NH: jax.Array, pos_B: jax.Array,
                length_B: jax.Array, first_B: jax.Array, fmt: QuantFormat, before: bool,
-               implementation) -> tuple[jax.Array, jax.Array]:
+               implementation: tuple[str, ...], mesh: Mesh | None = None,
+               ) -> tuple[jax.Array, jax.Array]:
     """One query a row over codes and tail together; token i stands at `first_B + i`."""
     seen_B = jnp.clip(pos_B - first_B + 1, 0, length_B)
     coded_B = jnp.minimum(seen_B, state["packed_B"])
     start = None if spec.window is None else jnp.maximum(pos_B - first_B - spec.window + 1, 0)
-    out, lse = quant_decode_attention(
-        q_B1NH[:, 0], state["packed"], coded_B, fmt, state["k"], state["v"],
-        jnp.maximum(seen_B - state["packed_B"], 0), start=start, scale=spec.scale,
-        softcap=spec.softcap, rotate=rotation(spec, first_B) if before else None,
-        implementation=implementation)
+
+    def look(q_BNH, packed, k_BKWH, v_BKWH, coded_B, tail_B, start_B, first_B):
+        return quant_decode_attention(
+            q_BNH, packed, coded_B, fmt, k_BKWH, v_BKWH, tail_B, start=start_B, scale=spec.scale,
+            softcap=spec.softcap, rotate=rotation(spec, first_B) if before else None,
+            implementation=implementation)
+
+    tail_B = jnp.maximum(seen_B - state["packed_B"], 0)
+    out, lse = per_head(look, mesh, spec.num_kv_heads, q_B1NH[:, 0], state["packed"], state["k"],
+                        state["v"], coded_B, tail_B, start, first_B)
     return out[:, None].astype(q_B1NH.dtype), lse[:, None]
 
 

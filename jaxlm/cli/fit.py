@@ -62,7 +62,7 @@ def summary(found: Fit) -> dict[str, Any]:
         "argument_bytes": program.arguments, "temporary_bytes": program.temporaries,
         "parameter_bytes_all": found.param_bytes, "cache_bytes_all": found.cache_bytes,
         "flops": program.flops, "bytes_accessed": program.bytes_accessed,
-        "collective_bytes": program.collective_bytes,
+        "collective_bytes": program.collective_bytes, "kernels": program.kernels,
         "compile_seconds": program.compile_seconds, "refused": program.refused,
     }
 
@@ -71,7 +71,7 @@ def as_table(found: Fit) -> str:
     """The summary for people."""
     program, limit = found.program, found.target.bytes_per_device
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
-    gib = lambda value: f"{value / GIB:.2f} GiB"
+    gib = lambda value: "unknown" if value is None else f"{value / GIB:.2f} GiB"
     rows: list[list[Any]] = [
         ["a device", "of", found.target.name],
         ["arguments", gib(program.arguments), "parameters, caches and inputs"],
@@ -80,6 +80,8 @@ def as_table(found: Fit) -> str:
         ["FLOPs", f"{program.flops:.3g}", "a step; a loop's body counts once"],
         ["bytes moved", gib(program.bytes_accessed), "by the compiler's estimate"],
         ["collectives", gib(program.collective_bytes), mesh],
+        ["kernels", "unknown" if program.kernels is None else program.kernels,
+         "of jaxlm's own (Pallas) in the program"],
         ["all devices", gib(found.param_bytes + found.cache_bytes),
          f"parameters {gib(found.param_bytes)}, caches {gib(found.cache_bytes)}"],
         ["compile", f"{program.compile_seconds:.1f} s", "here, on this machine's CPU"],

@@ -12,6 +12,7 @@ COLLECTIVE = re.compile(
     r"= (\(?[^=]*?\)?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
     r"(-start)?\("
 )
+KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"')
 SHAPE = re.compile(r"\b([a-z]+\d+)\[([\d,]*)\]")
 BITS = {"pred": 8, "s8": 8, "u8": 8, "s32": 32, "u32": 32, "s64": 64, "u64": 64, "s16": 16,
         "u16": 16, "f32": 32, "f16": 16, "bf16": 16, "f64": 64, "s4": 4, "u4": 4}
@@ -22,6 +23,8 @@ class Program:
     """What one compiled program takes, a device; bytes unless said. A loop's body counts once.
 
     `refused` is the compiler's own message when it found that the program does not fit.
+    `kernels`: Pallas kernels in it. It and `collective_bytes` are None where this jax cannot print
+    the program that the compiler made.
     """
 
     arguments: int
@@ -30,9 +33,10 @@ class Program:
     temporaries: int
     flops: float
     bytes_accessed: float
-    collective_bytes: int
+    collective_bytes: int | None
     compile_seconds: float
     refused: str | None = None
+    kernels: int | None = None
 
     @property
     def total(self) -> int:
@@ -61,11 +65,20 @@ def compile_program(jitted: Any, *args: Any, **kwargs: Any) -> Program:
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
+    text = _text(compiled)
     return Program(
         memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
         memory.temp_size_in_bytes, float(cost.get("flops", 0.0)),
-        float(cost.get("bytes accessed", 0.0)), collective_bytes(compiled.as_text()), seconds,
+        float(cost.get("bytes accessed", 0.0)), None if text is None else collective_bytes(text),
+        seconds, kernels=None if text is None else len(KERNEL.findall(text)),
     )
+
+
+def _text(compiled: Any) -> str | None:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # libtpu writes operations that jaxlib cannot read back
+        return None
 
 
 def collective_bytes(hlo: str) -> int:

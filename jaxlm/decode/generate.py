@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxlm.cache.base import CacheKind, broken_layer
 from jaxlm.cache.dense import Dense
+from jaxlm.cache.local import place_kind
 from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, TokenizerError, whole
 from jaxlm.core.mesh import shard_batch
 from jaxlm.decode.samplers import Greedy, Sampler
@@ -66,8 +67,8 @@ def generate(
       True
     """
     job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len)
-    state = prefill_jit(bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B, cache,
-                        job.slots, job.keys_B)
+    state = prefill_jit(bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B,
+                        place_kind(cache, bundle.mesh), job.slots, job.keys_B)
     state = decode_jit(bundle.lm, bundle.params, sampler, state, job.stop, max_new_tokens)
     answers = read(bundle, job, state)
     return answers if job.many else answers[0]
@@ -95,8 +96,8 @@ def _pieces(
     chunk: int,
 ) -> Generator[Any, None, Any]:
     """The loop of `stream`."""
-    state = prefill_jit(bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B, cache,
-                        job.slots, job.keys_B)
+    state = prefill_jit(bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B,
+                        place_kind(cache, bundle.mesh), job.slots, job.keys_B)
     shown = [""] * len(job.prompts)
     for drawn in range(0, max_new_tokens, chunk):
         state = decode_jit(bundle.lm, bundle.params, sampler, state, job.stop,

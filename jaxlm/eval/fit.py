@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
+from jaxlm.cache.local import place_kind
 from jaxlm.core.aot import Program, compile_program
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.mesh import make_mesh, partition, shardings
@@ -69,6 +70,7 @@ def fit(
     chips = target(target_name)
     sizes = mesh_sizes(len(chips.devices), config.num_kv_heads, job, data, fsdp, tensor)
     mesh = make_mesh(**sizes, devices=list(chips.devices))
+    cache = place_kind(cache, mesh)
     build = {"decode": _decode, "prefill": _prefill, "train": _train}[job]
     program, param_bytes, cache_bytes = build(config, mesh, batch, context, cache, dtype)
     return Fit(chips, sizes, job, program, param_bytes, cache_bytes)

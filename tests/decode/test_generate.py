@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.cache.dense import Dense
+from jaxlm.cache.squat import Squat
 from jaxlm.core.errors import NumericsError
 from jaxlm.core.mesh import make_mesh
 from jaxlm.decode import state as functions
@@ -153,6 +154,16 @@ def test_eight_devices_equal_one(tiny_folder, bundle, answers, axes):
     assert kernel.sharding.shard_shape(kernel.shape) != kernel.shape
     found = generate(spread, PROMPTS, max_new_tokens=10, sampler=WARM, key=KEYS)
     for one, other in zip(found, answers, strict=True):
+        same(one, other)
+
+
+def test_a_quantised_cache_on_eight_devices_equals_one(tiny_folder, bundle):
+    kind = Squat(group=8, window=8, block=4)
+    long = [prompt + " and so on and on" for prompt in PROMPTS]
+    spread = load(tiny_folder, mesh=make_mesh(data=4, tensor=2))
+    alone, found = (generate(model, long, max_new_tokens=20, sampler=WARM, key=KEYS, cache=kind)
+                    for model in (bundle, spread))
+    for one, other in zip(found, alone, strict=True):
         same(one, other)
 
 

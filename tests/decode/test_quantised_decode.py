@@ -93,11 +93,12 @@ def test_a_broken_layer_is_named(cache):
     assert broken_layer(state.caches) == 1 and bool(jnp.isnan(state.logits_BV).all())
 
 
-def test_kv_heads_over_eight_devices_need_no_collective():
+@pytest.mark.parametrize("own_mesh", [False, True])
+def test_kv_heads_over_eight_devices_need_no_collective(own_mesh):
     """Step and flush of sharded heads, as XLA compiles them: devices do not speak."""
     lm, _ = tiny_model(num_heads=16, num_kv_heads=8)
     spec, mesh, batch = lm.config.attention(0), make_mesh(tensor=8), 2
-    kind = Squat(**SMALL, block=4)
+    kind = Squat(**SMALL, block=4, mesh=mesh if own_mesh else None)
     where = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
     given = lambda tree, place: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)
@@ -151,8 +152,9 @@ def test_the_decode_loop_on_a_tpu_never_copies_the_codes():
 
     chip = target("v5e:1x1").devices[0]
     lm, _ = tiny_model(dim=256, head_dim=128, num_heads=8, num_kv_heads=2, num_layers=2)
-    compiled, words = compiled_loop(lm, Squat(), 8, 32768,
-                                    place=SingleDeviceSharding(chip))
+    kind = Squat(mesh=make_mesh(devices=[chip]))
+    compiled, words = compiled_loop(lm, kind, 8, 32768, place=SingleDeviceSharding(chip))
+    assert "tpu_custom_call" in compiled.as_text()
     codes = words.size * 4
     assert compiled.memory_analysis().temp_size_in_bytes < codes
     assert not copies_of(compiled, words)

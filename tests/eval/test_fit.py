@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from jaxlm.cache.parse import parse_cache
 from jaxlm.core.aot import collective_bytes
 from jaxlm.core.errors import ConfigError, DeviceError
 from jaxlm.core.targets import CARDS, describe, target
@@ -80,3 +81,14 @@ def test_a_decode_loop_copies_no_cache():
     config = preset("llama-3.1-8b").replace(num_layers=2, vocab_size=1024)
     found = fit(config, "decode", "v5e:1x1", batch=8, context=4096)
     assert found.program.temporaries < found.cache_bytes / 4
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["1x1", "2x4"])
+def test_a_quantised_cache_is_read_and_written_by_kernels(shape):
+    config = preset("llama-3.1-8b").replace(num_layers=2, vocab_size=1024, dim=256, ffn_dim=512)
+    found = fit(config, "decode", f"v5e:{shape}", batch=8, context=16384,
+                cache=parse_cache("squat2"))
+    assert found.program.kernels == 2 * config.num_layers  # one attends, one flushes
+    assert found.program.temporaries < found.cache_bytes / found.mesh["tensor"] / 2
