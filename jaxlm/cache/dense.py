@@ -41,7 +41,7 @@ class Dense:
         k, v = k.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
         valid_BT = jnp.arange(time)[None] < count_B[:, None]
         out, lse = attention(q, k, v, Mask(window=spec.window), pos_BT, pos_BT, scale=spec.scale,
-                             softcap=spec.softcap, key_valid_BS=valid_BT)
+                             softcap=spec.softcap, key_valid_BS=valid_BT, aligned=True)
         put = lambda buffer, x: jax.lax.dynamic_update_slice(
             buffer, x.astype(buffer.dtype), (0, 0, 0, 0)
         )

@@ -105,7 +105,7 @@ class Kivi:
         v = heads_first(v_BTKH)
         out, lse = attention(
             q, heads_first(rotated).swapaxes(2, 3), v, Mask(window=spec.window), pos_BT, pos_BT,
-            scale=spec.scale, softcap=spec.softcap, key_valid_BS=valid_BT)
+            scale=spec.scale, softcap=spec.softcap, key_valid_BS=valid_BT, aligned=True)
         state = state | {"bad": quantised.not_finite(k_BTKH, v_BTKH, count_B)}
         k = heads_first(k_BTKH if self.rope == "before" else rotated)
         state, code_keys = self.read_prompt(spec, state, q, k, valid_BT)

@@ -208,6 +208,7 @@ class LM:
             raise ConfigError(f"want holds {sorted(unknown)}; expected 'hidden' or 'taps'")
         if want and "taps" in want and self.remat:
             raise ConfigError("taps cannot be read through remat; use LM(remat=False)")
+        aligned = positions_BT is None
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
         check_shape("positions_BT", positions_BT, (batch, time))
@@ -222,7 +223,8 @@ class LM:
         keep: list[jax.Array] | None = [] if "hidden" in want else None
         final = self.run(
             params, tokens_BT,
-            self._full_attention(mask, positions_BT, valid_BT, segments_BT, prefix_B, bias_BNTS),
+            self._full_attention(mask, positions_BT, aligned, valid_BT, segments_BT, prefix_B,
+                                 bias_BNTS),
             (lambda name, x, y: taps.update({name: (x, y)})) if "taps" in want else None,
             keep,
         )
@@ -231,7 +233,9 @@ class LM:
             logits = self.head(params, pick(final, logits_at, lengths_B))
         return Output(logits, final, tuple(keep) if keep is not None else None, taps or None)
 
-    def _full_attention(self, mask, pos_BT, valid_BT, segments_BT, prefix_B, bias_BNTS) -> Attend:
+    def _full_attention(
+        self, mask, pos_BT, aligned, valid_BT, segments_BT, prefix_B, bias_BNTS
+    ) -> Attend:
         """Every token against the tokens of the same call."""
 
         def full(layer: int, q, k, v):
@@ -243,7 +247,7 @@ class LM:
                 q, k, v, Mask(mask.causal, window), pos_BT, pos_BT,
                 scale=spec.scale, softcap=spec.softcap, bias_BNTS=bias_BNTS,
                 query_segment_BT=segments_BT, key_segment_BS=segments_BT,
-                key_valid_BS=valid_BT, prefix_B=prefix_B,
+                key_valid_BS=valid_BT, prefix_B=prefix_B, aligned=aligned,
             )[0]
 
         return full

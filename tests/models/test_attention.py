@@ -111,6 +111,24 @@ def test_query_chunks_change_nothing(qkv):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("time", [64, 101, 256])
+@pytest.mark.parametrize("window", [None, 5, 70])
+def test_keys_that_no_query_sees_need_not_be_read(time, window):
+    """Aligned tokens attend in pieces; the values equal those of the whole square."""
+    rng = np.random.default_rng(time)
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32)
+               for shape in ((B, time, N, H), (B, K, H, time), (B, K, time, H)))
+    pos = jnp.tile(jnp.arange(time), (B, 1))
+    rules = {"scale": 0.3, "key_valid_BS": pos < jnp.array([[time], [time - 9]]),
+             "query_segment_BT": pos // 50, "key_segment_BS": pos // 50}
+    whole, parts, chunks = (
+        attention(q, k, v, Mask(window=window), pos, pos, aligned=aligned, chunk=chunk, **rules)
+        for aligned, chunk in ((False, 512), (True, 512), (True, 16)))
+    for one, other, third in zip(whole, parts, chunks, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+        np.testing.assert_allclose(one, third, atol=1e-6)
+
+
 def test_gradient_is_finite_where_a_query_sees_nothing(qkv):
     q, k, v = map(jnp.asarray, qkv)
     seen = jnp.ones((B, T, S), bool).at[0, 1].set(False).at[1].set(False)
