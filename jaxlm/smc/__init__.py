@@ -1,0 +1,1 @@
+"""Sequential Monte Carlo: weights, resampling, the filter. It imports no model."""
