@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from jaxlm.decode.stop import Stop, cut, stop_rule
+from jaxlm.decode.stop import Stop, as_texts, cut, stop_rule
 from jaxlm.decode.vocabulary import token_bytes
 from jaxlm.hf.bundle import Bundle
 from jaxlm.hf.tokenizer import Tokenizer
@@ -29,9 +29,9 @@ def text_rule(
       >>> text_rule(load("tiny"), delimiters=["\\n"]).strings is None
       True
     """
+    texts = as_texts(strings, "strings"), as_texts(delimiters, "delimiters")
     ids = bundle.stop_ids if ids is None else tuple(ids)
-    size = bundle.lm.config.vocab_size
-    return _rule(bundle.tokenizer, size, ids, tuple(strings), tuple(delimiters))
+    return _rule(bundle.tokenizer, bundle.lm.config.vocab_size, ids, *texts)
 
 
 @lru_cache(maxsize=8)
