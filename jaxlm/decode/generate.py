@@ -13,6 +13,7 @@ from jaxlm.cache.base import CacheKind, broken_layer
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.local import place_kind
 from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, TokenizerError, whole
+from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
 from jaxlm.decode.samplers import Greedy, Sampler
 from jaxlm.decode.state import DecodeState, Kinds, Stop, decode, prefill
@@ -157,9 +158,10 @@ def prepare(
         raise ConfigError(f"stop_ids is {stops!r}; expected a list of token ids")
     stops = tuple(sorted({check_id(i, vocab, "stop_ids") for i in stops}))
     lengths = jnp.asarray([len(i) for i in ids], jnp.int32)
-    tokens_BT, lengths_B = shard_batch((jnp.asarray(tokens), lengths), bundle.mesh)
-    return Job(ids, many, tokens_BT, lengths_B, row_keys(key, len(ids)), round_up(room, BUCKET),
-               Stop(stops))
+    tokens_BT, lengths_B, keys_B = shard_batch(
+        (jnp.asarray(tokens), lengths, row_keys(key, len(ids))), bundle.mesh
+    )
+    return Job(ids, many, tokens_BT, lengths_B, keys_B, round_up(room, BUCKET), Stop(stops))
 
 
 def to_ids(
@@ -209,7 +211,7 @@ def check_id(value: Any, vocab: int, name: str) -> int:
 
 def read(bundle: Bundle, job: Job, state: DecodeState) -> list[Generation]:
     """The answers so far."""
-    tokens_BS, logprob_BS, length_B = jax.device_get(
+    tokens_BS, logprob_BS, length_B = to_host(
         (state.tokens_BS, state.logprob_BS, state.length_B)
     )
     answers = []
