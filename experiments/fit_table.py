@@ -14,6 +14,7 @@ Expected: failed 0; compile_s_max, the longest compile, with the load of the mac
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -99,7 +100,7 @@ def all_cells(args: argparse.Namespace, parts: _harness.Resumable) -> dict[str, 
 
 
 def compile_cell(cell: Cell, gpu_python: Path) -> dict[str, Any]:
-    """One `jaxlm fit`, and the load of the machine when it began (runnable processes)."""
+    """One `jaxlm fit`, its processor time, and the load of the machine when it began."""
     model, job, cache, target = cell
     card = target.split(":")[0] in CARDS
     if card and not gpu_python.exists():
@@ -111,7 +112,7 @@ def compile_cell(cell: Cell, gpu_python: Path) -> dict[str, Any]:
                "--context", str(context), "--dtype", dtype, "--json"]
     environment = {**os.environ, "PYTHONPATH": str(_harness.ROOT), "JAX_PLATFORMS": "cpu",
                    "JAX_ENABLE_COMPILATION_CACHE": "false", **(GPU_FLAGS if card else {})}
-    load = os.getloadavg()[0]
+    load, before = os.getloadavg()[0], cpu_seconds()
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True,
                               timeout=LIMIT_S)
@@ -119,7 +120,14 @@ def compile_cell(cell: Cell, gpu_python: Path) -> dict[str, Any]:
         raise NotCompiled(f"no end after {LIMIT_S} s") from None
     if done.returncode:
         raise NotCompiled((done.stderr.strip().splitlines() or ["no message"])[-1][-300:])
-    return json.loads(done.stdout) | {"dtype": dtype, "load": round(load, 1)}
+    return json.loads(done.stdout) | {"dtype": dtype, "load": round(load, 1),
+                                      "cpu_seconds": cpu_seconds() - before}
+
+
+def cpu_seconds() -> float:
+    """Processor time of the processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def summary(cells: dict[str, Any]) -> dict[str, Any]:
@@ -139,11 +147,11 @@ def summary(cells: dict[str, Any]) -> dict[str, Any]:
 def table(metrics: dict[str, Any]) -> str:
     """One line a cell; bytes and FLOPs are those of one device and one step."""
     lines = ["| model | job | cache | chip | a device holds | fits | GFLOPs | moves | compile | "
-             "load |", "|---|---|---|---|---|---|---|---|---|---|"]
+             "processor | load |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, cell in metrics["cells"].items():
         start = "| " + " | ".join(name.split()) + " | "
         if "not_compiled" in cell:
-            lines.append(start + f"{cell['not_compiled']} | | | | | |")
+            lines.append(start + f"{cell['not_compiled']} | | | | | | |")
             continue
         gib = lambda name, cell=cell: f"{cell[name] / 2**30:.1f}"
         fits = "yes" if cell["fits"] else "**no**"
@@ -152,7 +160,8 @@ def table(metrics: dict[str, Any]) -> str:
                                          f"{gib('bytes_accessed')} GiB"]
         lines.append(start + " | ".join([
             f"{gib('total_bytes')} of {gib('device_bytes')} GiB", fits, *work,
-            f"{cell['compile_seconds']:.0f} s", f"{cell['load']:.0f}"]) + " |")
+            f"{cell['compile_seconds']:.0f} s", f"{cell['cpu_seconds']:.0f} s",
+            f"{cell['load']:.0f}"]) + " |")
     return "\n".join(lines)
 
 

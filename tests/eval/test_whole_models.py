@@ -1,5 +1,6 @@
-"""Whole models of published sizes, compiled for chips that are not here: TPUs with libtpu, NVIDIA
-cards by `make test-gpu-targets`. A kernel is asked for by name, so that a silent way round it fails.
+"""Whole models of published sizes, compiled for chips that are not here: TPUs with libtpu,
+NVIDIA cards by `make test-gpu-targets`. A kernel is asked for by name, so that a silent way round
+it fails.
 """
 
 import importlib.util
