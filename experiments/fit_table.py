@@ -155,8 +155,8 @@ def table(metrics: dict[str, Any]) -> str:
             continue
         gib = lambda name, cell=cell: f"{cell[name] / 2**30:.1f}"
         fits = "yes" if cell["fits"] else "**no**"
-        refused = cell["refused"] is not None
-        work = ["", ""] if refused else [f"{cell['flops'] / 1e9:.0f}",
+        unknown = cell["flops"] is None  # no card's compiler estimates, nor one that refused
+        work = ["", ""] if unknown else [f"{cell['flops'] / 1e9:.0f}",
                                          f"{gib('bytes_accessed')} GiB"]
         lines.append(start + " | ".join([
             f"{gib('total_bytes')} of {gib('device_bytes')} GiB", fits, *work,

@@ -20,7 +20,8 @@ def test_the_page_is_up_to_date():
 
 def test_a_line_for_every_cell(tmp_path):
     cells = {"m decode dense v5e:1x1": CELL,
-             "m decode dense v6e:1x1": CELL | {"fits": False, "refused": "too large"},
+             "m decode dense v6e:1x1": CELL | {"fits": False, "refused": "too large",
+                                                 "flops": None},
              "m decode dense t4": {"not_compiled": "no CUDA compiler here: x"},
              "m decode dense a100": {"not_compiled": "it broke"}}
     metrics = fit_table.summary(cells)
