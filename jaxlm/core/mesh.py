@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core.errors import DeviceError
+from jaxlm.core.hosts import check_same, spans_processes
 from jaxlm.core.tree import Params, flatten, unflatten
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -102,8 +104,23 @@ def shardings(axes: Params, shapes: Params, mesh: Mesh, rules: Rules = RULES) ->
 
 
 def shard_batch(tree: Any, mesh: Mesh | None, rules: Rules = RULES) -> Any:
-    """Place arrays that lead with the batch; without a mesh, leave them as they are."""
+    """Place arrays that lead with the batch; without a mesh, leave them as they are.
+
+    Raises: ConfigError on a mesh of several processes, when they do not all give the same arrays.
+    """
     if mesh is None or not (leaves := jax.tree.leaves(tree)):
         return tree
     rows = partition(("batch",), leaves[0].shape[:1], mesh, rules, "batch")  # one warning at most
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, rows)), tree)
+    where = NamedSharding(mesh, rows)
+    if not spans_processes(mesh):
+        return jax.tree.map(lambda x: jax.device_put(x, where), tree)
+    check_same("the batch", tree)
+
+    def place(leaf: Any) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # numpy has no keys
+            data = place(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+    return jax.tree.map(place, tree)

@@ -13,6 +13,7 @@ from jaxlm.cache.base import CacheKind, broken_layer
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.local import place_kind
 from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, TokenizerError, whole
+from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
 from jaxlm.decode.samplers import Greedy, Sampler
 from jaxlm.decode.state import DecodeState, Kinds, decode, prefill
@@ -162,9 +163,11 @@ def prepare(
     strings = check_strings(stop)
     rule = text_rule(bundle, strings, ids=check_stop_ids(bundle, stop_ids))
     lengths = jnp.asarray([len(i) for i in ids], jnp.int32)
-    tokens_BT, lengths_B = shard_batch((jnp.asarray(tokens), lengths), bundle.mesh)
-    return Job(ids, many, tokens_BT, lengths_B, row_keys(key, len(ids)), round_up(room, BUCKET),
-               rule, strings, bool(include_stop))
+    tokens_BT, lengths_B, keys_B = shard_batch(
+        (jnp.asarray(tokens), lengths, row_keys(key, len(ids))), bundle.mesh
+    )
+    return Job(ids, many, tokens_BT, lengths_B, keys_B, round_up(room, BUCKET), rule, strings,
+               bool(include_stop))
 
 
 def check_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
@@ -233,7 +236,7 @@ def check_id(value: Any, vocab: int, name: str) -> int:
 
 def read(bundle: Bundle, job: Job, state: DecodeState, over: bool = True) -> list[Generation]:
     """The answers so far; unless `over`, without text that the next token might still change."""
-    tokens_BS, logprob_BS, length_B = jax.device_get(
+    tokens_BS, logprob_BS, length_B = to_host(
         (state.tokens_BS, state.logprob_BS, state.length_B)
     )
     answers = []

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.errors import NumericsError, ShapeError, whole
+from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
 from jaxlm.core.tree import Params
 from jaxlm.decode.generate import BUCKET, Prompt, round_up, to_ids
@@ -139,4 +140,4 @@ def _score_group(bundle: Bundle, rows: Sequence[Sequence[int]], batch: int) -> n
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = ids
     tokens_BT = shard_batch(jnp.asarray(tokens), bundle.mesh)
-    return np.asarray(_logprobs(bundle.lm, bundle.params, tokens_BT))
+    return to_host(_logprobs(bundle.lm, bundle.params, tokens_BT))
