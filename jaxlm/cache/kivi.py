@@ -177,18 +177,21 @@ class Kivi:
         """What later queries tell the coder of keys: nothing."""
         return state
 
-    def later_coder(self, state: State) -> tuple[Compensation | None, int]:
-        """How later tokens' keys are coded: a compensation and the block it was made for."""
-        return None, 1
+    def later_coder(self, state: State) -> Compensation | None:
+        """How later tokens' keys are coded: plainly."""
+        return None
 
     @partial(jax.jit, static_argnums=0)  # traced and lowered once for all layers
     def _pack(self, state, k_BKSH, v_BKSH, count_B, ready_B):
         names = implementations(self.implementation, self.mesh)
 
         def pack(state, k_BKSH, v_BKSH, count_B, ready_B):
-            comp, block = self.later_coder(state)
+            coder = lambda: self.later_coder(state)
+            nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                                           jax.eval_shape(coder))
+            comp = jax.lax.cond(jnp.max(ready_B) > 0, coder, nothing)  # most steps code nothing
             return quantised.pack_ready(state, k_BKSH, v_BKSH, count_B, ready_B, self.format,
-                                        comp, block, names)
+                                        comp, getattr(self, "block", 1), names)
 
         return per_head(pack, self.mesh, state["k"].shape[1], state, k_BKSH, v_BKSH, count_B,
                         ready_B)
