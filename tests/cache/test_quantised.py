@@ -213,7 +213,8 @@ def test_bytes_of_the_state():
     ({"group": 32, "window": 48}, "multiple of group"), ({"group": 12}, "multiple of 8"),
     ({"window": 0}, "window"), ({"rope": "never"}, "rope"), ({"scales": "int4"}, "scales"),
     ({"block": 0}, "block"), ({"ahead": -1}, "ahead"), ({"half_life": 0}, "half_life"),
-    ({"half_life": 9, "lam_mode": "reference"}, "half_life"), ({"lam": -1.0}, "lam"), ({"lam": float("nan")}, "lam"),
+    ({"half_life": 9, "lam_mode": "reference"}, "half_life"), ({"lam": -1.0}, "lam"),
+    ({"lam": float("nan")}, "lam"),
     ({"lam_mode": "none"}, "lam_mode"),
 ])
 def test_bad_settings_fail_before_any_compute(changes, message):
