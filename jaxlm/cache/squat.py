@@ -112,7 +112,8 @@ class Squat(Kivi):
         turned = turn_ahead(gram, spec.rope, self.ahead)
         center = key_center(k_BKTH, valid_BT) if self.scales == "int8" else None
         state = state | {"packed": state["packed"]._replace(k_center=center)}
-        state |= {"sketch": self._sketch(spec, turned, count_B)}
+        rows = state["sketch"].rows.shape[2]
+        state |= {"sketch": sketch(self._weight(spec, turned, count_B), rows)}
         if self.half_life is not None:
             state |= {"learned_B": count_B}
         if self.guard:
@@ -135,11 +136,12 @@ class Squat(Kivi):
             q = turn_by_lot(q_BTNH, start_B[:, None], spec.rope, self.ahead)[:, 0]
             put = state["recent"].at[rows, slot_B].set(q.astype(jnp.bfloat16), mode="drop")
             return state | {"recent": put}
-        valid_BT = jnp.arange(q_BTNH.shape[1]) < count_B[:, None]
-        gram = turn_ahead(query_gram(q_BTNH, spec.num_kv_heads, valid_BT), spec.rope, self.ahead)
         first_B = (start_B == 0) & (count_B > 0)
         share_B = jnp.where(first_B, 1.0, self._share(count_B) if learns else 0.0)
-        state = self._learn(spec, state, gram, count_B, share_B)
+        valid_BT = jnp.arange(q_BTNH.shape[1]) < count_B[:, None]
+        turned = lambda: turn_ahead(query_gram(q_BTNH, spec.num_kv_heads, valid_BT), spec.rope,
+                                    self.ahead)
+        state = state | {"sketch": self._learn(spec, state, turned, count_B, share_B)}
         return state | {"learned_B": start_B + count_B} if learns else state
 
     def flush(self, spec, state, due, length_B):
@@ -149,16 +151,14 @@ class Squat(Kivi):
             last_B1 = ((length_B - 1) // 2)[:, None]  # token 2 last is the newest that was kept
             token_BW = 2 * (last_B1 - (last_B1 - jnp.arange(size)) % size)
             # a row on hold may have written the slot of its token to come
-            fresh_BW = ((token_BW >= state["learned_B"][:, None]) & due
+            fresh_BW = ((token_BW >= state["learned_B"][:, None])
                         & (token_BW > length_B[:, None] - 2 * size))
-            count_B = jnp.where(due, length_B - state["learned_B"], 0)
-            gram = query_gram(state["recent"], spec.num_kv_heads, fresh_BW)
-            share_B = jnp.where(fresh_BW.any(1), self._share(count_B), 0.0)
-            state = jax.lax.cond(
-                share_B.any(), lambda s: self._learn(spec, s, gram, fresh_BW.sum(1), share_B),
-                lambda s: s, {"sketch": state["sketch"]}) | {
-                name: x for name, x in state.items() if name != "sketch"}
-            state |= {"learned_B": jnp.where(due, length_B, state["learned_B"])}
+            share_B = self._share(length_B - state["learned_B"])
+            share_B = jnp.where(due & fresh_BW.any(1), share_B, 0.0)
+            recent = lambda: query_gram(state["recent"], spec.num_kv_heads, fresh_BW)
+            found = self._learn(spec, state, recent, fresh_BW.sum(1), share_B)
+            state = state | {"sketch": found,
+                             "learned_B": jnp.where(due, length_B, state["learned_B"])}
         return super().flush(spec, state, due, length_B)
 
     def later_coder(self, state) -> Compensation:
@@ -170,21 +170,23 @@ class Squat(Kivi):
         assert self.half_life is not None
         return 1 - 0.5 ** (count_B / self.half_life)
 
-    def _sketch(self, spec, gram, count_B, old: Sketch | None = None, share_B=None) -> Sketch:
-        """Of `lam C`, or of its mixture with an older one."""
+    def _weight(self, spec, gram, count_B) -> jax.Array:
+        """`lam C` of the metric `I + lam C`."""
         rows_B1 = (count_B * (spec.num_heads // spec.num_kv_heads))[:, None]
-        width = gram.shape[-1]
-        weight = metric(gram, self.lam, self.lam_mode, self.rank, rows_B1) - jnp.eye(width)
-        if old is not None:
-            share = share_B[:, None, None, None]
-            weight = share * weight + (1 - share) * sketched_weight(old)
-        return sketch(weight, -(-width // 4))
+        return metric(gram, self.lam, self.lam_mode, self.rank, rows_B1) - jnp.eye(gram.shape[-1])
 
-    def _learn(self, spec, state, gram, count_B, share_B):
-        """C moved towards `gram`; a row whose share is 0 stays as it is, bit for bit."""
-        new = self._sketch(spec, gram, count_B, state["sketch"], share_B)
-        moved = lambda x, old: jnp.where((share_B > 0).reshape(-1, *[1] * (x.ndim - 1)), x, old)
-        return state | {"sketch": jax.tree.map(moved, new, state["sketch"])}
+    def _learn(self, spec, state, gram, count_B, share_B) -> Sketch:
+        """C moved towards `gram()`; a row whose share is 0 keeps its sketch, bit for bit."""
+        old: Sketch = state["sketch"]
+
+        def learn():
+            share = share_B[:, None, None, None]
+            weight = share * self._weight(spec, gram(), count_B)
+            new = sketch(weight + (1 - share) * sketched_weight(old), old.rows.shape[2])
+            moved = lambda x, y: jnp.where((share_B > 0).reshape(-1, *[1] * (x.ndim - 1)), x, y)
+            return jax.tree.map(moved, new, old)
+
+        return jax.lax.cond((share_B > 0).any(), learn, lambda: old)
 
     def _guarded(self, state, gram, k_BKSH, count_B) -> Sketch:
         """The sketch, or nothing where it would have raised the prompt's logit error."""
