@@ -92,7 +92,7 @@ class Squat(Kivi):
                          jnp.zeros((*lead, width), jnp.bfloat16))
         state = super().init(spec, batch, slots, dtype) | {"sketch": nothing}
         if self.half_life is not None:
-            shape = (batch, self.flush_every // 2, spec.num_heads, width)
+            shape = (*lead, self.flush_every // 2, spec.num_heads // spec.num_kv_heads, width)
             state |= {"recent": jnp.zeros(shape, jnp.bfloat16),
                       "learned_B": jnp.zeros(batch, jnp.int32)}
         return state
@@ -131,11 +131,12 @@ class Squat(Kivi):
         if q_BTNH.shape[1] == 1:
             if not learns:
                 return state
-            rows, size = jnp.arange(len(start_B)), state["recent"].shape[1]
+            old = state["recent"]  # B K W G H
+            rows, size = jnp.arange(len(start_B)), old.shape[2]
             slot_B = jnp.where((start_B % 2 == 0) & (count_B > 0), start_B // 2 % size, size)
-            q = turn_by_lot(q_BTNH, start_B[:, None], spec.rope, self.ahead)[:, 0]
-            put = state["recent"].at[rows, slot_B].set(q.astype(jnp.bfloat16), mode="drop")
-            return state | {"recent": put}
+            q = turn_by_lot(q_BTNH, start_B[:, None], spec.rope, self.ahead)
+            q = q.reshape(*old.shape[:2], *old.shape[3:]).astype(old.dtype)
+            return state | {"recent": old.at[rows, :, slot_B].set(q, mode="drop")}
         first_B = (start_B == 0) & (count_B > 0)
         share_B = jnp.where(first_B, 1.0, self._share(count_B) if learns else 0.0)
         valid_BT = jnp.arange(q_BTNH.shape[1]) < count_B[:, None]
@@ -147,7 +148,7 @@ class Squat(Kivi):
     def flush(self, spec, state, due, length_B):
         """As `Kivi`; with `half_life`, C first learns from the queries since the last time."""
         if self.half_life is not None:
-            size = state["recent"].shape[1]
+            size = state["recent"].shape[2]
             last_B1 = ((length_B - 1) // 2)[:, None]  # token 2 last is the newest that was kept
             token_BW = 2 * (last_B1 - (last_B1 - jnp.arange(size)) % size)
             # a row on hold may have written the slot of its token to come
@@ -155,8 +156,9 @@ class Squat(Kivi):
                         & (token_BW > length_B[:, None] - 2 * size))
             share_B = self._share(length_B - state["learned_B"])
             share_B = jnp.where(due & fresh_BW.any(1), share_B, 0.0)
-            recent = lambda: query_gram(state["recent"], spec.num_kv_heads, fresh_BW)
-            found = self._learn(spec, state, recent, fresh_BW.sum(1), share_B)
+            q_BWNH = state["recent"].swapaxes(1, 2).reshape(-1, size, spec.num_heads, spec.head_dim)
+            gram = lambda: query_gram(q_BWNH, spec.num_kv_heads, fresh_BW)
+            found = self._learn(spec, state, gram, fresh_BW.sum(1), share_B)
             state = state | {"sketch": found,
                              "learned_B": jnp.where(due, length_B, state["learned_B"])}
         return super().flush(spec, state, due, length_B)
