@@ -2,7 +2,7 @@
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -128,6 +128,7 @@ class TurboQuant(RotatedKivi):
 
         return write
 
+    @partial(jax.jit, static_argnums=(0, 1))
     def attend_one(self, spec, state, q_B1NH, pos_B, length_B, first_B):
         """One placed query a row over codes and tail."""
         return self.attend_many(spec, state, q_B1NH, pos_B[:, None], state["k"], state["v"],
