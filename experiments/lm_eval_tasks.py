@@ -25,7 +25,7 @@ from experiments._harness import run
 from jaxlm.eval import arithmetic, recall
 from jaxlm.eval.lm_eval import lm_eval_model
 
-LEVEL, ROOM, CONTEXT, CHOICES = "medium", 112, 128, 4
+LEVEL, ROOM, CONTEXT, CHOICES = "hard", 112, 256, 4
 COMMON = """\
 task: {name}
 dataset_path: json

@@ -31,6 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, help="folder on a disk of the first process")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a prompt")
     parser.add_argument("--cache", default="dense", help="dense, squat2, kivi4, ...")
+    parser.add_argument("--stop", nargs="*", default=[], help="strings that end a text")
     parser.add_argument("--fsdp", type=int, default=1)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--coordinator", help="host:port of process 0; a TPU pod finds it itself")
@@ -72,7 +73,8 @@ def job(args: argparse.Namespace) -> dict[str, Any]:
     shards = [x.addressable_shards for x in jax.tree.leaves(bundle.params)]
     times("loaded")
     answers = generate(bundle, PROMPTS, max_new_tokens=args.tokens, sampler=Temperature(0.8),
-                       cache=parse_cache(args.cache), key=jax.random.key(args.seed))
+                       cache=parse_cache(args.cache), key=jax.random.key(args.seed),
+                       stop=args.stop)
     times("generated")
     scores = score(bundle, [p + a.text for p, a in zip(PROMPTS, answers, strict=True)])
     times("scored")

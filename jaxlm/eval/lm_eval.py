@@ -19,6 +19,7 @@ import numpy as np
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
 from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, whole
+from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
 from jaxlm.core.tree import Params
 from jaxlm.decode.generate import BUCKET, check_strings, generate, round_up
@@ -218,7 +219,7 @@ def continuations(
         at[row, :n] = np.arange(len(before) - 1, len(ids) - 1)
         targets[row, :n] = after
     arrays = shard_batch(tuple(map(jnp.asarray, (tokens, at, targets))), bundle.mesh)
-    logprob_BM, greedy_BM = jax.device_get(_continuations(bundle.lm, bundle.params, *arrays))
+    logprob_BM, greedy_BM = to_host(_continuations(bundle.lm, bundle.params, *arrays))
     found = []
     for row, (_, after) in enumerate(pairs):
         line = logprob_BM[row, : len(after)]

@@ -41,10 +41,12 @@ def test_alone_everything_is_at_hand():
 ])
 def test_two_processes_give_what_one_gives(tiny_folder, bundle, tmp_path, cache, tokens):
     """Text, scores and, to the bit, the exported folder."""
-    running = start(2, 2, *MESH, "--model", str(tiny_folder), "--tokens", str(tokens),
+    stop = ["e", "zq"]
+    running = start(2, 2, *MESH, "--stop", *stop, "--model", str(tiny_folder),
+                    "--tokens", str(tokens),
                     "--cache", cache, "--save", f"{tmp_path}/two", "--out", f"{tmp_path}/two.json")
     answers = generate(bundle, PROMPTS, max_new_tokens=tokens, sampler=Temperature(0.8),
-                       cache=parse_cache(cache), key=jax.random.key(0))
+                       cache=parse_cache(cache), key=jax.random.key(0), stop=stop)
     scores = score(bundle, [p + a.text for p, a in zip(PROMPTS, answers, strict=True)])
     save(bundle, tmp_path / "one")
     finish(running)

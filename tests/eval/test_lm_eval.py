@@ -239,7 +239,7 @@ def test_the_harness_finds_what_the_library_finds(tiny, tmp_path):
     assert found["jaxlm_arithmetic"]["exact_match"] == own["arithmetic"]
     assert found["jaxlm_recall"]["acc"] == own["recall"]
     assert found["jaxlm_pages"]["byte_perplexity"] == pytest.approx(own["byte_perplexity"])
-    assert 0.5 < own["arithmetic"] <= 1 and 0.5 < own["recall"] <= 1
+    assert 0.2 < own["arithmetic"] <= 1 and 0.5 < own["recall"] <= 1
 
 
 @pytest.mark.slow
