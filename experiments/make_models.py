@@ -2,7 +2,8 @@
 
 Command: python experiments/make_models.py --out experiments/results/make_models/cpu.json
 Hardware: 2 CPU cores, 4 GB; a GPU shortens it.
-Minutes: about 5 hours in all on 2 idle cores, by the bundled run's time a token; `--only NAME`
+Minutes: 5.3 processor hours in all (small 1.0, large 3.5, each sibling 0.3), so 2.7 hours on 2 idle
+  cores at the least, by `--pace`, which times a few steps of each and makes nothing; `--only NAME`
   makes one. A stopped run goes on where it was; what is finished is not made again.
 Expected: every folder loads; siblings beat the model they come from on their own skill's loss.
 
@@ -27,6 +28,7 @@ from experiments.tiny_training import (
     fit,
     held_out_loss,
     model_config,
+    pace,
     short_run,
     write_folder,
 )
@@ -58,20 +60,35 @@ def make_size(name: str, folder: Path, smoke: bool, seed: int) -> dict[str, Any]
     return {"parameters": count_params(lm), "checkpoints": at, **summary}
 
 
+def sibling_recipe(name: str, seed: int, steps: int = SIBLING_STEPS, **change: Any) -> Recipe:
+    """A short run on one skill at a fifth of the bundled model's rate."""
+    mix = replace(SKILLS[name], **change)
+    return Recipe(lambda step: mix, short_run(steps), lr=0.002, adam_lr=0.0006, seed=seed + 1)
+
+
 def make_sibling(name: str, base: str, folder: Path, smoke: bool, seed: int) -> dict[str, Any]:
-    """The bundled model, fine-tuned on one skill at a fifth of its training's rate."""
-    bundle, mix, steps = load(base, dtype=jnp.float32), SKILLS[name], SIBLING_STEPS
+    """The bundled model, fine-tuned on one skill."""
+    bundle, recipe = load(base, dtype=jnp.float32), sibling_recipe(name, seed)
     if smoke:
-        mix, steps = replace(mix, shape=(2, 128), lengths=(48, 96)), 3
-    recipe = Recipe(lambda step: mix, short_run(steps), lr=0.002, adam_lr=0.0006, seed=seed + 1)
+        recipe = sibling_recipe(name, seed, steps=3, shape=(2, 128), lengths=(48, 96))
+    mix = recipe.mix(0)
     params, summary = fit(bundle.lm, recipe, folder / ".work" / name, params=bundle.params)
     write_folder(bundle.lm, params, folder / name)
     return {"loss_before": held_out_loss(bundle.lm, bundle.params, mix, seed),
             "loss_after": held_out_loss(bundle.lm, params, mix, seed), **summary}
 
 
+def paces(seed: int) -> dict[str, Any]:
+    """The processor hours of everything, before any of it is made."""
+    sizes = {name: pace(LM(model_config(**SIZES[name])), Recipe(curriculum, RATE, seed=seed))
+             for name in SIZES}
+    return sizes | {name: pace(LM(model_config()), sibling_recipe(name, seed)) for name in SKILLS}
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Make what is asked for and is not there yet."""
+    if args.pace:
+        return {"pace": paces(args.seed)}
     if args.smoke:
         args.folder = Path(tempfile.mkdtemp())
     made = _harness.Resumable(args.folder / "made.json", {"seed": args.seed, "base": args.base})
@@ -86,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to write, and what."""
     parser.add_argument("--folder", type=Path, default=Path("build/models"))
     parser.add_argument("--base", default="tiny", help="the model that the siblings start from")
+    parser.add_argument("--pace", action="store_true", help="make nothing: measure what it costs")
     parser.add_argument("--only", choices=[*SIZES, *SKILLS])
 
 

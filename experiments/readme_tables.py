@@ -34,6 +34,9 @@ ROWS = (
           f"bundled model, {level} arithmetic, {words}", PERCENT)
       for level in ("easy", "medium", "hard")
       for name, words in (("greedy", "greedy"), ("t0.8", "temperature 0.8"))),
+    *(Row("eval_tiny", f"arithmetic.hard.t0.8_any{n}.value",
+          f"bundled model, hard arithmetic, temperature 0.8, any of {n} samples", PERCENT)
+      for n in (4, 16)),
     *(Row("eval_tiny", f"recall.{length}.value", f"bundled model, recall over {length} tokens",
           PERCENT) for length in (64, 256, 1024)),
     Row("bench_decode", "decode_b1_ratio",

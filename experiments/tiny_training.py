@@ -6,6 +6,7 @@ Shared by train_tiny.py, which makes the bundled model, and make_models.py, whic
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from jaxlm.core.tree import Params, map_with_path
 from jaxlm.hf.bundle import Bundle, save
 from jaxlm.hf.tokenizer import Tokenizer
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.lm import LM
+from jaxlm.models.lm import LM, count_params
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,29 @@ def _update(lm, tx, params, opt, data):
     grads, metrics = jax.grad(lambda p: loss_fn(lm, p, data), has_aux=True)(params)
     updates, opt = tx.update(grads, opt, params)
     return optax.apply_updates(params, updates), opt, metrics
+
+
+def pace(lm: LM, recipe: Recipe, repeats: int = 2) -> dict[str, Any]:
+    """What a run costs, by a few steps of every shape of batch it has.
+
+    Processor time, which other work on the machine changes little: on n cores it takes at least
+    an n-th of it.
+    Returns: {"parameters", "cpu_s_a_step": {shape: seconds}, "cpu_hours"}.
+    """
+    tx, params = optimiser(recipe), init(lm, jax.random.key(recipe.seed))
+    at = {recipe.mix(step).shape: step for step in range(recipe.steps)}
+    steps = Counter(recipe.mix(step).shape for step in range(recipe.steps))
+    update, opt, seconds = jax.jit(partial(_update, lm, tx)), tx.init(params), {}
+    for shape, step in at.items():
+        data = batch(recipe.mix(step), recipe.seed, step)
+        jax.block_until_ready(update(params, opt, data))
+        began = time.process_time()
+        for _ in range(repeats):
+            jax.block_until_ready(update(params, opt, data))
+        seconds[shape] = (time.process_time() - began) / repeats
+    hours = sum(seconds[shape] * count for shape, count in steps.items()) / 3600
+    return {"parameters": count_params(lm), "cpu_hours": hours,
+            "cpu_s_a_step": {f"{B}x{T}": s for (B, T), s in seconds.items()}}
 
 
 class _Log:

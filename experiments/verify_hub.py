@@ -3,7 +3,9 @@
 Fetches each checkpoint (HF_TOKEN for gated ones, HF_HOME for the cache), loads it in jaxlm and in
 transformers in float32, and compares on a few short texts. Memory: 4 bytes a parameter, twice.
 `--checkpoints` names others, local folders included; a checkpoint that cannot be had or does not
-pass is reported with its error, and the exit code is 1 when none was compared.
+pass is reported with its error, and the exit code is 1 when none was compared. A run that was
+stopped goes on where it was (OUT.parts). A smoke run fetches tiny random checkpoints from a hub on
+this machine (experiments/loopback_hub.py).
 
 Command: python experiments/verify_hub.py --out experiments/results/verify_hub/cpu.json
 Hardware: a network, torch, and 64 GB of memory for the 7B and 8B models (--max-billion 2: 16 GB)
@@ -12,12 +14,15 @@ Expected: max_logit_error below 1e-2 and top1 above 0.99 for each (not yet measu
 """
 
 import argparse
+import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from experiments import twins
-from experiments._harness import run
+from experiments._harness import Resumable, run
+from experiments.loopback_hub import Hub
 from jaxlm.core.errors import JaxlmError
 from jaxlm.eval.verify import TEXTS, verify
 from jaxlm.models.lm import LM, count_params
@@ -72,17 +77,37 @@ def compare(source: str, texts: tuple[str, ...], revision: str | None) -> dict[s
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
+def smoke() -> dict[str, Any]:
+    """Tiny random checkpoints through a hub on loopback: one open, one gated, one absent."""
+    if "huggingface_hub" in sys.modules:
+        raise SystemExit("huggingface_hub has read its settings already; run this as a script")
+    names = ("llama", "gemma2")
+    with tempfile.TemporaryDirectory() as name:
+        made = {f"twins/{twin}": {"main": twins.write(twins.config_of(twin), Path(name) / twin)}
+                for twin in names}
+        with Hub(made, {"twins/gemma2": "secret"}) as hub:
+            os.environ |= hub.environment(Path(name) / "home", HF_TOKEN="secret")
+            found = {repo: compare(repo, ("w5 w9 w7 w30",), None) for repo in (*made, "twins/none")}
+    absent = found.pop("twins/none")
+    if "error" not in absent or any("error" in figures for figures in found.values()):
+        raise SystemExit(f"expected figures of {list(found)} alone, got {found}, {absent}")
+    return found
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Every chosen checkpoint; a smoke run takes a tiny random one made on the spot."""
-    with tempfile.TemporaryDirectory() as folder:
-        if args.smoke:
-            twins.write(twins.config_of("qwen2"), Path(folder))
-            return {"checkpoints": {"twin": compare(folder, ("w5 w9 w7 w30",), None)}}
-        found = {name: compare(name, TEXTS, args.revision) for name in chosen(args)}
-    for name, figures in found.items():
-        print(name, figures)
+    """Every chosen checkpoint."""
+    if args.smoke:
+        return {"checkpoints": smoke()}
+    path = (args.out or Path("report/verify_hub")).with_suffix(".parts")
+    kept, found = Resumable(path, {"revision": args.revision}), {}
+    for name in chosen(args):
+        found[name] = kept.parts.get(name) or compare(name, TEXTS, args.revision)
+        if "error" not in found[name]:
+            kept(name, lambda name=name: found[name])
+        print(name, found[name], flush=True)
     if all("error" in figures for figures in found.values()):
         raise SystemExit("no checkpoint could be compared; is there a network? see above")
+    kept.done()
     return {"checkpoints": found}
 
 

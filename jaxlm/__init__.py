@@ -21,17 +21,21 @@ _HOMES = {
     "jaxlm.cache.squat": ("Squat",),
     "jaxlm.hf.bundle": ("Bundle", "load", "save"),
     "jaxlm.hf.tokenizer": ("Tokenizer",),
-    "jaxlm.decode.samplers": ("Greedy", "Temperature"),
-    "jaxlm.decode.state": ("DecodeState", "decode", "decode_step", "extend", "prefill"),
+    "jaxlm.decode.samplers": ("Categorical", "Greedy", "Mirostat2", "Temperature"),
+    "jaxlm.decode.state": ("DecodeState", "decode_step", "extend", "prefill"),
     "jaxlm.decode.stop": ("Stop",),
+    "jaxlm.decode.text": ("text_rule",),
     "jaxlm.decode.generate": ("Generation", "generate", "stream"),
     "jaxlm.decode.score": ("Score", "perplexity", "score"),
 }
+_PACKAGES = ("decode",)  # its function of that name is jaxlm.decode.decode
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"jaxlm.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

@@ -11,8 +11,9 @@ Implementation = None | str | Sequence[str]
 def preferred(device: Any = None) -> tuple[str, ...]:
     """Implementations worth trying on a device, best first; XLA always ends the list.
 
-    Args: device: as of `jax.devices()`, or of a topology that is only compiled for; None: the
-      default backend's first.
+    Args:
+      device: as of `jax.devices()`, or of a topology that is only compiled for; None: the default
+        backend's first.
     """
     device = jax.devices()[0] if device is None else device
     if device.platform == "tpu":

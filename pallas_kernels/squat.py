@@ -27,7 +27,15 @@ class Compensation(NamedTuple):
 
     matrix: jax.Array  # float32 [..., H, H], natural channel order: error of row -> move of column
     order: jax.Array  # int32 [..., H]: channels in processing order
-    gram: jax.Array  # float32 [..., H, H], for the guard
+    gram: jax.Array  # float32 [..., H, H], for the guard; its scale does not matter
+
+
+class Sketch(NamedTuple):
+    """The queries' metric in few bytes, `A = I + S^T S + diag(rest)` with `S = scale * rows`."""
+
+    rows: jax.Array  # int8 [..., r, H]
+    scale: jax.Array  # float32 [..., r]
+    rest: jax.Array  # bfloat16 [..., H]: of the diagonal, what the rows leave out
 
 
 def query_gram(q: jax.Array, kv_heads: int, valid: jax.Array | None = None) -> jax.Array:
@@ -91,13 +99,8 @@ def compensation(gram: jax.Array, block: int = 16, lam: float = 10.0, lam_mode: 
     """
     if block < 1:
         raise ValueError(f"block is at least 1 channel, got {block}")
-    head_dim = gram.shape[-1]
-    metric_matrix = metric(gram, lam, lam_mode, rank, rows)
-    energy = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    natural = jnp.broadcast_to(jnp.arange(head_dim, dtype=jnp.int32), energy.shape)
-    order = jnp.argsort(-energy, axis=-1).astype(jnp.int32) if energy_order else natural
-    ordered = _permute(metric_matrix, order)
-    moves = _sweep(ordered, block)
+    order = _order(gram, energy_order)
+    moves = _sweep(_permute(metric(gram, lam, lam_mode, rank, rows), order), block)
     return Compensation(_permute(moves, jnp.argsort(order, axis=-1)), order, gram)
 
 
@@ -109,25 +112,102 @@ def _sweep(a: jax.Array, block: int) -> jax.Array:
     (jaxlib 0.10.2, two cores).
     """
     size = a.shape[-1]
-    channel = jnp.arange(size)
-    part = channel // block
+    part = jnp.arange(size) // block
 
-    def sweep(n, carry):
+    def step(n, carry):
         a, moves = carry
         k = size - 1 - n
         first = (k == size - 1) | ((k + 1) % block == 0)  # of its block; all behind it are swept
         mine = first & (part[:, None] == k // block) & (part[None, :] > k // block)
-        moves = jnp.where(mine, -a, moves)
-        column = jax.lax.dynamic_index_in_dim(a, k, -1, keepdims=True)
-        pivot = jax.lax.dynamic_index_in_dim(column, k, -2, keepdims=True)
-        scaled = column / pivot
-        here = channel == k
-        swept = a - column * jnp.swapaxes(scaled, -1, -2)
-        swept = jnp.where(here[None, :], scaled, swept)
-        swept = jnp.where(here[:, None], jnp.swapaxes(scaled, -1, -2), swept)
-        return jnp.where(here[:, None] & here[None, :], -1 / pivot, swept), moves
+        return _sweep_channel(a, k), jnp.where(mine, -a, moves)
 
-    return jax.lax.fori_loop(0, size, sweep, (a, jnp.zeros_like(a)))[1]
+    return jax.lax.fori_loop(0, size, step, (a, jnp.zeros_like(a)))[1]
+
+
+def _sweep_channel(a: jax.Array, k) -> jax.Array:
+    """The symmetric sweep of channel k; all channels swept, `a` is `-a^{-1}`."""
+    column = jax.lax.dynamic_index_in_dim(a, k, -1, keepdims=True)
+    pivot = jax.lax.dynamic_index_in_dim(column, k, -2, keepdims=True)
+    scaled = column / pivot
+    here = jnp.arange(a.shape[-1]) == k
+    swept = a - column * jnp.swapaxes(scaled, -1, -2)
+    swept = jnp.where(here[None, :], scaled, swept)
+    swept = jnp.where(here[:, None], jnp.swapaxes(scaled, -1, -2), swept)
+    return jnp.where(here[:, None] & here[None, :], -1 / pivot, swept)
+
+
+def sketch(weight: jax.Array, rank: int) -> Sketch:
+    """The metric `I + weight` by `rank` steps of Cholesky's factorisation, largest pivot first.
+
+    Rows are rounded to 8 bits; `rest` makes the diagonal whole again. No eigenvectors: see
+    `_sweep` on LAPACK.
+
+    Args: weight: `lambda C`, float32 [..., H, H].
+
+    >>> found = sketch(jnp.diag(jnp.array([4.0, 1.0])), 1)
+    >>> (found.rows * found.scale[:, None]).round(3).tolist(), found.rest.tolist()
+    ([[2.0, 0.0]], [0.0, 1.0])
+    """
+    whole = jnp.diagonal(weight, axis1=-2, axis2=-1)
+    floor = 1e-6 * jnp.mean(whole, -1, keepdims=True)
+
+    def step(left, _):
+        energy = jnp.diagonal(left, axis1=-2, axis2=-1)
+        at = jnp.argmax(energy, -1, keepdims=True)
+        top = jnp.take_along_axis(energy, at, -1)
+        row = jnp.take_along_axis(left, at[..., None], -2)[..., 0, :]
+        row = jnp.where(top > floor, row * jax.lax.rsqrt(jnp.maximum(top, 1e-30)), 0.0)
+        return left - row[..., :, None] * row[..., None, :], row
+
+    rows = jnp.moveaxis(jax.lax.scan(step, weight, None, rank)[1], 0, -2)
+    scale = jnp.maximum(jnp.max(jnp.abs(rows), -1), 1e-30) / 127
+    codes = jnp.round(rows / scale[..., None])
+    rest = whole - jnp.sum((codes * scale[..., None]) ** 2, -2)
+    return Sketch(codes.astype(jnp.int8), scale, jnp.maximum(rest, 0).astype(jnp.bfloat16))
+
+
+def sketched_weight(found: Sketch) -> jax.Array:
+    """`lambda C` as a sketch has it, float32 [..., H, H]."""
+    rows = found.rows * found.scale[..., None]
+    low = jnp.einsum("...rh,...ri->...hi", rows, rows, precision=_EXACT)
+    return low + found.rest.astype(jnp.float32)[..., None] * jnp.eye(rows.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("block", "energy_order"))
+def sketched_compensation(found: Sketch, block: int = 16, energy_order: bool = True
+                          ) -> Compensation:
+    """`compensation` from a sketch, in as many steps as it has rows.
+
+    With `D = I + diag(rest)` and `G = S D^{-1/2}`, Woodbury's identity gives
+    `A_RR^{-1} A_RF = D_R^{-1/2} G_R^T (I + G_R G_R^T)^{-1} G_F D_F^{1/2}`.
+    """
+    head_dim, rank = found.rows.shape[-1], found.rows.shape[-2]
+    weight = sketched_weight(found)
+    order = _order(weight, energy_order)
+    pad = -head_dim % block
+    root = jnp.take_along_axis(jnp.sqrt(1 + found.rest.astype(jnp.float32)), order, -1)
+    rows = jnp.take_along_axis(found.rows * found.scale[..., None], order[..., None, :], -1)
+    rows = rows / root[..., None, :]
+    parts = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, pad)])
+    parts = parts.reshape(*rows.shape[:-1], -1, block)
+    own = jnp.einsum("...rnb,...snb->...nrs", parts, parts, precision=_EXACT)
+    behind = jax.lax.cumsum(own, own.ndim - 3, reverse=True) - own
+    swept = jax.lax.fori_loop(0, rank, lambda k, a: _sweep_channel(a, k), jnp.eye(rank) + behind)
+    left = -jnp.einsum("...nrs,...snb->...rnb", swept, parts, precision=_EXACT)
+    left = left.reshape(*rows.shape[:-1], -1)[..., :head_dim]
+    moves = jnp.einsum("...rc,...re->...ce", left * root[..., None, :],
+                       rows / root[..., None, :], precision=_EXACT)
+    part = jnp.arange(head_dim) // block
+    moves = jnp.where(part[:, None] < part[None, :], -moves, 0.0)
+    return Compensation(_permute(moves, jnp.argsort(order, axis=-1)), order, weight)
+
+
+def _order(gram: jax.Array, energy_order: bool) -> jax.Array:
+    """Channels by falling energy, or as they are: int32 [..., H]."""
+    energy = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    if energy_order:
+        return jnp.argsort(-energy, axis=-1).astype(jnp.int32)
+    return jnp.broadcast_to(jnp.arange(gram.shape[-1], dtype=jnp.int32), energy.shape)
 
 
 def _permute(matrix: jax.Array, order: jax.Array) -> jax.Array:

@@ -1,7 +1,10 @@
 """What the tests of the source tree share: the files, and what each of them imports."""
 
 import ast
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jaxlm", "pallas_kernels")
@@ -40,3 +43,16 @@ def imported_modules(source: str, module: str, is_package: bool) -> list[tuple[i
 def imports_of(path: Path) -> list[tuple[int, str]]:
     """`imported_modules` of a file of this tree."""
     return imported_modules(path.read_text(), module_name(path), path.name == "__init__.py")
+
+
+def documented_cases(module: dict[str, Any]) -> tuple[int, int]:
+    """The generated cases that a test file's docstring states (`1,000 cases: ...`), and their true
+    number: hypothesis' examples times the values they are parametrised by."""
+    stated = int(re.search(r"([\d,]+) cases: ", module["__doc__"])[1].replace(",", ""))
+    count = 0
+    for name, value in module.items():
+        own = getattr(value, "_hypothesis_internal_use_settings", None)
+        if name.startswith("test_") and own is not None:
+            marks = [m for m in getattr(value, "pytestmark", []) if m.name == "parametrize"]
+            count += own.max_examples * math.prod(len(list(mark.args[1])) for mark in marks)
+    return stated, count

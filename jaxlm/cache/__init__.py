@@ -4,4 +4,6 @@ from jaxlm.cache.base import CacheKind as CacheKind
 from jaxlm.cache.base import init_caches as init_caches
 from jaxlm.cache.dense import Dense as Dense
 from jaxlm.cache.kivi import Kivi as Kivi
+from jaxlm.cache.rotated import RotatedKivi as RotatedKivi
 from jaxlm.cache.squat import Squat as Squat
+from jaxlm.cache.turboquant import TurboQuant as TurboQuant

@@ -99,7 +99,7 @@ class Kivi:
 
     def prefill(self, spec, state, q_BTNH, k_BTKH, v_BTKH, pos_BT, count_B) -> Attended:
         """Tokens attend among themselves in full precision; then whole groups are coded."""
-        q, rotated = (apply_rope(x, pos_BT, spec.rope) for x in (q_BTNH, k_BTKH))
+        q, rotated = (self.place(spec, x, pos_BT) for x in (q_BTNH, k_BTKH))
         valid_BT = jnp.arange(q.shape[1]) < count_B[:, None]
         heads_first = lambda x: jnp.where(valid_BT[..., None, None], x, 0).swapaxes(1, 2)
         v = heads_first(v_BTKH)
@@ -110,7 +110,7 @@ class Kivi:
         k = heads_first(k_BTKH if self.rope == "before" else rotated)
         state, code_keys = self.read_prompt(spec, state, q, k, valid_BT)
         ready_B = quantised.ready_groups(count_B, self.keep, self.group)
-        packed = quantised.fill(state["packed"], k, v, self.format, code_keys)
+        packed = self.fill(state["packed"], k, v, code_keys)
         gone_B = ready_B * self.group
         left = lambda x, old: quantised.leftover(x, gone_B, count_B, self.tail).astype(old.dtype)
         state |= {"packed": packed, "packed_B": gone_B, "k": left(k, state["k"]),
@@ -121,17 +121,15 @@ class Kivi:
         """New tokens see the codes, the tail and one another, these two in full precision; then
         whole groups are coded. A row without room for its tokens gets none of them."""
         start_B, count_B = start_B.astype(jnp.int32), count_B.astype(jnp.int32)
-        fmt = self.format
-        room = state["packed"].k_scale.shape[2] * fmt.group + self.keep
+        room = state["packed"].k_words.shape[2] * 32 // self.k_bits + self.keep
         count_B = jnp.where(start_B + count_B <= room, count_B, 0)
         q, k = self._rotate(spec, q_BTNH, k_BTKH, pos_BT)
         held_B = start_B - state["packed_B"]
         put = lambda old, new: quantised.join(old, new.swapaxes(1, 2), held_B, count_B)
         k, v = put(state["k"], k), put(state["v"], v_BTKH)
         state = state | {"bad": state["bad"] | quantised.not_finite(k_BTKH, v_BTKH, count_B)}
-        out, lse = quantised.attend_many(
-            spec, state, q, pos_BT, k, v, start_B + count_B, pos_BT[:, 0] - start_B, fmt,
-            self.rope == "before")
+        out, lse = self.attend_many(
+            spec, state, q, pos_BT, k, v, start_B + count_B, pos_BT[:, 0] - start_B)
         state = self.read_queries(spec, state, q, start_B, count_B)
         ready_B = quantised.ready_groups(held_B + count_B, self.keep, self.group)
         state = self._pack(state, k, v, held_B + count_B, ready_B)
@@ -146,17 +144,17 @@ class Kivi:
         state = state | {"k": put(state["k"], k), "v": put(state["v"], v_B1KH), "bad":
                          state["bad"] | quantised.not_finite(k_B1KH, v_B1KH, one_B)}
         state = self.read_queries(spec, state, q, start_B, one_B)
-        out, lse = self._attend_one(spec, state, q, pos_B, start_B + 1, pos_B - start_B)
+        out, lse = self.attend_one(spec, state, q, pos_B, start_B + 1, pos_B - start_B)
         return flagged(out, state), lse, state
 
     def attend(self, spec, state, q_BTNH, pos_BT, length_B, first_B) -> tuple[jax.Array, jax.Array]:
         """Read-only: queries over each row's first `length_B` tokens, the first at `first_B`."""
-        q = apply_rope(q_BTNH, pos_BT, spec.rope)
+        q = self.place(spec, q_BTNH, pos_BT)
         if q.shape[1] == 1:
-            out, lse = self._attend_one(spec, state, q, pos_BT[:, 0], length_B, first_B)
+            out, lse = self.attend_one(spec, state, q, pos_BT[:, 0], length_B, first_B)
         else:
-            out, lse = quantised.attend_many(spec, state, q, pos_BT, state["k"], state["v"],
-                                             length_B, first_B, self.format, self.rope == "before")
+            out, lse = self.attend_many(spec, state, q, pos_BT, state["k"], state["v"], length_B,
+                                        first_B)
         return flagged(out, state), lse
 
     def flush(self, spec, state, due, length_B) -> State:
@@ -177,32 +175,54 @@ class Kivi:
         """What later queries tell the coder of keys: nothing."""
         return state
 
-    def later_coder(self, state: State) -> tuple[Compensation | None, int]:
-        """How later tokens' keys are coded: a compensation and the block it was made for."""
-        return None, 1
+    def later_coder(self, state: State) -> Compensation | None:
+        """How later tokens' keys are coded: plainly."""
+        return None
 
     @partial(jax.jit, static_argnums=0)  # traced and lowered once for all layers
     def _pack(self, state, k_BKSH, v_BKSH, count_B, ready_B):
-        names = implementations(self.implementation, self.mesh)
-
         def pack(state, k_BKSH, v_BKSH, count_B, ready_B):
-            comp, block = self.later_coder(state)
-            return quantised.pack_ready(state, k_BKSH, v_BKSH, count_B, ready_B, self.format,
-                                        comp, block, names)
+            return quantised.pack_ready(state, k_BKSH, v_BKSH, count_B, ready_B, self.group,
+                                        self.writer(state, jnp.max(ready_B) > 0))
 
         return per_head(pack, self.mesh, state["k"].shape[1], state, k_BKSH, v_BKSH, count_B,
                         ready_B)
 
     def _rotate(self, spec, q_BTNH, k_BTKH, pos_BT):
         """Queries to attend with and keys to store."""
-        q = apply_rope(q_BTNH, pos_BT, spec.rope)
-        return q, k_BTKH if self.rope == "before" else apply_rope(k_BTKH, pos_BT, spec.rope)
+        q = self.place(spec, q_BTNH, pos_BT)
+        return q, k_BTKH if self.rope == "before" else self.place(spec, k_BTKH, pos_BT)
+
+    # what kinds with other codes replace
+
+    def place(self, spec, x_BTNH, pos_BT):
+        """Queries or keys as they meet."""
+        return apply_rope(x_BTNH, pos_BT, spec.rope)
+
+    def fill(self, packed, k_BKTH, v_BKTH, code_keys):
+        """Empty codes with a prompt's tokens in them."""
+        return quantised.fill(packed, k_BKTH, v_BKTH, self.format, code_keys)
+
+    def writer(self, state, any_ready) -> quantised.Write:
+        """How groups of later tokens are written."""
+        coder = lambda: self.later_coder(state)
+        nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(coder))
+        comp = jax.lax.cond(any_ready, coder, nothing)  # most steps code nothing
+        block = getattr(self, "block", 1)
+        names = implementations(self.implementation, self.mesh)
+        return quantised.flusher(self.format, comp, block, names)
 
     @partial(jax.jit, static_argnums=(0, 1))
-    def _attend_one(self, spec, state, q_B1NH, pos_B, length_B, first_B):
+    def attend_one(self, spec, state, q_B1NH, pos_B, length_B, first_B):
+        """One placed query a row over codes and tail."""
         return quantised.attend_one(spec, state, q_B1NH, pos_B, length_B, first_B, self.format,
                                     self.rope == "before",
                                     implementations(self.implementation, self.mesh), self.mesh)
+
+    def attend_many(self, spec, state, q_BTNH, pos_BT, k_BKSH, v_BKSH, length_B, first_B):
+        """Placed queries over codes and the uncoded tokens behind them."""
+        return quantised.attend_many(spec, state, q_BTNH, pos_BT, k_BKSH, v_BKSH, length_B, first_B,
+                                     self.format, self.rope == "before")
 
 
 def flagged(out_BTNH: jax.Array, state: State) -> jax.Array:

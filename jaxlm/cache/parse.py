@@ -7,10 +7,13 @@ from typing import Any, get_type_hints
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.kivi import Kivi
+from jaxlm.cache.rotated import RotatedKivi
 from jaxlm.cache.squat import Squat
+from jaxlm.cache.turboquant import TurboQuant
 from jaxlm.core.errors import ConfigError
 
-KINDS: dict[str, type] = {"dense": Dense, "kivi": Kivi, "squat": Squat}
+KINDS: dict[str, type] = {"dense": Dense, "kivi": Kivi, "squat": Squat, "rkivi": RotatedKivi,
+                          "turboquant": TurboQuant}
 NAME = re.compile(r"([a-z]+?)(?:([248])(?:v([248]))?)?(?::(.+))?")
 
 
@@ -18,7 +21,7 @@ def parse_cache(text: str) -> CacheKind:
     """A kind from `name[bits[v bits]][:field=value,...]`.
 
     Args: text: 'dense', 'kivi4' (4 bits), 'squat2v4' (2-bit keys, 4-bit values),
-      'squat2:group=64,window=64,rope=before'.
+      'squat2:group=64,window=64,rope=before', 'rkivi2', 'turboquant4v2'.
     Raises: ConfigError for a name, a field or a value that there is not.
 
     Example:
@@ -27,8 +30,9 @@ def parse_cache(text: str) -> CacheKind:
     """
     found = NAME.fullmatch(text.strip())
     if found is None or found[1] not in KINDS or (found[1] == "dense" and found[2]):
-        raise ConfigError(f"cache {text!r} is unknown; expected dense, kivi2, kivi4, kivi8, "
-                          "squat2, squat4, squat8, or one of these as squat2v4:group=64,window=64")
+        raise ConfigError(f"cache {text!r} is unknown; expected dense, or kivi, rkivi, squat or "
+                          "turboquant with 2, 4 or 8 bits, as kivi2 or "
+                          "squat2v4:group=64,window=64")
     kind = KINDS[found[1]]
     values: dict[str, Any] = {}
     if found[2]:

@@ -7,6 +7,7 @@ hide; every later output of that kv head is NaN.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,24 +100,33 @@ def fill(packed: PackedKV, k_BKTH: jax.Array, v_BKTH: jax.Array, fmt: QuantForma
     return jax.lax.fori_loop(0, pieces, put, packed)
 
 
+Write = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], Any]
+
+
+def flusher(fmt: QuantFormat, comp: Compensation | None, block: int,
+            implementation: tuple[str, ...]) -> Write:
+    """`pack_ready`'s `write` for words with scales and minima."""
+    names = [name for name in implementation if name != "gpu"] or ["xla"]  # no flush in Triton
+    return lambda packed, k, v, lengths_B, ready_B: quant_flush(
+        packed, k, v, lengths_B, ready_B, fmt, comp, block=block, guard=False,
+        implementation=names)
+
+
 def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.Array,
-               ready_B: jax.Array, fmt: QuantFormat, comp: Compensation | None, block: int,
-               implementation: tuple[str, ...]) -> State:
+               ready_B: jax.Array, group: int, write: Write) -> State:
     """Of `count_B` uncoded tokens a row, code the first `ready_B` groups; the rest is the tail.
 
-    One group of every ready row at a time, written in place.
+    One group of every ready row at a time, written in place by
+    `write(packed, k_BKSH, v_BKSH, lengths_B, ready_B)`.
     """
-    group, width = fmt.group, state["k"].shape[2]
+    width = state["k"].shape[2]
     short = max(group - k_BKSH.shape[2], 0)
-    names = [name for name in implementation if name != "gpu"] or ["xla"]  # no flush in Triton
     fit = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0)))
     keys, values = fit(k_BKSH), fit(v_BKSH)
 
-    def put(i, packed: PackedKV) -> PackedKV:
+    def put(i, packed):
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * group, group, 2)
-        return quant_flush(packed, take(keys), take(values), state["packed_B"] + i * group,
-                           ready_B > i, fmt, comp, block=block, guard=False,
-                           implementation=names)
+        return write(packed, take(keys), take(values), state["packed_B"] + i * group, ready_B > i)
 
     packed = jax.lax.fori_loop(0, jnp.max(ready_B), put, state["packed"])
     gone_B = ready_B * group
@@ -150,8 +160,12 @@ def attend_one(spec: AttentionSpec, state: State, q_B1NH: jax.Array, pos_B: jax.
 
 def attend_many(spec: AttentionSpec, state: State, q_BTNH: jax.Array, pos_BT: jax.Array,
                 k_BKSH: jax.Array, v_BKSH: jax.Array, length_B: jax.Array, first_B: jax.Array,
-                fmt: QuantFormat, before: bool) -> tuple[jax.Array, jax.Array]:
-    """Queries over the codes and over uncoded tokens (B, K, S, H) behind them, merged."""
+                fmt: QuantFormat, before: bool, read: Callable = read_chunk
+                ) -> tuple[jax.Array, jax.Array]:
+    """Queries over the codes and over uncoded tokens (B, K, S, H) behind them, merged.
+
+    `read(packed, i, size, fmt)` gives keys and values of the i-th `size` coded tokens.
+    """
     packed_B = jnp.minimum(state["packed_B"], length_B)
     slot_BS = packed_B[:, None] + jnp.arange(k_BKSH.shape[2])
     if before:
@@ -162,21 +176,23 @@ def attend_many(spec: AttentionSpec, state: State, q_BTNH: jax.Array, pos_BT: ja
         softcap=spec.softcap, key_valid_BS=slot_BS < length_B[:, None])
     time = q_BTNH.shape[1]
     if time <= QUERIES:
-        coded = attend_codes(spec, state["packed"], packed_B, q_BTNH, pos_BT, first_B, fmt, before)
+        coded = attend_codes(spec, state["packed"], packed_B, q_BTNH, pos_BT, first_B, fmt, before,
+                             read)
         return merge([rest, coded])
     count = -(-time // QUERIES)
     cut = lambda x: jnp.moveaxis(jnp.pad(
         x, ((0, 0), (0, count * QUERIES - time)) + ((0, 0),) * (x.ndim - 2)
     ).reshape(x.shape[0], count, QUERIES, *x.shape[2:]), 1, 0)
     coded = jax.lax.map(lambda part: attend_codes(
-        spec, state["packed"], packed_B, part[0], part[1], first_B, fmt, before),
+        spec, state["packed"], packed_B, part[0], part[1], first_B, fmt, before, read),
         (cut(q_BTNH), cut(pos_BT)))
     whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :time]
     return merge([rest, (whole(coded[0]), whole(coded[1]))])
 
 
 def attend_codes(spec: AttentionSpec, packed: PackedKV, packed_B: jax.Array, q_BTNH: jax.Array,
-                 pos_BT: jax.Array, first_B: jax.Array, fmt: QuantFormat, before: bool):
+                 pos_BT: jax.Array, first_B: jax.Array, fmt: QuantFormat, before: bool,
+                 read: Callable = read_chunk):
     """Several queries a row over the codes, a chunk dequantised at a time, by online softmax."""
     batch, time, heads, width = q_BTNH.shape
     kv_heads = packed.k_words.shape[1]
@@ -187,7 +203,7 @@ def attend_codes(spec: AttentionSpec, packed: PackedKV, packed_B: jax.Array, q_B
     size = fmt.tile * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= most)
 
     def absorb(i, soft: Softmax) -> Softmax:
-        keys, values = read_chunk(packed, i, size, fmt)
+        keys, values = read(packed, i, size, fmt)
         slot_BS = jnp.broadcast_to(i * size + jnp.arange(size), (batch, size))
         if before:
             keys = rotation(spec, first_B)(keys, slot_BS)

@@ -7,18 +7,25 @@ import jax.numpy as jnp
 
 from jaxlm.cache.kivi import Kivi
 from jaxlm.core.errors import ConfigError
-from jaxlm.models.config import AttentionSpec
+from jaxlm.models.config import AttentionSpec, Rope
+from jaxlm.models.layers import apply_rope
 from pallas_kernels.quant import Grid, key_center, quantise_keys
 from pallas_kernels.squat import (
     Compensation,
+    Sketch,
     compensation,
     logit_error,
+    metric,
     quantise_keys_squat,
     query_gram,
+    sketch,
+    sketched_compensation,
+    sketched_weight,
 )
 
 LAM_MODES = ("energy", "per_query", "reference")
-TRIAL = 512  # prompt tokens on which coarse blocks are tried
+TRIAL = 512  # prompt tokens on which later tokens' compensation is tried
+SHIFTS = 17  # positions that queries are turned on to
 
 
 @dataclass(frozen=True)
@@ -26,125 +33,165 @@ class Squat(Kivi):
     """`Kivi` with keys rounded under `|e|^2 + lam e^T C e`, C the Gram of the prompt's queries.
 
     Blocks of channels are rounded in turn, and the error of each is compensated on the channels
-    still to come. The prompt's keys go in blocks of `block`; for the keys of later tokens each
-    row keeps one bfloat16 matrix a kv head for blocks of `later_block`, and codes plainly if
-    these would have raised the logit error on the prompt. Codes, bytes a token and reading are
-    those of `Kivi`.
+    still to come. For the keys of later tokens each row keeps a sketch of C, `H / 4` vectors of 8
+    bits a kv head, and codes plainly if that would have raised the logit error on the prompt.
+    Codes, bytes a token and reading are those of `Kivi`.
 
     Args (besides Kivi's):
-      block: channels rounded together in the prompt; at the head dim or beyond this is Kivi.
-      later_block: the same for later tokens; None: half the head dim.
+      block: channels rounded together; at the head dim or beyond this is Kivi.
       lam: weight of the queries. lam_mode: C divided by its mean diagonal ('energy'), by the
         number of queries ('per_query'), or as it is ('reference').
       rank: of the subspace that stands for C; None: all of C.
       energy_order: channels of most query energy first.
       guard: keep a group's plain codes where they have the smaller logit error.
-      running: add later queries to C, which then stays in the state in float32, unguarded.
+      ahead: keys meet queries of later positions, which rotary positions turn away from the
+        prompt's; C is the mean over turns by 0 to `ahead` positions. 0: the prompt's own.
+      half_life: C goes on learning from later queries, and half of it is forgotten in so many
+        tokens; None: C stays the prompt's. Takes `flush_every / 2` queries a head in memory.
     Raises: ConfigError.
 
     Example:
       >>> Squat(k_bits=2, v_bits=4, lam=1.0).flush_every
       8
 
-    Source: arXiv 2503.24358, section 3; the order, guard, scaling of lam and running C are ours.
+    Source: arXiv 2503.24358, section 3; the order, guard, scaling of lam, turns and forgetting
+      are ours.
     """
 
     block: int = 16
-    later_block: int | None = None
     lam: float = 10.0
     lam_mode: str = "energy"
     rank: int | None = None
     energy_order: bool = True
     guard: bool = True
-    running: bool = False
+    ahead: int = 512
+    half_life: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("block", "later_block", "rank"):
+        for name, least in (("block", 1), ("rank", 1), ("half_life", 1), ("ahead", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} is {value!r}; expected a whole number above 0")
+            if value is None and name in ("rank", "half_life"):
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least "
+                                  f"{least}")
         if not 0 <= self.lam < float("inf"):
             raise ConfigError(f"lam is {self.lam}; expected a finite number of at least 0")
         if self.lam_mode not in LAM_MODES:
             raise ConfigError(f"lam_mode is {self.lam_mode!r}; expected one of {LAM_MODES}")
-
-    def later(self, head_dim: int) -> int:
-        """Channels rounded together in later tokens."""
-        return min(self.later_block or -(-head_dim // 2), head_dim)
+        if self.half_life is not None and self.lam_mode == "reference":
+            raise ConfigError("half_life needs a Gram that does not grow with the text; set "
+                              "lam_mode to 'energy' or 'per_query'")
 
     def init(self, spec: AttentionSpec, batch: int, slots: int, dtype):
         """As `Kivi`, and no compensation before queries are seen."""
         lead, width = (batch, spec.num_kv_heads), spec.head_dim
-        rest = width - self.later(width)
-        order = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int16), (*lead, width))
-        state = super().init(spec, batch, slots, dtype) | {
-            "moves": jnp.zeros((*lead, rest, rest), jnp.bfloat16), "order": order + 0}
-        if self.running:
-            state |= {"gram": jnp.zeros((*lead, width, width), jnp.float32),
-                      "rows_B": jnp.zeros(batch, jnp.int32)}
+        nothing = Sketch(jnp.zeros((*lead, -(-width // 4), width), jnp.int8),
+                         jnp.zeros((*lead, -(-width // 4)), jnp.float32),
+                         jnp.zeros((*lead, width), jnp.bfloat16))
+        state = super().init(spec, batch, slots, dtype) | {"sketch": nothing}
+        if self.half_life is not None:
+            shape = (*lead, self.flush_every // 2, spec.num_heads // spec.num_kv_heads, width)
+            state |= {"recent": jnp.zeros(shape, jnp.bfloat16),
+                      "learned_B": jnp.zeros(batch, jnp.int32)}
         return state
 
     def inherit(self, state, prompt, particles: int):
         """Rows that go on from shared prompts code their keys by the prompts' queries."""
         prompt = getattr(prompt, "own", prompt)  # of a fork that is forked again
-        copies = particles if "moves" in prompt else 0
-        names = [name for name in ("moves", "order", "gram", "rows_B")
-                 if copies and name in state and name in prompt]
-        return state | {name: jnp.repeat(prompt[name], copies, axis=0) for name in names}
+        if "sketch" not in prompt:
+            return state
+        copies = lambda x: jnp.repeat(x, particles, axis=0)
+        return state | {"sketch": jax.tree.map(copies, prompt["sketch"])}
 
     def read_prompt(self, spec, state, q_BTNH, k_BKTH, valid_BT):
         """The Gram of the prompt's queries, and from it both compensations."""
         count_B = valid_BT.sum(1).astype(jnp.int32)
         gram = query_gram(q_BTNH, spec.num_kv_heads, valid_BT)
-        rows_B = count_B * (spec.num_heads // spec.num_kv_heads)
+        turned = turn_ahead(gram, spec.rope, self.ahead)
         center = key_center(k_BKTH, valid_BT) if self.scales == "int8" else None
         state = state | {"packed": state["packed"]._replace(k_center=center)}
-        state |= self._matrices(gram, rows_B)
-        if self.guard and not self.running:
-            state |= {"moves": self._guarded(state, gram, k_BKTH[:, :, :TRIAL], count_B)}
-        if self.running:
-            state |= {"gram": gram, "rows_B": rows_B}
-        fine = self._compensation(gram, rows_B, self.block)
+        rows = state["sketch"].rows.shape[2]
+        state |= {"sketch": sketch(self._weight(spec, turned, count_B), rows)}
+        if self.half_life is not None:
+            state |= {"learned_B": count_B}
+        if self.guard:
+            state |= {"sketch": self._guarded(state, gram, k_BKTH[:, :, :TRIAL], count_B)}
+        rows_B1 = (count_B * (spec.num_heads // spec.num_kv_heads))[:, None]
+        fine = compensation(turned, self.block, self.lam, self.lam_mode, self.rank, rows_B1,
+                            self.energy_order)._replace(gram=gram)
         code = lambda k: quantise_keys_squat(k, fine, self.format, self.block, self.guard, center)
         return state, code
 
     def read_queries(self, spec, state, q_BTNH, start_B, count_B):
-        """With `running`, their Gram is added; a row that was empty learns from its first call."""
-        if q_BTNH.shape[1] == 1 and not self.running:
-            return state
-        kv_heads, valid_BT = spec.num_kv_heads, jnp.arange(q_BTNH.shape[1]) < count_B[:, None]
-        gram = query_gram(q_BTNH, kv_heads, valid_BT)
-        rows_B = count_B * (spec.num_heads // kv_heads)
-        if self.running:
-            gram, rows_B = state["gram"] + gram, state["rows_B"] + rows_B
-            return state | {"gram": gram, "rows_B": rows_B}
-        first = (start_B == 0) & (count_B > 0)
-        new = self._matrices(gram, rows_B)
-        return state | {name: jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), x, state[name])
-                        for name, x in new.items()}
+        """Of single tokens every second is kept for the next flush; longer pieces are learnt from
+        at once, with `half_life` or by a row that was empty."""
+        learns = self.half_life is not None
+        if q_BTNH.shape[1] == 1:
+            if not learns:
+                return state
+            old = state["recent"]  # B K W G H
+            rows, size = jnp.arange(len(start_B)), old.shape[2]
+            slot_B = jnp.where((start_B % 2 == 0) & (count_B > 0), start_B // 2 % size, size)
+            q = turn_by_lot(q_BTNH, start_B[:, None], spec.rope, self.ahead)
+            q = q.reshape(*old.shape[:2], *old.shape[3:]).astype(old.dtype)
+            return state | {"recent": old.at[rows, :, slot_B].set(q, mode="drop")}
+        first_B = (start_B == 0) & (count_B > 0)
+        share_B = jnp.where(first_B, 1.0, self._share(count_B) if learns else 0.0)
+        valid_BT = jnp.arange(q_BTNH.shape[1]) < count_B[:, None]
+        turned = lambda: turn_ahead(query_gram(q_BTNH, spec.num_kv_heads, valid_BT), spec.rope,
+                                    self.ahead)
+        state = state | {"sketch": self._learn(spec, state, turned, count_B, share_B)}
+        return state | {"learned_B": start_B + count_B} if learns else state
 
-    def later_coder(self, state) -> tuple[Compensation, int]:
-        """The compensation that the state keeps, in blocks of `later_block`."""
-        if self.running:
-            state = state | self._matrices(state["gram"], state["rows_B"])
-        return unfold(state["moves"], state["order"]), self.later(state["order"].shape[-1])
+    def flush(self, spec, state, due, length_B):
+        """As `Kivi`; with `half_life`, C first learns from the queries since the last time."""
+        if self.half_life is not None:
+            size = state["recent"].shape[2]
+            last_B1 = ((length_B - 1) // 2)[:, None]  # token 2 last is the newest that was kept
+            token_BW = 2 * (last_B1 - (last_B1 - jnp.arange(size)) % size)
+            # a row on hold may have written the slot of its token to come
+            fresh_BW = ((token_BW >= state["learned_B"][:, None])
+                        & (token_BW > length_B[:, None] - 2 * size))
+            share_B = self._share(length_B - state["learned_B"])
+            share_B = jnp.where(due & fresh_BW.any(1), share_B, 0.0)
+            q_BWNH = state["recent"].swapaxes(1, 2).reshape(-1, size, spec.num_heads, spec.head_dim)
+            gram = lambda: query_gram(q_BWNH, spec.num_kv_heads, fresh_BW)
+            found = self._learn(spec, state, gram, fresh_BW.sum(1), share_B)
+            state = state | {"sketch": found,
+                             "learned_B": jnp.where(due, length_B, state["learned_B"])}
+        return super().flush(spec, state, due, length_B)
 
-    def _compensation(self, gram, rows_B, block: int) -> Compensation:
-        return compensation(gram, block, self.lam, self.lam_mode, self.rank, rows_B[:, None],
-                            self.energy_order)
+    def later_coder(self, state) -> Compensation:
+        """The compensation of the sketch that the state keeps."""
+        return sketched_compensation(state["sketch"], self.block, self.energy_order)
 
-    def _matrices(self, gram, rows_B):
-        """What a state keeps of the compensation in blocks of `later_block`."""
-        block = self.later(gram.shape[-1])
-        comp = self._compensation(gram, rows_B, block)
-        rows = jnp.take_along_axis(comp.matrix, comp.order[..., :, None], axis=-2)
-        ordered = jnp.take_along_axis(rows, comp.order[..., None, :], axis=-1)
-        moves = ordered[..., :gram.shape[-1] - block, block:]
-        return {"moves": moves.astype(jnp.bfloat16), "order": comp.order.astype(jnp.int16)}
+    def _share(self, count_B):
+        """How much of C so many tokens replace."""
+        assert self.half_life is not None
+        return 1 - 0.5 ** (count_B / self.half_life)
 
-    def _guarded(self, state, gram, k_BKSH, count_B):
-        """The moves, or zeros where they would have raised the prompt's logit error."""
+    def _weight(self, spec, gram, count_B) -> jax.Array:
+        """`lam C` of the metric `I + lam C`."""
+        rows_B1 = (count_B * (spec.num_heads // spec.num_kv_heads))[:, None]
+        return metric(gram, self.lam, self.lam_mode, self.rank, rows_B1) - jnp.eye(gram.shape[-1])
+
+    def _learn(self, spec, state, gram, count_B, share_B) -> Sketch:
+        """C moved towards `gram()`; a row whose share is 0 keeps its sketch, bit for bit."""
+        old: Sketch = state["sketch"]
+
+        def learn():
+            share = share_B[:, None, None, None]
+            weight = share * self._weight(spec, gram(), count_B)
+            new = sketch(weight + (1 - share) * sketched_weight(old), old.rows.shape[2])
+            moved = lambda x, y: jnp.where((share_B > 0).reshape(-1, *[1] * (x.ndim - 1)), x, y)
+            return jax.tree.map(moved, new, old)
+
+        return jax.lax.cond((share_B > 0).any(), learn, lambda: old)
+
+    def _guarded(self, state, gram, k_BKSH, count_B) -> Sketch:
+        """The sketch, or nothing where it would have raised the prompt's logit error."""
         group = self.group
         k_BKSH = jnp.pad(k_BKSH, ((0, 0), (0, 0), (0, -k_BKSH.shape[2] % group), (0, 0)))
         whole_BS = jnp.arange(k_BKSH.shape[2]) < (count_B // group * group)[:, None]
@@ -153,19 +200,34 @@ class Squat(Kivi):
             miss = jnp.where(whole_BS[:, None, :, None], grid.value - k_BKSH, 0.0)
             return logit_error(miss[:, :, None], gram)[..., 0]
 
-        comp, block = self.later_coder(state)
-        center = state["packed"].k_center
-        later = quantise_keys_squat(k_BKSH, comp, self.format, block, False, center)
+        comp, center = self.later_coder(state), state["packed"].k_center
+        later = quantise_keys_squat(k_BKSH, comp, self.format, self.block, False, center)
         worse = error(later) > error(quantise_keys(k_BKSH, self.format, center))
-        return jnp.where(worse[..., None, None], 0, state["moves"])
+        drop = lambda x: jnp.where(worse.reshape(*worse.shape, *[1] * (x.ndim - 2)), 0, x)
+        return jax.tree.map(lambda x: drop(x).astype(x.dtype), state["sketch"])
 
 
-def unfold(moves: jax.Array, order: jax.Array) -> Compensation:
-    """The compensation that a state keeps; without its Gram."""
-    rest, width = moves.shape[-1], order.shape[-1]
-    lead = [(0, 0)] * (moves.ndim - 2)
-    ordered = jnp.pad(moves.astype(jnp.float32), [*lead, (0, width - rest), (width - rest, 0)])
-    back = jnp.argsort(order, axis=-1)
-    rows = jnp.take_along_axis(ordered, back[..., :, None], axis=-2)
-    matrix = jnp.take_along_axis(rows, back[..., None, :], axis=-1)
-    return Compensation(matrix, order.astype(jnp.int32), matrix)
+def turn_ahead(gram_BKHH: jax.Array, rope: Rope, ahead: int) -> jax.Array:
+    """The Gram of the same queries at later positions: the mean of `R_d C R_d^T`, 0 <= d <= ahead.
+
+    R_d turns by d positions. What turns fast averages out, what turns slowly stays.
+    """
+    if ahead == 0:
+        return gram_BKHH
+    batch, _, width, _ = gram_BKHH.shape
+
+    def turn(gram, shift):  # the last axis by `shift` positions, then it becomes the other one
+        at = jnp.full((batch, width), shift)
+        return apply_rope(gram.swapaxes(1, 2), at, rope).swapaxes(1, 2).swapaxes(2, 3)
+
+    def add(total, shift):
+        return total + turn(turn(gram_BKHH, shift), shift), None
+
+    shifts = jnp.linspace(0, ahead, SHIFTS)
+    return jax.lax.scan(add, jnp.zeros_like(gram_BKHH), shifts)[0] / SHIFTS
+
+
+def turn_by_lot(q_BTNH: jax.Array, pos_BT: jax.Array, rope: Rope, ahead: int) -> jax.Array:
+    """Each query turned on by 0 to `ahead` positions, evenly spread over tokens."""
+    golden = 0.6180339887
+    return apply_rope(q_BTNH, ahead * (pos_BT * golden % 1.0), rope)

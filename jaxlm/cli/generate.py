@@ -20,8 +20,9 @@ CHUNK = 8  # tokens a piece
 
 def run(
     model: Model, prompt: Prompt, /, max_new_tokens: int = 64, temperature: float = 0.0,
-    seed: int = 0, cache: str = "dense", stream: bool = True, device: Device | None = None,
-    dtype: Dtype | None = None, revision: str | None = None,
+    seed: int = 0, stop: tuple[str, ...] = (), include_stop: bool = False, cache: str = "dense",
+    stream: bool = True, device: Device | None = None, dtype: Dtype | None = None,
+    revision: str | None = None,
 ) -> None:
     """Continue a prompt: the text goes to stdout, the speed to stderr.
 
@@ -31,6 +32,8 @@ def run(
       max_new_tokens: stop after so many tokens, or before that at the model's own stop token.
       temperature: 0 takes the likeliest token; above 0 samples.
       seed: of the sampling; the same seed gives the same text.
+      stop: strings that end the text, as they are; $'\\n' is a line end in bash.
+      include_stop: leave the stop string at the end of the text.
       cache: how keys and values are kept: dense, kivi2, squat2, squat4v2:group=64, ..., or a
         file of `jaxlm tune-cache`.
       stream: show the text while it grows.
@@ -42,7 +45,7 @@ def run(
     bundle = open_model(model, device, dtype, revision)
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "cache": open_cache(cache, bundle.lm.config),
-        "key": jax.random.key(seed),
+        "key": jax.random.key(seed), "stop": stop, "include_stop": include_stop,
         "sampler": Temperature(temperature) if temperature else Greedy(),
     }
     text = read_text("-") if prompt == "-" else prompt
@@ -78,4 +81,5 @@ def show(pieces: Generator[str, None, Generation], began: float) -> None:
 
 def ended(answer: Generation) -> str:
     """Why the text ends where it does."""
-    return "ended by the model" if answer.finish == "stop" else "cut at --max-new-tokens"
+    return {"stop": "ended by the model", "string": "ended by a stop string",
+            "length": "cut at --max-new-tokens"}[answer.finish]

@@ -24,15 +24,16 @@ class Program:
 
     `refused` is the compiler's own message when it found that the program does not fit.
     `kernels`: Pallas kernels in it. It and `collective_bytes` are None where this jax cannot print
-    the program that the compiler made.
+    the program that the compiler made. `flops` and `bytes_accessed` are None where the compiler
+    gives no estimate: for a GPU that is not here, and for what it refused.
     """
 
     arguments: int
     outputs: int
     reused: int
     temporaries: int
-    flops: float
-    bytes_accessed: float
+    flops: float | None
+    bytes_accessed: float | None
     collective_bytes: int | None
     compile_seconds: float
     refused: str | None = None
@@ -60,7 +61,8 @@ def compile_program(jitted: Any, *args: Any, **kwargs: Any) -> Program:
         seconds = time.perf_counter() - start
         message = " ".join(str(error).split())
         held = argument_bytes((args, kwargs))
-        return Program(held, 0, 0, _needed(message, held), 0.0, 0.0, 0, seconds, message[:300])
+        return Program(held, 0, 0, _needed(message, held), None, None, None, seconds,
+                       message[:300])
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
@@ -68,9 +70,9 @@ def compile_program(jitted: Any, *args: Any, **kwargs: Any) -> Program:
     text = _text(compiled)
     return Program(
         memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
-        memory.temp_size_in_bytes, float(cost.get("flops", 0.0)),
-        float(cost.get("bytes accessed", 0.0)), None if text is None else collective_bytes(text),
-        seconds, kernels=None if text is None else len(KERNEL.findall(text)),
+        memory.temp_size_in_bytes, cost.get("flops"), cost.get("bytes accessed"),
+        None if text is None else collective_bytes(text), seconds,
+        kernels=None if text is None else len(KERNEL.findall(text)),
     )
 
 

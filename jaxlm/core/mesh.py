@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core.errors import DeviceError
+from jaxlm.core.hosts import check_same, spans_processes
 from jaxlm.core.tree import Params, flatten, unflatten
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -25,7 +27,7 @@ def make_mesh(
     """A mesh with axes `data`, `fsdp` and `tensor`, in Auto mode.
 
     Args: sizes of at least 1, whose product is the number of devices; `devices` defaults to all.
-    Raises: DeviceError when the product does not match.
+    Raises: DeviceError when a size is no count, or the product does not match.
 
     Example:
       >>> make_mesh(devices=jax.devices()[:1]).shape["tensor"]
@@ -34,8 +36,11 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise DeviceError(f"mesh axis {name!r} has size {size!r}; expected at least 1")
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise DeviceError(
+                f"mesh axis {name!r} has size {size!r}; expected a whole number of at least 1"
+            )
+    sizes = {name: int(size) for name, size in sizes.items()}
     if int(np.prod(list(sizes.values()))) != len(devices):
         raise DeviceError(
             f"mesh {sizes} needs {int(np.prod(list(sizes.values())))} devices, got {len(devices)} "
@@ -47,22 +52,39 @@ def make_mesh(
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES,
-              path: str = "array") -> PartitionSpec:
-    """The PartitionSpec of one array; a dimension that does not divide is replicated, with a
-    warning that names it."""
+def partition(
+    axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES,
+    path: str = "array", warned: set[tuple[str, int]] | None = None,
+) -> PartitionSpec:
+    """The PartitionSpec of one array.
+
+    A dimension that does not divide is replicated, with a warning that names it; `warned` holds the
+    dimensions and sizes that need no further one, and is added to.
+    Raises: DeviceError where the rules give two dimensions one mesh axis.
+    """
     spec: list[str | tuple[str, ...] | None] = []
+    warned = set() if warned is None else warned
+    taken: dict[str, str] = {}  # mesh axis: dimension
     for axis, size in zip(axes, shape, strict=True):
         target = rules.get(axis)
         names = (target,) if isinstance(target, str) else tuple(target or ())
         names = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
         ways = int(np.prod([mesh.shape[name] for name in names], dtype=int))
         if size % ways:
-            warnings.warn(
-                f"{path}: dimension {axis!r} of size {size} does not divide over {ways} devices "
-                f"of mesh axes {names}; replicated instead", stacklevel=2,
-            )
+            if (axis, size) not in warned:
+                warnings.warn(
+                    f"{path}: dimension {axis!r} of size {size} does not divide over {ways} "
+                    f"devices of mesh axes {names}; replicated instead", stacklevel=2,
+                )
+            warned.add((axis, size))
             names = ()
+        for name in names:
+            if name in taken:
+                raise DeviceError(
+                    f"{path}: dimensions {taken[name]!r} and {axis!r} are both given mesh axis "
+                    f"{name!r}; change the rule of one of them"
+                )
+            taken[name] = axis
         spec.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*spec)
 
@@ -70,24 +92,35 @@ def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: 
 def shardings(axes: Params, shapes: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
     """A NamedSharding for every leaf of `shapes`, from the axis names in `axes`.
 
-    A tuple of names is one leaf of `axes`. Warnings are given once per kind of parameter.
+    A tuple of names is one leaf of `axes`. A dimension that does not divide gives one warning,
+    however many parameters have it.
     """
-    names, seen, out = flatten(axes), set(), {}
-    for path, leaf in flatten(shapes).items():
-        kind = tuple(names[path]), tuple(leaf.shape)
-        with warnings.catch_warnings():
-            if kind in seen:
-                warnings.simplefilter("ignore")
-            out[path] = NamedSharding(
-                mesh, partition(names[path], leaf.shape, mesh, rules, path)
-            )
-        seen.add(kind)
-    return unflatten(out)
+    names = flatten(axes)
+    warned: set[tuple[str, int]] = set()
+    return unflatten({
+        path: NamedSharding(mesh, partition(names[path], leaf.shape, mesh, rules, path, warned))
+        for path, leaf in flatten(shapes).items()
+    })
 
 
 def shard_batch(tree: Any, mesh: Mesh | None, rules: Rules = RULES) -> Any:
-    """Place arrays that lead with the batch; without a mesh, leave them as they are."""
+    """Place arrays that lead with the batch; without a mesh, leave them as they are.
+
+    Raises: ConfigError on a mesh of several processes, when they do not all give the same arrays.
+    """
     if mesh is None or not (leaves := jax.tree.leaves(tree)):
         return tree
     rows = partition(("batch",), leaves[0].shape[:1], mesh, rules, "batch")  # one warning at most
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, rows)), tree)
+    where = NamedSharding(mesh, rows)
+    if not spans_processes(mesh):
+        return jax.tree.map(lambda x: jax.device_put(x, where), tree)
+    check_same("the batch", tree)
+
+    def place(leaf: Any) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # numpy has no keys
+            data = place(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+    return jax.tree.map(place, tree)

@@ -13,9 +13,12 @@ from jaxlm.cache.base import CacheKind, broken_layer
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.local import place_kind
 from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, TokenizerError, whole
+from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
 from jaxlm.decode.samplers import Greedy, Sampler
-from jaxlm.decode.state import DecodeState, Kinds, Stop, decode, prefill
+from jaxlm.decode.state import DecodeState, Kinds, decode, prefill
+from jaxlm.decode.stop import Stop
+from jaxlm.decode.text import kept_bytes, text_of, text_rule, vocabulary
 from jaxlm.hf.bundle import Bundle
 from jaxlm.hf.tokenizer import Tokenizer
 
@@ -30,7 +33,8 @@ decode_jit = jax.jit(decode, static_argnames="lm", donate_argnames=("state",))
 class Generation:
     """One answer. `text` continues the prompt; `logprobs` are under the sampling distribution.
 
-    `finish` is "stop" after a stop id (kept as the last token, absent from the text) or "length".
+    `finish` is "stop" after a stop id (kept as the last token, absent from the text), "string"
+    after a stop string (its tokens are kept, the text ends before it), or "length".
     """
 
     prompt: str
@@ -43,8 +47,8 @@ class Generation:
 def generate(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64,
     sampler: Sampler = Greedy(), cache: CacheKind | Kinds = Dense(),
-    key: jax.Array | None = None, stop_ids: Sequence[int] | None = None,
-    max_len: int | None = None,
+    key: jax.Array | None = None, stop: str | Sequence[str] = (), include_stop: bool = False,
+    stop_ids: Sequence[int] | None = None, max_len: int | None = None,
 ) -> Any:
     """Continue prompts.
 
@@ -55,6 +59,8 @@ def generate(
       sampler: numbers inside may be one for all rows or one a row.
       cache: a cache kind, or one a layer.
       key: a typed key, split by row, or one key a row; default `jax.random.key(0)`.
+      stop: strings that end a row, wherever they begin and end inside tokens; looked for on the
+        device, in what the row draws. include_stop: leave the string at the end of the text.
       stop_ids: default the model's own.
       max_len: room for prompt and answer together; default what they need.
     Returns: a Generation, or a list of them when a list was given.
@@ -63,10 +69,11 @@ def generate(
 
     Example:
       >>> from jaxlm.hf.bundle import load
-      >>> generate(load("tiny"), "Q:", max_new_tokens=3).finish in ("stop", "length")
-      True
+      >>> answer = generate(load("tiny"), "Q:12+34=\\n", stop="A:")
+      >>> answer.finish, answer.text
+      ('string', '12+34=46\\n')
     """
-    job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len)
+    job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len, stop, include_stop)
     state = prefill_jit(bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B,
                         place_kind(cache, bundle.mesh), job.slots, job.keys_B)
     state = decode_jit(bundle.lm, bundle.params, sampler, state, job.stop, max_new_tokens)
@@ -77,17 +84,18 @@ def generate(
 def stream(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64,
     sampler: Sampler = Greedy(), cache: CacheKind | Kinds = Dense(),
-    key: jax.Array | None = None, stop_ids: Sequence[int] | None = None,
-    max_len: int | None = None, chunk: int = 8,
+    key: jax.Array | None = None, stop: str | Sequence[str] = (), include_stop: bool = False,
+    stop_ids: Sequence[int] | None = None, max_len: int | None = None, chunk: int = 8,
 ) -> Generator[Any, None, Any]:
     """`generate` in pieces of `chunk` tokens, by the same compiled loop: the tokens are identical.
 
-    Yields: the new text (a list of texts for a list of prompts) since the last piece.
+    Yields: the new text (a list of texts for a list of prompts) since the last piece. What may yet
+      become a stop string, or lacks bytes of a character, waits for the next piece.
     Returns: as a generator does (`answer = yield from stream(...)`), what `generate` returns.
     Raises: as `generate`, at the call and not at the first piece.
     """
     whole("chunk", chunk)
-    job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len)
+    job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len, stop, include_stop)
     return _pieces(bundle, job, max_new_tokens, sampler, cache, chunk)
 
 
@@ -103,10 +111,8 @@ def _pieces(
         state = decode_jit(bundle.lm, bundle.params, sampler, state, job.stop,
                            min(chunk, max_new_tokens - drawn))
         over = bool(jnp.all(state.done_B)) or drawn + chunk >= max_new_tokens
-        answers = read(bundle, job, state)
+        answers = read(bundle, job, state, over)
         texts = [answer.text for answer in answers]
-        # a character may still lack its last bytes; hold it back until it is whole
-        texts = texts if over else [text.rstrip("\ufffd") for text in texts]
         pieces = [text[len(old):] for text, old in zip(texts, shown, strict=True)]
         shown = texts
         yield pieces if job.many else pieces[0]
@@ -126,15 +132,17 @@ class Job:
     keys_B: jax.Array
     slots: int
     stop: Stop
+    strings: tuple[str, ...] = ()
+    include_stop: bool = False
 
 
 def prepare(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], max_new: int, key: jax.Array | None,
-    stop_ids: Sequence[int] | None, max_len: int | None,
+    stop_ids: Sequence[int] | None, max_len: int | None, stop: str | Sequence[str] = (),
+    include_stop: bool = False,
 ) -> Job:
     """Check everything that can be wrong with a request, and pad it."""
     max_new = whole("max_new_tokens", max_new)
-    vocab = bundle.lm.config.vocab_size
     ids, many = to_ids(bundle, prompts)
     longest = max(map(len, ids))
     room = longest + max_new if max_len is None else whole("max_len", max_len)
@@ -152,14 +160,33 @@ def prepare(
     tokens = np.zeros((len(ids), width), np.int32)
     for row, prompt in enumerate(ids):
         tokens[row, : len(prompt)] = prompt
-    stops = bundle.stop_ids if stop_ids is None else stop_ids
-    if isinstance(stops, str | bytes) or not isinstance(stops, Iterable):
-        raise ConfigError(f"stop_ids is {stops!r}; expected a list of token ids")
-    stops = tuple(sorted({check_id(i, vocab, "stop_ids") for i in stops}))
+    strings = check_strings(stop)
+    rule = text_rule(bundle, strings, ids=check_stop_ids(bundle, stop_ids))
     lengths = jnp.asarray([len(i) for i in ids], jnp.int32)
-    tokens_BT, lengths_B = shard_batch((jnp.asarray(tokens), lengths), bundle.mesh)
-    return Job(ids, many, tokens_BT, lengths_B, row_keys(key, len(ids)), round_up(room, BUCKET),
-               Stop(stops))
+    tokens_BT, lengths_B, keys_B = shard_batch(
+        (jnp.asarray(tokens), lengths, row_keys(key, len(ids))), bundle.mesh
+    )
+    return Job(ids, many, tokens_BT, lengths_B, keys_B, round_up(room, BUCKET), rule, strings,
+               bool(include_stop))
+
+
+def check_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Stop strings as a tuple: each once, in a fixed order."""
+    given = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(given, list | tuple | set | frozenset):
+        raise ConfigError(f"stop is {stop!r}; expected a string or a list of strings")
+    if not all(isinstance(string, str) and string for string in given):
+        raise ConfigError(f"stop is {stop!r}; expected strings that are not empty")
+    return tuple(sorted(set(given)))
+
+
+def check_stop_ids(bundle: Bundle, stop_ids: Sequence[int] | None) -> tuple[int, ...]:
+    """Stop ids, the model's own by default: each once, in a fixed order."""
+    given = bundle.stop_ids if stop_ids is None else stop_ids
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise ConfigError(f"stop_ids is {given!r}; expected a list of token ids")
+    vocab = bundle.lm.config.vocab_size
+    return tuple(sorted({check_id(i, vocab, "stop_ids") for i in given}))
 
 
 def to_ids(
@@ -207,9 +234,9 @@ def check_id(value: Any, vocab: int, name: str) -> int:
         ) from error
 
 
-def read(bundle: Bundle, job: Job, state: DecodeState) -> list[Generation]:
-    """The answers so far."""
-    tokens_BS, logprob_BS, length_B = jax.device_get(
+def read(bundle: Bundle, job: Job, state: DecodeState, over: bool = True) -> list[Generation]:
+    """The answers so far; unless `over`, without text that the next token might still change."""
+    tokens_BS, logprob_BS, length_B = to_host(
         (state.tokens_BS, state.logprob_BS, state.length_B)
     )
     answers = []
@@ -224,15 +251,31 @@ def read(bundle: Bundle, job: Job, state: DecodeState) -> list[Generation]:
                 f"{int(np.argmin(np.isfinite(logprobs)))}{where}; check the weights, or load in "
                 "float32"
             )
-        stopped = bool(drawn) and drawn[-1] in job.stop.ids
+        finish, text = ending(bundle, job, prompt, drawn, over)
         before = bundle.tokenizer.decode(prompt)
-        text = bundle.tokenizer.decode(prompt + (drawn[:-1] if stopped else drawn))
         if not text.startswith(before):  # the prompt ends inside a character
             before = os.path.commonprefix([before, text])
-        answers.append(Generation(
-            before, text[len(before):], tuple(drawn), logprobs, "stop" if stopped else "length"
-        ))
+        text = text[len(before):]
+        if finish == "length" and not over:  # a character may still lack its last bytes
+            text = text.rstrip("\ufffd")
+        answers.append(Generation(before, text, tuple(drawn), logprobs, finish))
     return answers
+
+
+def ending(
+    bundle: Bundle, job: Job, prompt: list[int], drawn: list[int], over: bool
+) -> tuple[str, str]:
+    """Why a row ended, and its text, prompt included."""
+    stopped = bool(drawn) and drawn[-1] in job.stop.ids
+    shown = drawn[:-1] if stopped else drawn
+    if job.strings:
+        names = vocabulary(bundle.tokenizer, bundle.lm.config.vocab_size)
+        texts = [names[token] for token in drawn]
+        keep, complete = kept_bytes(b"".join(texts), job.strings, job.include_stop)
+        if complete or not (stopped or over):
+            text = text_of(bundle.tokenizer, prompt, drawn, texts, keep)
+            return "string" if complete else "length", text
+    return "stop" if stopped else "length", bundle.tokenizer.decode(prompt + shown)
 
 
 def row_keys(key: jax.Array | None, batch: int) -> jax.Array:

@@ -17,12 +17,14 @@ def state_shardings(
     Args: state: arrays or shapes, as of `jax.eval_shape`.
     Returns: the same tree of shardings.
     """
+    warned: set[tuple[str, int]] = set()
 
     def place(leaf: Any, cache: bool) -> NamedSharding:
         axes = ["batch"] + [""] * (leaf.ndim - 1) if leaf.ndim else []
         if cache and leaf.ndim >= 3 and leaf.shape[1] == kv_heads:
             axes[1] = "kv_heads"
-        return NamedSharding(mesh, partition(tuple(axes), leaf.shape, mesh, rules, "decode state"))
+        spec = partition(tuple(axes), leaf.shape, mesh, rules, "decode state", warned)
+        return NamedSharding(mesh, spec)
 
     caches = jax.tree.map(lambda leaf: place(leaf, True), state.caches)
     rest = jax.tree.map(lambda leaf: place(leaf, False), state.replace(caches=()))

@@ -1,6 +1,6 @@
 """Scoring: per-token log-probabilities, and perplexity over windows with a stride."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.errors import NumericsError, ShapeError, whole
+from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
 from jaxlm.core.tree import Params
 from jaxlm.decode.generate import BUCKET, Prompt, round_up, to_ids
@@ -61,23 +62,39 @@ def score(
     for number, text in enumerate(ids):
         if len(text) < 2:
             raise ShapeError(f"text {number} has 1 token; scoring needs at least 2")
-    found = [np.full(len(text) - 1, np.nan, np.float32) for text in ids]
     jobs = [(row, *w) for row, text in enumerate(ids) for w in windows(len(text), window, stride)]
-    jobs.sort(key=lambda job: job[2] - job[1])
-    for first in range(0, len(jobs), batch):
-        group = jobs[first: first + batch]
+    found = window_logprobs(bundle, ids, jobs, batch)
+    scores = [Score(tuple(text), line) for text, line in zip(ids, found, strict=True)]
+    return scores if many else scores[0]
+
+
+def window_logprobs(
+    bundle: Bundle, ids: Sequence[Sequence[int]], jobs: list[tuple[int, int, int, int]],
+    batch: int, progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> list[np.ndarray]:
+    """Log-probabilities of all tokens but the first of each text, float32, read in windows.
+
+    Args:
+      jobs: (text, start, end, first newly scored token); together they score each token.
+      batch: windows computed together. progress: passes the batches on, one by one.
+    Raises: NumericsError on NaN.
+    """
+    found = [np.full(len(text) - 1, np.nan, np.float32) for text in ids]
+    jobs = sorted(jobs, key=lambda job: job[2] - job[1])
+    groups = [jobs[first: first + batch] for first in range(0, len(jobs), batch)]
+    for group in progress(groups):
         logprobs = _score_group(bundle, [ids[row][a:b] for row, a, b, _ in group], batch)
         for line, (row, start, end, new) in zip(logprobs, group, strict=False):
             found[row][new - 1: end - 1] = line[new - 1 - start: end - 1 - start]
     for number, line in enumerate(found):
         if not np.isfinite(line).all():
-            where = broken_projection(bundle.lm, bundle.params, ids[number][:window])
+            text = ids[number][: bundle.lm.config.max_len]
+            where = broken_projection(bundle.lm, bundle.params, text)
             raise NumericsError(
                 f"text {number}: log-probability {int(np.argmin(np.isfinite(line)))} is not finite"
                 f"{where and f', first in {where}'}; check the weights, or load in float32"
             )
-    scores = [Score(tuple(text), line) for text, line in zip(ids, found, strict=True)]
-    return scores if many else scores[0]
+    return found
 
 
 def broken_projection(lm: LM, params: Params, ids: Sequence[int]) -> str:
@@ -116,11 +133,11 @@ def _logprobs(lm: LM, params: Params, tokens_BT: jax.Array) -> jax.Array:
     return lm.logprobs(params, tokens_BT[:, :-1], tokens_BT[:, 1:])
 
 
-def _score_group(bundle: Bundle, rows: list[list[int]], batch: int) -> np.ndarray:
+def _score_group(bundle: Bundle, rows: Sequence[Sequence[int]], batch: int) -> np.ndarray:
     """One padded batch; causal attention makes right padding harmless."""
     width = round_up(max(map(len, rows)), BUCKET) + 1
     tokens = np.zeros((batch, width), np.int32)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = ids
     tokens_BT = shard_batch(jnp.asarray(tokens), bundle.mesh)
-    return np.asarray(_logprobs(bundle.lm, bundle.params, tokens_BT))
+    return to_host(_logprobs(bundle.lm, bundle.params, tokens_BT))

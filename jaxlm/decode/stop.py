@@ -102,16 +102,23 @@ def stop_rule(
     """
     if beyond := [token for token in ids if not 0 <= token < len(vocabulary)]:
         raise ConfigError(f"stop ids {beyond} are not in a vocabulary of {len(vocabulary)}")
-    make = lambda name, texts: matcher(vocabulary, texts, name) if texts else None
-    return Stop(tuple(ids), make("strings", strings), make("delimiters", delimiters))
+    made = [matcher(vocabulary, texts, name) if as_texts(texts, name) else None
+            for name, texts in (("strings", strings), ("delimiters", delimiters))]
+    return Stop(tuple(ids), *made)
+
+
+def as_texts(texts: Sequence[str], name: str) -> tuple[str, ...]:
+    """Texts as a tuple; ConfigError for anything but a sequence of strings that are not empty."""
+    if not isinstance(texts, list | tuple | set | frozenset):
+        raise ConfigError(f"stop {name} are {texts!r}; expected a sequence of strings")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(f"stop {name} are {list(texts)}; expected strings that are not empty")
+    return tuple(texts)
 
 
 def matcher(vocabulary: Sequence[bytes], texts: Sequence[str], name: str = "strings") -> Matcher:
     """The automaton of some texts over a vocabulary, as arrays padded to a few sizes."""
-    if isinstance(texts, str):
-        raise ConfigError(f"stop {name} are {texts!r}; expected a sequence of strings")
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ConfigError(f"stop {name} are {list(texts)}; expected strings that are not empty")
+    texts = as_texts(texts, name)
     patterns = [text.encode() for text in texts]
     known = set(b"".join(vocabulary))
     for text, pattern in zip(texts, patterns, strict=True):

@@ -11,7 +11,8 @@ def token_bytes(tokenizer: Any, size: int | None = None) -> list[bytes]:
 
     Args:
       tokenizer: jaxlm's, a `tokenizers.Tokenizer`, or a fast transformers one, of the byte-level
-        kind (GPT-2, Llama 3, Qwen) or the sentencepiece kind (Llama 2, Mistral, Gemma).
+        kind (GPT-2, Llama 3, Qwen), the sentencepiece kind (Llama 2, Mistral, Gemma), or with
+        tokens that stand for themselves (the bundled model).
       size: the model's vocabulary, at least the tokenizer's; ids without a token add nothing.
     Returns: bytes by id. Special tokens count with their name, so that a rule may look for it.
     Raises: TokenizerError for another kind of tokenizer, or a model's vocabulary that is smaller.
@@ -23,10 +24,12 @@ def token_bytes(tokenizer: Any, size: int | None = None) -> list[bytes]:
         convert = from_byte_level
     elif names & {"ByteFallback", "Metaspace", "Replace"}:
         convert = from_sentencepiece
+    elif names == {"Fuse"}:
+        convert = as_it_is
     else:
         raise TokenizerError(
             f"the tokenizer decodes with {sorted(names) or None}; expected a byte-level or "
-            "sentencepiece vocabulary"
+            "sentencepiece vocabulary, or one whose tokens are fused as they are"
         )
     added = {token["id"]: token["content"] for token in spec.get("added_tokens", [])}
     vocab = tokenizer.get_vocab(with_added_tokens=True)
@@ -68,6 +71,15 @@ def from_sentencepiece(token: str) -> bytes:
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode()
+
+
+def as_it_is(token: str) -> bytes:
+    """A token stands for itself.
+
+    >>> as_it_is("a ")
+    b'a '
+    """
+    return token.encode()
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -57,7 +57,7 @@ class Level:
 LEVELS = {
     "easy": Level(terms=(2, 3), max_total=99),
     "medium": Level(terms=(3, 4), products=(1, 1), factor=(2, 9), max_total=99),
-    "hard": Level(terms=(7, 8), products=(2, 2), factor=(2, 9), max_total=109),
+    "hard": Level(terms=(7, 8), products=(2, 2), factor=(2, 19), max_total=199),
 }
 
 

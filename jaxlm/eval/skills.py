@@ -7,7 +7,7 @@ training, and are a function of the seed alone.
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -58,6 +58,27 @@ def clustered(right_RP: np.ndarray) -> Share:
     return Share(independent.value, error)
 
 
+def any_of(right_RP: np.ndarray, count: int) -> Share:
+    """The share of problems that at least one of `count` samples gets right, known as pass@count.
+
+    The mean over problems of 1 - C(P - c, count) / C(P, count), with c of P samples right: the mean
+    over all choices of `count` samples, so unbiased. The error is that of whole problems right or
+    wrong, an upper bound.
+
+    Args: right_RP: bool, problems by samples. count: 1 to P.
+    Raises: ValueError: count out of range.
+    Source: arXiv 2107.03374, section 2.1.
+
+    >>> any_of(np.array([[True, False], [False, False]]), 2).value
+    0.5
+    """
+    R, P = right_RP.shape
+    if not 1 <= count <= P:
+        raise ValueError(f"any_of takes 1 to {P} of the {P} samples, got count={count}")
+    missed = sum(math.comb(P - int(c), count) for c in right_RP.sum(1)) / math.comb(P, count)
+    return Share(1 - missed / R, share(round(R - missed), R).error)
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One problem and one answer to it."""
@@ -69,7 +90,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class ArithmeticResult:
-    """One level: greedy, one sample, the most frequent answer of all samples, any sample right."""
+    """One level: greedy, one sample, the most frequent answer of all samples, any sample right.
+
+    `right_RP` says of every sample of every problem whether its answer is right.
+    """
 
     level: str
     greedy: Share
@@ -78,6 +102,7 @@ class ArithmeticResult:
     any_of: Share
     steps: Share
     attempts: tuple[Attempt, ...]
+    right_RP: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), bool), compare=False)
 
 
 def solve_arithmetic(
@@ -112,8 +137,8 @@ def solve_arithmetic(
     steps = [step for attempt in greedy for step in attempt.verdict.steps]
     return ArithmeticResult(
         level, share(sum(attempt.verdict.correct for attempt in greedy), problems),
-        clustered(right), share(won, problems), share(int(right.any(1).sum()), problems),
-        share(sum(steps), max(len(steps), 1)), tuple(greedy),
+        clustered(right), share(won, problems), any_of(right, samples),
+        share(sum(steps), max(len(steps), 1)), tuple(greedy), right,
     )
 
 

@@ -7,7 +7,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from jaxlm.core.device import require
 from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError
+from jaxlm.core.hosts import is_writer, spans_processes, together
 from jaxlm.core.mesh import RULES, Rules, shardings
 from jaxlm.core.tree import Params, flatten
 from jaxlm.hf.config import from_hf, labels_from_hf, read_json, to_hf
@@ -61,7 +62,8 @@ def load(
       source: a model folder, a hub id such as `org/name`, or "tiny", the bundled model.
       dtype: of the parameters, or "own" for the checkpoint's own; default float32 on a CPU, the
         checkpoint's own elsewhere.
-      mesh: place every parameter over this mesh by `rules`, tensor by tensor.
+      mesh: place every parameter over this mesh by `rules`, tensor by tensor. It may span several
+        processes, all of which call, and each of which reads only what its devices hold.
       device: "cpu", "gpu" or "tpu"; default whatever jax uses.
       revision: of a hub id.
     Returns: Bundle.
@@ -76,14 +78,21 @@ def load(
     if dtype not in (None, "own") and not _is_float(dtype):
         raise ConfigError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or 'own'")
     target = require(device)[0] if device is not None else None
-    folder = resolve(source, revision)
+    with together(spans_processes(mesh)):  # a process without the file must not leave the others
+        return _load(resolve(source, revision), dtype, mesh, rules, target)
+
+
+def _load(
+    folder: pathlib.Path, dtype: Any, mesh: Mesh | None, rules: Rules, target: Any
+) -> Bundle:
+    """`load` of a folder, onto a mesh or a device."""
     raw = read_json(folder / "config.json")
     config = from_hf(raw)
     labels, per_token = labels_from_hf(raw)
     lm = LM(config, labels=labels, per_token=per_token)
     tokenizer = Tokenizer(folder)
     stop_ids = _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
-    if dtype is None and (device or jax.default_backend()) == "cpu":
+    if dtype is None and (target.platform if target else jax.default_backend()) == "cpu":
         dtype = jnp.float32
     dtype = None if dtype == "own" else dtype
     shapes = lm.shapes(dtype or jnp.float32)
@@ -156,20 +165,37 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
 
     All is written beside `folder` under a temporary name and then put in place in one move, so
     a full disk or a kill leaves what was there. Other files of an overwritten folder are kept.
+    Parameters that span processes: all call, the first one writes, and none returns before it has.
 
     Raises:
       CheckpointError: `folder` exists and `overwrite` is false, the parameters do not fit the
         model, or the disk is full.
       ConfigError: the family's config.json cannot express the model (a plan, say).
     """
-    if bundle.lm.plan:
+    shared = spans_processes(bundle.params)
+    with ExitStack() as exits:
+        stage = pathlib.Path()
+        with together(shared):
+            raw, files = _check_save(bundle)
+            if is_writer(shared):
+                stage = exits.enter_context(staged(pathlib.Path(folder), overwrite))
+                _write_words(stage, bundle, raw, files)
+        save_params(stage, bundle.params, family_of(bundle.lm.config.family))
+        with together(shared):
+            exits.close()
+    return pathlib.Path(folder)
+
+
+def _check_save(bundle: Bundle) -> tuple[dict[str, Any], list[pathlib.Path]]:
+    """A bundle that a folder can hold: its config.json, and the tokenizer's files."""
+    lm = bundle.lm
+    if lm.plan:
         raise ConfigError(
             "a Hugging Face folder cannot hold a layer plan; save LM(config) with the full "
             "parameters instead"
         )
-    lm, config = bundle.lm, bundle.lm.config
     dtype = str(bundle.params["embed"]["table"].dtype)
-    raw = to_hf(config, lm.labels, lm.per_token, dtype=dtype, **bundle.extra)
+    raw = to_hf(lm.config, lm.labels, lm.per_token, dtype=dtype, **bundle.extra)
     _check_fit(bundle)
     files = [path for name in FILES if (path := bundle.tokenizer.folder / name).exists()]
     if not files:
@@ -177,15 +203,19 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
             f"{bundle.tokenizer.folder} no longer holds the tokenizer's files; expected one of "
             f"{FILES}; put them back, or load the model again"
         )
-    with staged(pathlib.Path(folder), overwrite) as stage:
-        (stage / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        tokens = {name: bundle.extra[name] for name in TOKEN_FIELDS if name in bundle.extra}
-        generation = {**tokens, "eos_token_id": list(bundle.stop_ids) or None}
-        (stage / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        save_params(stage, bundle.params, family_of(config.family))
-        for path in files:
-            shutil.copyfile(path, stage / path.name)
-    return pathlib.Path(folder)
+    return raw, files
+
+
+def _write_words(
+    stage: pathlib.Path, bundle: Bundle, raw: dict[str, Any], files: list[pathlib.Path]
+) -> None:
+    """All of the folder but the weights: the two configs, and the tokenizer's files."""
+    (stage / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    tokens = {name: bundle.extra[name] for name in TOKEN_FIELDS if name in bundle.extra}
+    generation = {**tokens, "eos_token_id": list(bundle.stop_ids) or None}
+    (stage / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for path in files:
+        shutil.copyfile(path, stage / path.name)
 
 
 def _check_fit(bundle: Bundle) -> None:

@@ -74,8 +74,9 @@ def to_hf(
 ) -> dict[str, Any]:
     """A ModelConfig as a config.json's content; `extra` fields (token ids, dtype) are added.
 
-    Raises: ConfigError when the family's config.json cannot express the model, or when
-      transformers has no such classifier.
+    Raises:
+      ConfigError: the family's config.json cannot express the model, or transformers has no such
+        classifier.
     """
     family = family_of(config.family)
     name: str | None = family.architecture

@@ -81,11 +81,13 @@ class Tokenizer:
         """Text of ids; special tokens are dropped unless `special`."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
-    def chat(self, messages: list[dict[str, str]]) -> str:
-        """The model's chat template over messages, ready for its answer."""
+    def chat(self, messages: list[dict[str, str]], answer: bool = True) -> str:
+        """The model's chat template over messages, ready for its answer, or else for more text of
+        the last message."""
         try:
             return self._transformers().apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=answer,
+                continue_final_message=not answer,
             )
         except ValueError as error:
             raise TokenizerError(f"{self.folder}: no usable chat template: {error}") from error

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxlm.core.errors import CheckpointError
+from jaxlm.core.hosts import is_writer, spans_processes, to_host, together
 from jaxlm.core.tree import Params, flatten, unflatten
 from jaxlm.hf.config import read_json
 from jaxlm.hf.families import Family, tensor_name
@@ -84,10 +85,12 @@ def load_params(
 ) -> Params:
     """A checkpoint's tensors as our tree, each read, checked, cast and placed in turn.
 
+    Of a sharded tensor a process reads the slices that its own devices hold, and no others.
+
     Args:
       shapes: the tree to fill, from `LM.shapes`.
       dtype: of the result; None keeps the file's.
-      placement: a tree of shardings, or None for the default device.
+      placement: a tree of shardings or devices, or None for the default device.
     Raises: CheckpointError for a missing, surplus or misshapen tensor, and for NaN or infinity.
     """
     wanted = flatten(shapes)
@@ -101,9 +104,23 @@ def load_params(
         with open_file(file_path) as file:
             for path, name in names.items():
                 if files[name] == file_path:
-                    array = to_ours(_read(file, name, file_path), name, wanted[path].shape)
-                    out[path] = jax.device_put(_cast(array, dtype, name), places.get(path))
+                    out[path] = _load(file, name, file_path, wanted[path].shape, dtype,
+                                      places.get(path))
     return unflatten({path: out[path] for path in wanted})
+
+
+def _load(file, name, file_path, shape, dtype, place) -> jax.Array:
+    """One tensor in its place."""
+    if not isinstance(place, jax.sharding.Sharding):
+        return jax.device_put(_cast(read_slice(file, name, file_path, shape), dtype, name), place)
+    held: dict[str, np.ndarray] = {}  # devices that hold the same slice share one reading
+
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+        if str(index) not in held:
+            held[str(index)] = _cast(read_slice(file, name, file_path, shape, index), dtype, name)
+        return held[str(index)]
+
+    return jax.make_array_from_callback(shape, place, piece)
 
 
 def _check_headers(folder, files, names, wanted) -> None:
@@ -161,14 +178,50 @@ def _check_tied(folder, files, needed: set[str], rows: int = 8192) -> None:
         )
 
 
-def _read(file: Any, name: str, path: pathlib.Path) -> np.ndarray:
+def read_slice(
+    file: Any, name: str, path: pathlib.Path, shape: tuple[int, ...],
+    index: tuple[slice, ...] | None = None,
+) -> np.ndarray:
+    """A part of a stored tensor in our layout, checked; only its rows and columns are read.
+
+    Args:
+      file: from `open_file(path)`. shape: of the whole, in our layout.
+      index: a slice a dimension, as shardings give them; default the whole.
+    Raises: CheckpointError for what cannot be read, and for NaN or infinity.
+    """
+    stored, taken, inner = _stored_slices(name, shape, index or (slice(None),) * len(shape))
     try:
-        array = file.get_tensor(name)
+        array = file.get_tensor(name) if index is None else file.get_slice(name)[stored]
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from error
     if not _finite(array):
         raise CheckpointError(f"{path}: tensor {name!r} holds NaN or infinity; the file is damaged")
-    return array
+    return to_ours(array, name, taken)[inner]
+
+
+def _stored_slices(
+    name: str, shape: tuple[int, ...], index: tuple[slice, ...]
+) -> tuple[tuple[slice, ...], tuple[int, ...], tuple[slice, ...]]:
+    """Where a part of our array stands in the file: the slices to read, the shape they have in
+    our layout, and what is still to be cut from that.
+
+    A stored dimension is the product of a run of ours (heads and head dim, say). A cut of the
+    run's first is a range of rows; cuts of the others follow after reading.
+    """
+    if is_kernel(name):
+        inputs = 2 if ".o_proj." in name else 1
+        runs = [range(inputs, len(shape)), range(inputs)]
+    elif name.endswith(".bias"):
+        runs = [range(len(shape))]
+    else:
+        runs = [range(i, i + 1) for i in range(len(shape))]
+    taken, inner, stored = list(shape), list(index), []
+    for run in runs:
+        start, stop, _ = index[run[0]].indices(shape[run[0]])
+        width = int(np.prod([shape[i] for i in run[1:]], dtype=int))
+        stored.append(slice(start * width, stop * width))
+        taken[run[0]], inner[run[0]] = stop - start, slice(None)
+    return tuple(stored), tuple(taken), tuple(inner)
 
 
 def _finite(array: np.ndarray) -> bool:
@@ -220,19 +273,29 @@ def to_theirs(array: Any, name: str) -> np.ndarray:
 def save_params(
     folder: pathlib.Path, params: Params, family: Family, shard_bytes: int = 5 * 2**30
 ) -> None:
-    """Write our tree as safetensors, in shards of at most `shard_bytes` with an index."""
+    """Write our tree as safetensors, in shards of at most `shard_bytes` with an index.
+
+    Arrays that span processes are gathered tensor by tensor; the first process alone writes, and
+    `folder` is for it alone to see. All must call.
+    """
     flat = flatten(params)
+    shared = spans_processes(params)
     shards = list(_shards(flat, shard_bytes))
     weight_map: dict[str, str] = {}
     for number, paths in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         name = SINGLE if len(shards) == 1 else name
-        tensors = {tensor_name(p, family): to_theirs(flat[p], tensor_name(p, family))
-                   for p in paths}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)  # safetensors leaves it to its owner alone
+        tensors = {}
+        for path in paths:
+            array = to_host(flat[path])
+            if is_writer(shared):
+                tensors[tensor_name(path, family)] = to_theirs(array, tensor_name(path, family))
+        with together(shared):
+            if is_writer(shared):
+                save_file(tensors, folder / name, metadata={"format": "pt"})
+                (folder / name).chmod(0o644)  # safetensors leaves it to its owner alone
         weight_map |= dict.fromkeys(tensors, name)
-    if len(shards) > 1:
+    if len(shards) > 1 and is_writer(shared):
         total = sum(int(x.size) * x.dtype.itemsize for x in flat.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))

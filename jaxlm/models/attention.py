@@ -1,6 +1,7 @@
 """Attention as a free function, masks as a description, and the exact merge of segments."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +173,9 @@ def _triangle(q_BTNH, k_BKHS, v_BKSH, mask, pos_BT, segment_BT, keys, **rest):
     for start in range(0, time, size):
         end = min(start + size, time)
         first = 0 if mask.window is None else max(start - mask.window + 1, 0)
-        cut = {name: None if x is None else x[:, first:end] for name, x in keys.items()}
+        cut: dict[str, Any] = {
+            name: None if x is None else x[:, first:end] for name, x in keys.items()
+        }
         outs.append(attention(
             q_BTNH[:, start:end], k_BKHS[..., first:end], v_BKSH[:, :, first:end], mask,
             pos_BT[:, start:end], pos_BT[:, first:end],

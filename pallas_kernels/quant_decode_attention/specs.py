@@ -44,6 +44,9 @@ SMALL = (  # run in interpret mode
     Spec("mqa5-256-4bit", 2, 5, 1, 256, 512, 64, _B44, "float32"),
     Spec("gqa2-128-8bit", 2, 4, 2, 128, 384, 64, _B88, "float32"),
     Spec("gqa2-64-group64", 2, 4, 2, 64, 1024, 128, QuantFormat(2, 2, 64), "float32"),
+    Spec("gqa6-96", 1, 6, 1, 96, 512, 32, dtype="float32"),
+    Spec("gqa7-256", 1, 7, 1, 256, 512, 32, dtype="float32"),
+    Spec("gqa2-96-8bit", 1, 4, 2, 96, 256, 32, _B88, "float32"),
     Spec("gqa2-128-int8", 2, 4, 2, 128, 512, 64, QuantFormat(scales="int8"), "float32"),
 )
 

@@ -72,7 +72,19 @@ def _kernel(rows_ref, k_ref, v_ref, center_ref, *refs, fmt, guard, compensated, 
     sides = 3 if compensated else 0
     queries, old, new = rows[:sides], rows[sides:sides + 6], rows[sides + 6:]
     token_group, on = rows_ref[0, pl.program_id(0)], rows_ref[1, pl.program_id(0)] > 0
-    k, v, center = k_ref[0, 0], v_ref[0, 0], center_ref[0, 0]
+
+    @pl.when(on)
+    def _():
+        _write(token_group, k_ref[0, 0], v_ref[0, 0], center_ref[0, 0], queries, old, new, fmt,
+               guard, compensated, blocks)
+
+    @pl.when(jnp.logical_not(on))  # most rows of most flushes
+    def _():
+        for before, after in zip(old, new, strict=True):
+            after[...] = before[...]
+
+
+def _write(token_group, k, v, center, queries, old, new, fmt, guard, compensated, blocks):
     by_channel = lambda reduce, y: reduce(y, axis=0, keepdims=True)
     by_part = functools.partial(_reduce_parts, width=fmt.channels(v.shape[1]))
     plain = lambda x: quantise_by(by_channel, x, fmt.k_bits, fmt.scales, fmt.shrinks, center)
@@ -83,15 +95,14 @@ def _kernel(rows_ref, k_ref, v_ref, center_ref, *refs, fmt, guard, compensated, 
         shift = bits * (token_group % (32 // bits))
         hole = jnp.int32(2**bits - 1) << shift
         word = old[at][...]
-        new[at][...] = jnp.where(on, (word & ~hole) | (grid.codes << shift), word)
+        new[at][...] = (word & ~hole) | (grid.codes << shift)
     for at, x in ((1, keys.scale), (2, keys.minimum)):
         before = old[at][...].astype(jnp.float32)
         row = jax.lax.broadcasted_iota(jnp.int32, before.shape, 0)
-        mine = (row == token_group % before.shape[0]) & on
-        after = jnp.where(mine, x.astype(jnp.float32), before)
+        after = jnp.where(row == token_group % before.shape[0], x.astype(jnp.float32), before)
         new[at][...] = after.astype(new[at].dtype)
     for at, x in ((4, values.scale), (5, values.minimum)):
-        _place_tokens(new[at], old[at], x.astype(jnp.float32), token_group, on, fmt)
+        _place_tokens(new[at], old[at], x.astype(jnp.float32), token_group, fmt)
 
 
 def _compensated(k, queries, plain, blocks, guard) -> Grid:
@@ -139,7 +150,7 @@ def _reduce_parts(reduce, y, width: int):
     return total
 
 
-def _place_tokens(new_ref, old_ref, x, token_group, on, fmt):
+def _place_tokens(new_ref, old_ref, x, token_group, fmt):
     """x [group, H], constant over each part, into its lanes of [parts, 128], by exact products."""
     parts, (group, head_dim) = old_ref.shape[0], x.shape
     iota = lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -152,6 +163,6 @@ def _place_tokens(new_ref, old_ref, x, token_group, on, fmt):
                                   preferred_element_type=jnp.float32)
     placed = jnp.dot(columns, lane, precision=_EXACT, preferred_element_type=jnp.float32)
     at = iota((parts, _LANES), 1)
-    mine = (at >= start) & (at < start + group) & on
+    mine = (at >= start) & (at < start + group)
     after = jnp.where(mine, placed, old_ref[...].astype(jnp.float32))
     new_ref[...] = after.astype(new_ref.dtype)

@@ -21,7 +21,7 @@ SMALL = dict(group=8, window=8)
 KIVI2 = Kivi(2, 2, **SMALL)
 KIVI8 = Kivi(8, 8, **SMALL, rope="before")
 SQUAT2 = Squat(2, 2, **SMALL, block=8, scales="int8")
-SQUAT4 = Squat(4, 8, **SMALL, block=8, running=True)
+SQUAT4 = Squat(4, 8, **SMALL, block=8, half_life=64)
 KINDS = [KIVI2, KIVI8, SQUAT2, SQUAT4]  # few: every one is compiled
 PREFILL, STEP, EXTEND, FLUSH = (  # one compilation a kind and spec, whichever test asks
     jax.jit(lambda kind, spec, *rest, name=name: getattr(kind, name)(spec, *rest),
@@ -202,7 +202,7 @@ def test_bytes_of_the_state():
     assert share(Squat(scales="int8"), 4096) <= 0.173
     assert share(Squat(), 16384) <= 0.194
     coded = 4096 * (2 * 128 / 4 + 2 * 2 * 2 * 128 / 32)  # codes; scale and minimum of k and v
-    rest = 48 * 2 * 128 * 2 + 64 * 64 * 2 + 128 * 2  # the tail; moves; order
+    rest = 48 * 2 * 128 * 2 + 32 * 128 + 32 * 4 + 128 * 2  # the tail; the sketch
     assert nbytes(state(Squat(), 4096)) == 2 * 8 * (coded + rest + 1) + 2 * 4
     assert max(Kivi(group=g, window=w).tail - 2 * w for g in (8, 16, 32, 64)
                for w in (g, 2 * g, 4 * g)) <= 0
@@ -212,7 +212,9 @@ def test_bytes_of_the_state():
     ({"k_bits": 3}, "k_bits is 2, 4 or 8"), ({"v_bits": 16}, "v_bits"),
     ({"group": 32, "window": 48}, "multiple of group"), ({"group": 12}, "multiple of 8"),
     ({"window": 0}, "window"), ({"rope": "never"}, "rope"), ({"scales": "int4"}, "scales"),
-    ({"block": 0}, "block"), ({"lam": -1.0}, "lam"), ({"lam": float("nan")}, "lam"),
+    ({"block": 0}, "block"), ({"ahead": -1}, "ahead"), ({"half_life": 0}, "half_life"),
+    ({"half_life": 9, "lam_mode": "reference"}, "half_life"), ({"lam": -1.0}, "lam"),
+    ({"lam": float("nan")}, "lam"),
     ({"lam_mode": "none"}, "lam_mode"),
 ])
 def test_bad_settings_fail_before_any_compute(changes, message):

@@ -96,6 +96,18 @@ def test_generate_prints_the_library_s_text(capsys, tiny, temperature):
         assert ended in err
 
 
+def test_generate_stops_at_strings(capsys, tiny):
+    whole = jaxlm.generate(tiny, PROMPT, max_new_tokens=WIDTH).text
+    assert "A:" in whole
+    for flag in ("--stream", "--no-stream"):
+        argv = ("generate", "tiny", PROMPT, "--max-new-tokens", str(WIDTH), flag,
+                "--stop", "A:", "zz")
+        code, out, err = outcome(capsys, *argv)
+        assert (code, out) == (0, whole.split("A:")[0] + "\n") and "ended by a stop string" in err
+        _, out, _ = outcome(capsys, *argv, "--include-stop")
+        assert out == whole.split("A:")[0] + "A:\n"
+
+
 def test_stream_returns_what_generate_returns(tiny):
     def keep(run):
         answers.append((yield from run))
@@ -159,6 +171,7 @@ def test_bad_requests_are_one_line_and_exit_code_2(capsys, tiny, tmp_path):
         ("generate", "tiny", ""): "empty",
         ("generate", "tiny", "x", "--temperature", "-1"): "temperature is -1.0",
         ("generate", "tiny", "x", "--max-new-tokens", "0"): "max_new_tokens is 0",
+        ("generate", "tiny", "x", "--stop", ""): "not empty",
         ("generate", "tiny", "x" * 3000): "made for",
         ("score", "tiny"): "nothing to score",
         ("score", "tiny", str(tmp_path / "none.txt")): "cannot read",

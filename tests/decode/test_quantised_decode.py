@@ -68,8 +68,8 @@ def test_shared_prompts_equal_copied_ones_until_groups_start():
     one = begin(lm, params, SQUAT8, sampler=hot, slots=TIME)
     two = begin(lm, params, SQUAT8, sampler=hot)
     shared, copied = fork(lm, params, one, 4, 32), repeat(two, 4)
-    moves = [cache.own["moves"] for cache in shared.caches]
-    assert all(bool((m != 0).any()) for m in moves), "suffixes code keys by the prompts' queries"
+    rows = [cache.own["sketch"].rows for cache in shared.caches]
+    assert all(bool((m != 0).any()) for m in rows), "suffixes code keys by the prompts' queries"
     ancestors = jnp.array([[0, 0, 2, 3], [3, 3, 3, 3], [1, 0, 3, 2]])
     for count in (4, 20):
         text = jax.random.randint(jax.random.key(count), (12, count), 0, VOCAB)

@@ -1,5 +1,6 @@
 """Shares with their errors, judged on answers that are known in advance."""
 
+import itertools
 import math
 
 import numpy as np
@@ -87,6 +88,19 @@ def test_samples_are_judged_apart_from_the_greedy_answer(monkeypatch):
     assert abs(found.sampled.value - 0.4) < 4 * found.sampled.error
     assert abs(found.any_of.value - (1 - 0.6**6)) < 4 * found.any_of.error
     assert found.sampled.value < found.majority.value <= found.any_of.value
+
+
+def test_any_of_is_the_mean_over_all_choices():
+    right = np.random.default_rng(4).random((5, 6)) < 0.3
+    for count in range(1, 7):
+        chosen = [right[:, list(some)].any(1) for some in itertools.combinations(range(6), count)]
+        assert np.isclose(skills.any_of(right, count).value, np.mean(chosen))
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_any_of_takes_no_more_than_there_are(count):
+    with pytest.raises(ValueError, match=f"got count={count}"):
+        skills.any_of(np.zeros((5, 6), bool), count)
 
 
 def test_recall_counts_exact_values(monkeypatch):

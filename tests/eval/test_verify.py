@@ -2,6 +2,8 @@
 
 import json
 import sys
+from argparse import Namespace
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxlm
-from experiments import twins
+from experiments import twins, verify_hub
 from jaxlm.cli.convert import run
 from jaxlm.core.errors import CheckpointError, ConfigError, ShapeError
 from jaxlm.eval.verify import compare, verify
@@ -21,7 +23,8 @@ TEXTS = ["w5 w9 w3 w11 w40", " ".join(f"w{i}" for i in range(3, 30))]
 
 @pytest.fixture
 def twin(tmp_path):
-    return lambda name: twins.write(twins.config_of(name), tmp_path / name)
+    family = lambda name: name.removesuffix("_other")
+    return lambda name: twins.write(twins.config_of(family(name)), tmp_path / name)
 
 
 def test_figures_agree_with_their_definitions():
@@ -112,6 +115,47 @@ def test_without_torch_the_error_says_what_to_install(twin, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ConfigError, match=r"jaxlm\[torch\]"):
         verify(twin("llama"), TEXTS)
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not here: jaxlm[torch]")
+def test_live(twin):
+    """Where torch is, in the quick tests too: a right checkpoint passes, a wrong one is found."""
+    folder, other = twin("gemma2"), twin("gemma2_other")
+    found = verify(folder, TEXTS)
+    assert found.max_logit_error < 1e-4 and found.top1 == found.topk == 1 and found.same_ids
+    raw = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(raw | {"attn_logit_softcapping": None}))
+    wrong = verify(other, TEXTS, reference=folder)
+    assert wrong.max_logit_error > 1e-2 and wrong.kl > 1e-6
+
+
+def test_many_checkpoints_are_resumed_and_failures_tried_again(tmp_path, monkeypatch):
+    calls = []
+
+    def compared(source, texts, revision):
+        calls.append(source)
+        return {"error": "gone"} if source == "b" and len(calls) < 3 else {"kl": 0.5}
+
+    monkeypatch.setattr(verify_hub, "compare", compared)
+    args = Namespace(smoke=False, out=tmp_path / "x.json", revision=None, checkpoints=["b"])
+    with pytest.raises(SystemExit, match="no checkpoint could be compared"):
+        verify_hub.measure(args)
+    args.checkpoints = ["a", "b", "c"]
+    monkeypatch.setattr(verify_hub, "print", stop_at("b"), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        verify_hub.measure(args)
+    monkeypatch.setattr(verify_hub, "print", print, raising=False)
+    found = verify_hub.measure(args)["checkpoints"]
+    assert found == dict.fromkeys("abc", {"kl": 0.5}) and calls == ["b", "a", "b", "c"]
+    assert not list(tmp_path.iterdir())
+
+
+def stop_at(name):
+    """A print that is interrupted at one checkpoint's figures."""
+    def report(found, *_, **__):
+        if found == name:
+            raise KeyboardInterrupt
+    return report
 
 
 @pytest.mark.torch

@@ -35,6 +35,7 @@ def test_runs(path, monkeypatch):
     notebook = read(path)
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", search)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is downloaded in a test
     client = NotebookClient(
         notebook, timeout=TIMEOUT_S, kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},

@@ -43,10 +43,12 @@ def differing(got, want, fmt):
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f"{f.k_bits}{f.v_bits}{f.group}{f.scales}")
+@pytest.mark.parametrize("fmt, head_dim", [*((fmt, 64) for fmt in FORMATS), (FORMATS[0], 128),
+                                           (FORMATS[1], 96), (FORMATS[2], 256)],
+                         ids=lambda f: getattr(f, "scales", f))
 @pytest.mark.parametrize("backend", ["xla", "tpu"])
-def test_against_the_definition(backend, fmt, compensated):
-    packed, k, v, lengths, ready, comp = make(fmt)
+def test_against_the_definition(backend, fmt, head_dim, compensated):
+    packed, k, v, lengths, ready, comp = make(fmt, head_dim)
     comp = comp if compensated else None
     want = flush(packed, k, v, lengths, ready, fmt, comp, implementation="reference")
     got = flush(packed, k, v, lengths, ready, fmt, comp, implementation=backend, interpret=True)

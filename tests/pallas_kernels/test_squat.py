@@ -111,6 +111,41 @@ def test_update_matrix_is_the_block_optimum(block, energy_order):
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+@pytest.mark.parametrize("block", [5, 16, 40])
+@pytest.mark.parametrize("rank", [4, 24])
+def test_a_sketch_gives_the_block_optimum_of_its_metric(block, rank):
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, 60, 24)) * np.linspace(0.3, 3, 24)
+    weight = np.einsum("bth,bti->bhi", q, q) / 10
+    found = squat.sketch(jnp.asarray(weight, jnp.float32), rank)
+    held = np.asarray(squat.sketched_weight(found), np.float64)
+    diagonal = lambda x: np.einsum("bhh->bh", x)
+    np.testing.assert_allclose(diagonal(held), diagonal(weight), rtol=0.02)
+    error = np.linalg.norm(held - weight) / np.linalg.norm(weight)
+    assert error < (0.02 if rank == 24 else 0.7)
+    comp = squat.sketched_compensation(found, block)
+    for b in range(2):
+        order = np.asarray(comp.order[b])
+        assert sorted(order) == list(range(24))
+        a = np.eye(24) + held[b][np.ix_(order, order)]
+        want = np.zeros_like(a)
+        for start in range(0, 24, block):
+            end = min(start + block, 24)
+            want[start:end, end:] = -np.linalg.solve(a[end:, end:], a[end:, start:end]).T
+        np.testing.assert_allclose(np.asarray(comp.matrix[b])[np.ix_(order, order)], want,
+                                   atol=5e-5)
+
+
+def test_a_sketch_of_few_queries_holds_all_of_them():
+    """Fewer queries than rows: nothing is left out but the 8-bit rounding; none: nothing moves."""
+    q = jnp.asarray(np.random.default_rng(1).standard_normal((1, 3, 2, 16)), jnp.float32)
+    gram = squat.query_gram(q, 2)
+    held = squat.sketched_weight(squat.sketch(gram, 4))
+    np.testing.assert_allclose(held, gram, atol=0.02 * float(gram.max()))
+    nothing = squat.sketched_compensation(squat.sketch(jnp.zeros((2, 16, 16)), 4))
+    assert not nothing.matrix.any() and bool(jnp.isfinite(nothing.matrix).all())
+
+
 def test_lambda_zero_and_one_block_are_plain():
     rng = np.random.default_rng(1)
     k = jnp.asarray(rng.standard_normal((1, 2, 64, 40)), jnp.float32)
