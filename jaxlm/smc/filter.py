@@ -43,8 +43,9 @@ class State(NamedTuple):
     """What is carried.
 
     log_weights_P: float32, since a problem was last resampled. log_scale: float32 (...), the
-    evidence up to then; `log_evidence` joins the two. ended_P: bool. root_P: int32, the first ancestor. broken: bool (...), whether at some step every
-    weight was zero or one was NaN. t: int32, steps taken.
+    evidence up to then; `log_evidence` joins the two. ended_P: bool. root_P: int32, the first
+    ancestor. broken: bool (...), whether at some step every weight was zero or one was NaN.
+    t: int32, steps taken.
     """
 
     particles: Particles
@@ -84,7 +85,7 @@ def init(particles: Particles, shape: tuple[int, ...]) -> State:
 
 def step(
     model: Model, key: jax.Array, state: State, *, threshold: jax.Array | float = 0.5,
-    scheme: str = "systematic", temper: jax.Array | float = 1.0,
+    scheme: str = "systematic", temper: jax.Array | float = 1.0, forget: bool = False,
 ) -> tuple[State, Info]:
     """Resample where needed, move, weigh.
 
@@ -92,10 +93,12 @@ def step(
       threshold: resample a problem whose effective size is below `threshold * P`; above 1: at every
         step; 0: never. May be traced, so a sweep compiles once.
       scheme: 'multinomial', 'stratified', 'systematic' or 'residual'.
-      temper: draw ancestors in proportion to `W^(1 / temper)`, and carry `W^(1 - 1 / temper)` on, so
-        that the target stays; above 1 keeps more kinds of particles alive.
+      temper: draw ancestors in proportion to `W^(1 / temper)`, and carry `W^(1 - 1 / temper)` on,
+        so that the target stays; above 1 keeps more kinds of particles alive. A number, or (...).
+      forget: static; drop that rest instead, as published code does: another target, and evidence.
     """
-    chosen, info = resample(model, jax.random.fold_in(key, 0), state, threshold, scheme, temper)
+    chosen, info = resample(model, jax.random.fold_in(key, 0), state, threshold, scheme, temper,
+                            forget)
     moved = model.propose(jax.random.fold_in(key, 1), chosen.particles, chosen.t)
     log_w = model.log_weight(chosen.particles, moved, chosen.t)
     return weigh(model, chosen, moved, log_w), info
@@ -103,13 +106,13 @@ def step(
 
 def resample(
     model: Model, key: jax.Array, state: State, threshold: jax.Array | float, scheme: str,
-    temper: jax.Array | float = 1.0,
+    temper: jax.Array | float = 1.0, forget: bool = False,
 ) -> tuple[State, Info]:
     """Problems whose weights have become unequal get offspring in proportion to them."""
     count = state.log_weights_P.shape[-1]
     size = effective_size(state.log_weights_P)
     now = size < jnp.asarray(threshold) * count
-    logw, power = state.log_weights_P, 1.0 / jnp.asarray(temper)
+    logw, power = state.log_weights_P, 1.0 / jnp.asarray(temper)[..., None]
     tempered = jnp.where(logw == -jnp.inf, -jnp.inf, power * logw)
     drawn = draw_ancestors(key, normalise(tempered).probs_P, scheme)
     same = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), drawn.shape)
@@ -118,6 +121,7 @@ def resample(
     scale = normalise(logw).log_mean
     rest = jnp.where(logw == -jnp.inf, -jnp.inf, (1 - power) * logw)  # W / W^power, whose mean
     rest += (normalise(tempered).log_mean - scale)[..., None]         # over the offspring is near 1
+    rest = jnp.zeros_like(rest) if forget else rest
     state = state._replace(
         particles=(model.gather or gather)(state.particles, index),
         log_weights_P=jnp.where(now[..., None], take(rest), logw),

@@ -1,7 +1,7 @@
 """Conditional SMC, particle Gibbs and parallel tempering: Markov chains over whole paths.
 
-One sweep runs the filter with slot 0 held to a reference path, and draws the next reference from the
-last set by its weights. For any number of particles from 2 the law `p(x_0:T) prod_t w_t / Z` is
+One sweep runs the filter with slot 0 held to a reference path, and draws the next reference from
+the last set by its weights. For any number of particles from 2 the law `p(x_0:T) prod_t w_t / Z` is
 invariant. With ancestor sampling the reference may change its past at every step, which lets old
 steps mix. Source: Andrieu, Doucet and Holenstein 2010, section 4; Lindsten, Jordan and Schon 2014.
 For text: arXiv 2502.01618, algorithms 2 and 3.
@@ -31,8 +31,8 @@ class GibbsState(NamedTuple):
 class GibbsInfo(NamedTuple):
     """log_evidence: of the sweep; unlike the filter's it is biased, the reference being given.
 
-    chosen: int32, the particle that became the reference. kept: float32, the share of steps at which
-    the new path is still the old one's.
+    chosen: int32, the particle that became the reference. kept: float32, the share of steps at
+    which the new path is still the old one's.
     """
 
     log_evidence: jax.Array
@@ -50,9 +50,10 @@ def sweep(
       particles: P alike particles at the start, leaves lead with P >= 2.
       steps: T, static; `state.path` has T + 1 states.
       power: the target is `p prod w^power`; an inverse temperature, may be traced.
-      connect: (particles, path, t) -> (P,), the log of `p(path_{t+1:T} | x_t^i) prod_{s>t} w_s^power`
-        when the path is glued to particle i after t steps, up to what is alike in all; with it
-        ancestors of the reference are drawn. It must use the same power.
+      connect: (particles, path, t) -> (P,), the log of
+        `p(path_{t+1:T} | x_t^i) prod_{s>t} w_s^power` when the path is glued to particle i after t
+        steps, up to what is alike in all; with it ancestors of the reference are drawn. It must
+        use the same power.
     Returns: the next reference, and what happened.
     """
     gathered = model.gather or gather

@@ -1,4 +1,4 @@
-"""Log-weights of particles: normalised, their effective number, and what to do when none is left."""
+"""Log-weights of particles: normalised, their effective number, and what if none is left."""
 
 from typing import NamedTuple
 

@@ -60,6 +60,14 @@ def test_tempered_resampling_keeps_the_target(temper):
     assert distance(evidence, probs, texts) < 0.05
 
 
+def test_tempering_that_forgets_is_refused():
+    """The published rule has another target; the same test sees it."""
+    state = init(start(SEEDS, PARTICLES), (SEEDS, PARTICLES))
+    state, _ = run(model(), jax.random.key(2), state, LENGTH, threshold=2.0, temper=4.0,
+                   forget=True)
+    assert abs(z_score(state.log_evidence)) > 10
+
+
 def test_a_sweep_of_thresholds_compiles_once():
     traced = chex.assert_max_traces(sample.__wrapped__, n=1)
     counted = jax.jit(traced, static_argnames="scheme")

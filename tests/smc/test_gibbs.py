@@ -1,4 +1,4 @@
-"""Particle Gibbs and tempering: the invariant law against enumeration, and wrong kernels refused."""
+"""Particle Gibbs and tempering: the invariant law by enumeration; wrong kernels are refused."""
 
 import itertools
 from functools import partial
