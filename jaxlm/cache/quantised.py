@@ -224,11 +224,11 @@ def attend_codes(spec: AttentionSpec, packed: PackedKV, packed_B: jax.Array, q_B
     return out.astype(q_BTNH.dtype), lse.transpose(0, 3, 1, 2).reshape(batch, time, heads)
 
 
-def rotation(spec: AttentionSpec, first_B: jax.Array):
+def rotation(spec: AttentionSpec, first_B: jax.Array) -> jax.tree_util.Partial:
     """Rotates keys (B, K, S, H) kept before RoPE by the positions of their slots (B, S)."""
 
-    def rotate(keys, slot_BS):
+    def rotate(first_B, keys, slot_BS):
         turned = apply_rope(keys.swapaxes(1, 2), slot_BS + first_B[:, None], spec.rope)
         return turned.swapaxes(1, 2)
 
-    return rotate
+    return jax.tree_util.Partial(rotate, first_B)
