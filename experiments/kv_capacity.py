@@ -5,9 +5,10 @@ memory, by the compiler's count, leaves 5% of the device free. Arguments are bil
 rows and temporaries nearly so: four small compilations (2 and 4 layers, 8 and 16 rows) predict the
 batch; the whole model is then compiled at it, and the batch moves until it fits and one more step
 of rows, at the rows' own bytes, does not. A cell that was only predicted says so (`compiled` 0). A
-T4 has no bfloat16 units: its 16 bits are float16. Also the bytes of the states alone, everything counted, as shares of
-16-bit ones, and the ratio of whole memory in the setting of SQuat's paper (Llama-2-7B, prompt 160,
-output 338; arXiv 2503.24358 states 2.17 to 2.82 times), predicted at several batches.
+T4 has no bfloat16 units: its 16 bits are float16. Also the bytes of the states alone, everything
+counted, as shares of 16-bit ones, and the ratio of whole memory in the setting of SQuat's paper
+(Llama-2-7B, prompt 160, output 338; arXiv 2503.24358 states 2.17 to 2.82 times), predicted at
+several batches.
 
 Command: python experiments/kv_capacity.py --out experiments/results/kv_capacity/cpu.json
 Hardware: any CPU, 8 GB of memory; libtpu for v5e, the jax CUDA wheels for T4 and H100
@@ -109,7 +110,7 @@ def fraction(cache: str, slots: int, head_dim: int = 128) -> float:
 
 
 def paper_ratios(kept: Resumable) -> list[dict[str, Any]]:
-    """Whole memory with 16-bit keys and values over that with 2-bit ones, in the paper's setting."""
+    """Whole memory with 16-bit caches over that with 2-bit ones, in the paper's setting."""
     target, model, context, batches = PAPER
     corners = {}
     for cache in ("dense", "squat2"):

@@ -32,7 +32,7 @@ import numpy as np
 from experiments._harness import Resumable, run
 from experiments.kv_stats import best_share, drop, reached
 from jaxlm.cache.dense import Dense
-from jaxlm.cache.parse import cache_name, parse_cache
+from jaxlm.cache.parse import parse_cache
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.tree import Params
 from jaxlm.decode.generate import generate
@@ -45,7 +45,8 @@ from jaxlm.models.lm import LM
 
 METHODS = ("squat", "kivi", "rkivi", "turboquant", "policy")
 BITS = (2, 4, 8)
-VARIANTS = ("squat2:rope=before", "squat2:scales=int8", "squat2:running=true", "kivi2:shrinks=1.0")
+VARIANTS = ("turboquant4v2", "squat2:rope=before", "squat2:scales=int8", "squat2:half_life=256", "kivi2:shrinks=1.0")
+DRIFTS = ("squat2", "squat2:half_life=256", "kivi2", "rkivi2", "turboquant2")
 PIECE, SEEDS, BATCH = 8, 3, 128
 LOOKUPS = {"lookup": ((256, 160), (512, 96)), "passkey": ((1024, 256),)}  # (length, documents)
 QUESTIONS = 8  # a document
@@ -132,7 +133,6 @@ def likelihoods(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
     """A table of (text, seed, kind), best_share, and divergence against tokens read."""
     rows, curves = [], []
     for name, bundle, draw in texts(args):
-        lm, params = bundle.lm, bundle.params
         kinds = {} if args.smoke else policies(bundle, draw(1000))
         for kind in ("kivi2",) if args.smoke else args.kinds:
             try:
@@ -140,24 +140,30 @@ def likelihoods(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
             except ConfigError as error:
                 print(f"{kind} is left out: {error}")
         for seed in range(args.seed, args.seed + (1 if args.smoke else SEEDS)):
-            tokens = draw(seed)
-            half = tokens.shape[1] // 2 // PIECE * PIECE
-            exact = {at: read_through(lm, params, tokens, Dense(), at) for at in (32, half)}
-            for kind, cache in kinds.items():
-                read = lambda at, c=cache, t=tokens: read_through(lm, params, t, c, at)
-                found = kept(f"{name} {seed} {kind}",
-                             lambda r=read, t=tokens: distances(exact[half], r(half), t))
-                size = token_bytes(lm, cache)
-                rows.append({"text": name, "seed": seed, "kind": kind, "bytes_per_token": size,
-                             **found})
-                if kind in ("squat2", "kivi2", "rkivi2", "turboquant2", "squat2:running=true"):
-                    curves.append({"text": name, "seed": seed, "kind": kind, "divergence": kept(
-                        f"drift {name} {seed} {kind}", lambda r=read: drift(exact[32], r(32)))})
-            print(name, seed, {row["kind"]: round(row["divergence"], 5) for row in rows
-                               if (row["text"], row["seed"]) == (name, seed)}, flush=True)
+            found, drifts = compare(bundle, draw(seed), kinds, kept, f"{name} {seed}")
+            for kind, values in found.items():
+                rows.append({"text": name, "seed": seed, "kind": kind, "bytes_per_token":
+                             token_bytes(bundle.lm, kinds[kind]), **values})
+            curves += [{"text": name, "seed": seed, "kind": kind, "divergence": values}
+                       for kind, values in drifts.items()]
+            print(name, seed, {kind: f"{values['divergence']:.2g}" for kind, values
+                               in found.items()}, flush=True)
     share, cells = best_share(rows, BITS)
     return {"rows": [{k: v for k, v in row.items() if k != "by_row"} for row in rows],
             "best_share": share, "best_cells": cells, "drift": curves}
+
+
+def compare(bundle: Bundle, tokens: jax.Array, kinds: dict[str, Kind], kept: Resumable,
+            label: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of each kind: distances over the second half; the drift of some after a prompt of 32."""
+    read = partial(read_through, bundle.lm, bundle.params, tokens)
+    half = tokens.shape[1] // 2 // PIECE * PIECE
+    exact = {at: read(Dense(), at) for at in (32, half)}
+    found = {kind: kept(f"{label} {kind}", lambda c=cache: distances(
+        exact[half], read(c, half), tokens)) for kind, cache in kinds.items()}
+    drifts = {kind: kept(f"drift {label} {kind}", lambda k=kind: drift(
+        exact[32], read(kinds[k], 32))) for kind in DRIFTS if kind in kinds}
+    return found, drifts
 
 
 def policies(bundle: Bundle, tokens: jax.Array) -> dict[str, Kinds]:
@@ -228,17 +234,7 @@ def accuracies(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
     """The bundled model's answers through every kind, and the paired drops."""
     bundle, metrics = load("tiny"), {}
     kinds = ("dense", "kivi2") if args.smoke else ("dense", *args.drops)
-    batches = range(0 if args.smoke else args.batches)
-    tasks = {"recall": batches, "arithmetic medium": batches, "arithmetic hard": batches[::2]}
     found: dict[tuple[str, str], list] = {}
-    for task, parts in tasks.items():
-        for kind in kinds:
-            right = [[ok] for part in parts for ok in kept(
-                f"{task} {part} {kind}",
-                lambda t=task, p=part, k=kind: answers(bundle, parse_cache(k), t, p, args.seed))]
-            if right:
-                found[task, kind] = right
-                print(task, kind, np.mean(right), flush=True)
     depths = {}
     for task, parts in LOOKUPS.items():
         for kind in kinds:
@@ -250,6 +246,16 @@ def accuracies(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
             found[task, kind] = [row for part in made for row in part["right"]]
             depths[task] = [row for part in made for row in part["depth"]]
             print(task, kind, np.mean(found[task, kind]), flush=True)
+    batches = range(0 if args.smoke else args.batches)
+    tasks = {"recall": batches, "arithmetic medium": batches, "arithmetic hard": batches[::2]}
+    for task, parts in tasks.items():
+        for kind in kinds:
+            right = [[ok] for part in parts for ok in kept(
+                f"{task} {part} {kind}",
+                lambda t=task, p=part, k=kind: answers(bundle, parse_cache(k), t, p, args.seed))]
+            if right:
+                found[task, kind] = right
+                print(task, kind, np.mean(right), flush=True)
     metrics["answers"] = [{"task": task, "kind": kind, "accuracy": float(np.mean(right)),
                            **drop(found[task, "dense"], right)}
                           for (task, kind), right in found.items()]

@@ -93,10 +93,10 @@ def read_chunk(packed: PackedKV, i, size: int, fmt: QuantFormat,
     v_codes = unpack_words(take(packed.v_words, 2, size * fmt.v_bits // 32), fmt.v_bits, fmt.group)
     groups, width = size // fmt.group, fmt.channels(head_dim)
     center = packed.k_center
-    if center is not None:
-        center = (center if row is None else jax.lax.dynamic_slice_in_dim(center, row, 1))[:, :, None]
+    if center is not None and row is not None:
+        center = jax.lax.dynamic_slice_in_dim(center, row, 1)
     step, low = decode_scales(take(packed.k_scale, 2, groups), take(packed.k_min, 2, groups),
-                              0.0 if center is None else center)
+                              0.0 if center is None else center[:, :, None])
     shape = (batch, kv_heads, groups, fmt.group, head_dim)
     keys = k_codes.astype(jnp.float32).reshape(shape) * step[:, :, :, None] + low[:, :, :, None]
     step, low = decode_scales(take(packed.v_scale, 3, size), take(packed.v_min, 3, size))
