@@ -45,7 +45,8 @@ from jaxlm.models.lm import LM
 
 METHODS = ("squat", "kivi", "rkivi", "turboquant", "policy")
 BITS = (2, 4, 8)
-VARIANTS = ("turboquant4v2", "squat2:rope=before", "squat2:scales=int8", "squat2:half_life=256", "kivi2:shrinks=1.0")
+VARIANTS = ("turboquant4v2", "squat2:rope=before", "squat2:scales=int8", "squat2:half_life=256",
+            "kivi2:shrinks=1.0")
 DRIFTS = ("squat2", "squat2:half_life=256", "kivi2", "rkivi2", "turboquant2")
 PIECE, SEEDS, BATCH = 8, 3, 128
 LOOKUPS = {"lookup": ((256, 160), (512, 96)), "passkey": ((1024, 256),)}  # (length, documents)
