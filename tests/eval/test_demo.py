@@ -71,8 +71,8 @@ def test_files_of_the_report():
     assert all(link.startswith("data:image/png;base64,") for link in links.found)
     assert not re.search(r"@import|url\(|<script|<link", files["index.html"])
     words = " ".join(links.words)
-    for part in ("m<1>", "91 ± 1 %", "55 ± 1 %", "25 ± 2 %", "8,192 bytes", "2.50 million", "2 bits",
-                 "1,000", "12 ± 2 %"):
+    for part in ("m<1>", "91 ± 1 %", "55 ± 1 %", "25 ± 2 %", "8,192 bytes", "2.50 million",
+                 "2 bits", "1,000", "12 ± 2 %"):
         assert part in words, part
     stored = json.loads(files["demo.json"])
     assert stored["arithmetic"][1]["any_of"] == {"value": 0.64, "error": 0.01}
