@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import _harness
+from experiments import _harness, kv_device
 
 BUDGET_S = 540
 
@@ -45,13 +45,10 @@ def device_info(args: argparse.Namespace) -> dict[str, Any]:
 def copy_bandwidth(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes read plus bytes written by an elementwise pass over one array, a second."""
     import jax
-    import jax.numpy as jnp
 
     megabytes = 64 if args.smoke or jax.default_backend() == "cpu" else 4096
-    x = jnp.ones((megabytes << 18,), jnp.float32)
-    repeats = 5 if args.smoke else 20
-    wall = _harness.median_seconds(jax.jit(lambda a: a * 1.5), x, repeats=repeats)
-    return {"megabytes": megabytes, "seconds": wall, "gb_per_s": 2 * x.nbytes / wall / 1e9}
+    rate = kv_device.copy_rate(megabytes, 5 if args.smoke else 20)
+    return {"megabytes": megabytes, "gb_per_s": rate / 1e9}
 
 
 def matmul(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,6 +67,8 @@ PARTS = [
     Part("device_info", device_info, 5),
     Part("copy_bandwidth", copy_bandwidth, 20),
     Part("matmul", matmul, 20),
+    Part("kv_attention", kv_device.attention_rates, 90),
+    Part("kv_throughput", kv_device.throughput, 200),
 ]
 
 

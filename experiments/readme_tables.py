@@ -57,6 +57,21 @@ ROWS = (
     Row("quant_ablation", "heldout_ratio_max", "the same, worst input"),
     Row("quant_decode_cpu", "cpu_attention_vs_dense",
         "attention over 2-bit codes, time over float32 dense, 8 rows x 4,096 tokens"),
+    Row("kv_speed", "cpu_step_vs_dense",
+        "a decode step with a 2-bit cache, time over float32 dense, 8 rows x 4,096 tokens"),
+    Row("kv_speed", "cpu_step_vs_quantizedcache",
+        "the same step against transformers' QuantizedCache, 2 bits", TIMES),
+    Row("kv_capacity", "kv_bytes_fraction_4k",
+        "bytes of a 2-bit cache over 16-bit, everything counted, 4,096 tokens", "{:.3f}"),
+    Row("kv_capacity", "capacity_ratio", "rows of 16k tokens that fit v5e:2x4 by its compiler, "
+        "Llama-3.1-8B, 2-bit cache over bfloat16", TIMES),
+    *(Row("kv_quality", f"{task}_drop_points{tail}", f"{words}, points lost at {bits} bits")
+      for task, words in (("recall", "recall in one prompt"),
+                          ("lookup", "recall asked after the context was coded"),
+                          ("arithmetic", "medium arithmetic"))
+      for tail, bits in (("", 2), ("_4bit", 4))),
+    Row("kv_quality", "best_share",
+        "2-, 4- and 8-bit caches: SQuat best or tied among all kinds of as many bits", PERCENT),
 )
 
 

@@ -39,7 +39,8 @@ def quant_decode_attention(
       scale: of the logits; 1/sqrt(H) if None.
       softcap: logits become `softcap * tanh(logits / softcap)`.
       rotate: `(keys [B, K, S, H], positions [B, S]) -> keys`, applied to keys as they are read, for
-        keys kept before RoPE; positions are token indices of the row.
+        keys kept before RoPE; positions are token indices of the row. What it holds by row comes as
+        arrays of a `jax.tree_util.Partial`, leading with B: rows may be read one at a time.
       implementation: None, 'xla', 'tpu', 'gpu', 'reference', or a list to try in order.
       interpret: run the Pallas kernels in interpret mode (tests).
 
