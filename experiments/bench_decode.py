@@ -58,7 +58,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             )
         metrics["prefill_ratio"][folder.name] = pair.prefill(8, 32 if args.smoke else 256)
     metrics.update(random_135m(args))
-    metrics["import_s"] = import_seconds(1 if args.smoke else REPEATS)
+    repeats = 1 if args.smoke else REPEATS
+    metrics["import_s"] = import_seconds("import jaxlm", repeats)
+    metrics["import_and_names_s"] = import_seconds(
+        "import jaxlm; jaxlm.load; jaxlm.generate", repeats)
     metrics["first_token_s"] = first_token_seconds(folders[-1], 1 if args.smoke else REPEATS)
     return metrics
 
@@ -213,9 +216,10 @@ def bandwidth(pair: Pair, tokens: np.ndarray, new: int, repeats: int) -> dict[st
     }
 
 
-def import_seconds(repeats: int) -> float:
-    """`import jaxlm` in a process that has imported jax."""
-    code = "import jax, time; t = time.perf_counter(); import jaxlm; print(time.perf_counter() - t)"
+def import_seconds(statement: str, repeats: int) -> float:
+    """A statement's time in a process that has imported jax; names are imported on first use."""
+    code = ("import jax, time; t = time.perf_counter(); "
+            f"{statement}; print(time.perf_counter() - t)")
     done = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                        env=environment())

@@ -1,5 +1,6 @@
 """Choice of a kernel's implementation: None tries in order, one name is strict, a list is tried."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,15 @@ def preferred(device: Any = None) -> tuple[str, ...]:
     if device.platform in ("gpu", "cuda") and float(device.compute_capability) >= 8:
         return ("gpu", "xla")
     return ("xla",)
+
+
+def later(module: str, name: str) -> Callable:
+    """A function of a module that is imported when it is first called: Pallas is slow to import."""
+
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
 
 
 def dispatch(table: Mapping[str, Callable], implementation: Implementation, *args, **kwargs):

@@ -6,12 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.dispatch import Implementation, dispatch, later
 from pallas_kernels.quant import PackedKV, QuantFormat
-from pallas_kernels.quant_decode_attention import gpu, reference, tpu, xla
+from pallas_kernels.quant_decode_attention import reference, xla
 from pallas_kernels.quant_decode_attention.common import EMPTY_LSE as EMPTY_LSE
 
-_TABLE = {"xla": xla.attend, "tpu": tpu.attend, "gpu": gpu.attend, "reference": reference.attend}
+_TABLE = {"xla": xla.attend, "reference": reference.attend,
+          **{name: later(f"pallas_kernels.quant_decode_attention.{name}", "attend")
+             for name in ("tpu", "gpu")}}
 
 Rotate = Callable[[jax.Array, jax.Array], jax.Array]
 
