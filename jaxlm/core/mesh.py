@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.core.device import require
 from jaxlm.core.errors import DeviceError
 from jaxlm.core.hosts import check_same, spans_processes
 from jaxlm.core.tree import Params, flatten, unflatten
@@ -33,7 +34,7 @@ def make_mesh(
       >>> make_mesh(devices=jax.devices()[:1]).shape["tensor"]
       1
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(require() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:

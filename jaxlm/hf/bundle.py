@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from safetensors import SafetensorError
 
-from jaxlm.core.device import require
+from jaxlm.core.device import backend, require
 from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError
 from jaxlm.core.hosts import is_writer, spans_processes, together
 from jaxlm.core.mesh import RULES, Rules, shardings
@@ -77,7 +77,8 @@ def load(
         raise ConfigError("pass either a device or a mesh, not both")
     if dtype not in (None, "own") and not _is_float(dtype):
         raise ConfigError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or 'own'")
-    target = require(device)[0] if device is not None else None
+    found = require(device)  # before anything is fetched
+    target = found[0] if device is not None else None
     with together(spans_processes(mesh)):  # a process without the file must not leave the others
         return _load(resolve(source, revision), dtype, mesh, rules, target)
 
@@ -92,7 +93,7 @@ def _load(
     lm = LM(config, labels=labels, per_token=per_token)
     tokenizer = Tokenizer(folder)
     stop_ids = _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
-    if dtype is None and (target.platform if target else jax.default_backend()) == "cpu":
+    if dtype is None and (target.platform if target else backend()) == "cpu":
         dtype = jnp.float32
     dtype = None if dtype == "own" else dtype
     shapes = lm.shapes(dtype or jnp.float32)
