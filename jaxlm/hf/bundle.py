@@ -55,6 +55,7 @@ class Bundle:
 def load(
     source: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None,
     rules: Rules = RULES, device: str | None = None, revision: str | None = None,
+    check_tokenizer: bool = True,
 ) -> Bundle:
     """Load a Hugging Face checkpoint.
 
@@ -66,6 +67,8 @@ def load(
         processes, all of which call, and each of which reads only what its devices hold.
       device: "cpu", "gpu" or "tpu"; default whatever jax uses.
       revision: of a hub id.
+      check_tokenizer: refuse a tokenizer whose size or bos id is not the model's. Another model's
+        of like size passes: nothing in a folder ties it to the weights.
     Returns: Bundle.
     Raises: ConfigError, CheckpointError, TokenizerError, DeviceError; all before any compute.
 
@@ -80,11 +83,12 @@ def load(
     found = require(device)  # before anything is fetched
     target = found[0] if device is not None else None
     with together(spans_processes(mesh)):  # a process without the file must not leave the others
-        return _load(resolve(source, revision), dtype, mesh, rules, target)
+        return _load(resolve(source, revision), dtype, mesh, rules, target, check_tokenizer)
 
 
 def _load(
-    folder: pathlib.Path, dtype: Any, mesh: Mesh | None, rules: Rules, target: Any
+    folder: pathlib.Path, dtype: Any, mesh: Mesh | None, rules: Rules, target: Any,
+    check_tokenizer: bool,
 ) -> Bundle:
     """`load` of a folder, onto a mesh or a device."""
     raw = read_json(folder / "config.json")
@@ -92,7 +96,9 @@ def _load(
     labels, per_token = labels_from_hf(raw)
     lm = LM(config, labels=labels, per_token=per_token)
     tokenizer = Tokenizer(folder)
-    stop_ids = _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
+    if check_tokenizer:
+        _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
+    stop_ids = _stop_ids(tokenizer, raw, folder, config.vocab_size)
     if dtype is None and (target.platform if target else backend()) == "cpu":
         dtype = jnp.float32
     dtype = None if dtype == "own" else dtype
@@ -136,19 +142,42 @@ def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.P
 
 def _check_tokenizer(
     tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
-) -> tuple[int, ...]:
-    """The tokenizer belongs to this model; returns the ids that end a text."""
-    if tokenizer.base_size > vocab:
+) -> None:
+    """The tokenizer can be this model's: its ids fit, with no more to spare than padding takes."""
+    other = ("it belongs to another model; put the model's own beside the weights, or pass "
+             "check_tokenizer=False to jaxlm.load if this is it")
+    if tokenizer.base_size > vocab or not is_padding(tokenizer.size, vocab):
         raise TokenizerError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.base_size - 1} but the model's "
-            f"vocabulary is {vocab}; it belongs to another model"
+            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} but the model's "
+            f"vocabulary is {vocab}; {other}"
         )
     ours, theirs = tokenizer.id_of("bos_token"), raw.get("bos_token_id")
     if ours is not None and isinstance(theirs, int) and ours != theirs:
         raise TokenizerError(
             f"{folder}: the tokenizer's bos_token is id {ours} but config.json says {theirs}; "
-            "the tokenizer belongs to another model"
+            f"{other}"
         )
+
+
+def is_padding(size: int, vocab: int) -> bool:
+    """Whether a vocabulary may be a tokenizer's `size` ids, padded.
+
+    Vocabularies are padded to a multiple of 8 to 128, or by a little of a large one (Qwen2.5 7B:
+    151,665 ids of 152,064); 3 % are allowed. Ids beyond the vocabulary, added for images, are not
+    looked at here.
+
+    >>> is_padding(151_665, 152_064), is_padding(100, 128), is_padding(100, 105)
+    (True, True, False)
+    """
+    spare = vocab - size
+    multiple = any(vocab % step == 0 and spare < step for step in (8, 16, 32, 64, 128))
+    return spare <= 0.03 * size or multiple
+
+
+def _stop_ids(
+    tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
+) -> tuple[int, ...]:
+    """The ids that end a text, by generation_config.json, config.json and the tokenizer."""
     path = folder / "generation_config.json"
     defaults = read_json(path) if path.exists() else {}
     stops = defaults.get("eos_token_id", raw.get("eos_token_id"))
