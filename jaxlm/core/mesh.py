@@ -39,7 +39,8 @@ def make_mesh(
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise DeviceError(
-                f"mesh axis {name!r} has size {size!r}; expected a whole number of at least 1"
+                f"mesh axis {name!r} has size {size!r}; expected a whole number of at least 1, "
+                "as in make_mesh(data=2, tensor=4)"
             )
     sizes = {name: int(size) for name, size in sizes.items()}
     if int(np.prod(list(sizes.values()))) != len(devices):

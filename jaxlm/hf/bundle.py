@@ -122,8 +122,17 @@ def _is_float(dtype: Any) -> bool:
         return False
 
 
+def check_bundle(bundle: Any) -> None:
+    """ConfigError for what is no Bundle, such as the name of a model."""
+    if not isinstance(bundle, Bundle):
+        raise ConfigError(f"bundle is {bundle!r}; expected a Bundle, such as jaxlm.load('tiny')")
+
+
 def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
     """The folder of a source: a path, the bundled model's name, or a hub id to be fetched."""
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):  # "" would be "."
+        raise CheckpointError(f"source is {source!r}; expected a folder, a hub id like 'org/name', "
+                              f"or one of {sorted(BUNDLED)}")
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         return path
@@ -202,6 +211,7 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
         model, or the disk is full.
       ConfigError: the family's config.json cannot express the model (a plan, say).
     """
+    check_bundle(bundle)
     shared = spans_processes(bundle.params)
     with ExitStack() as exits:
         stage = pathlib.Path()

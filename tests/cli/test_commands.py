@@ -33,7 +33,10 @@ def outcome(capsys, *argv):
     return code, *capsys.readouterr()
 
 
-def process(*argv, platforms=os.environ.get("JAX_PLATFORMS", ""), **options):
+PLATFORMS = os.environ.get("JAX_PLATFORMS", "")
+
+
+def process(*argv, platforms=PLATFORMS, **options):
     """One command in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platforms}
     return subprocess.run([sys.executable, "-m", "jaxlm", *argv], env=environment, text=True,

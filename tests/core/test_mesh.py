@@ -23,6 +23,7 @@ def mesh():
     ({"data": 3}, ["'data': 3", "needs 3 devices", "got 8"]),
     ({"fsdp": 0, "data": 8}, ["'fsdp'", "size 0", "at least 1"]),
     ({"tensor": 2.0}, ["'tensor'", "size 2.0", "at least 1"]),
+    ({"data": {"data": 2, "tensor": 4}}, ["'data'", "size {", "make_mesh(data=2, tensor=4)"]),
     ({"devices": []}, ["needs 1 devices", "got 0"]),
 ])
 def test_impossible_meshes_name_the_axis_and_its_size(sizes, words):
@@ -74,7 +75,8 @@ def test_an_unused_accelerator_comes_with_advice(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     (advice,) = device.advice()
-    assert "NVIDIA GPU is visible but jax uses the CPU" in advice and "pip install 'jax[cuda12]'" in advice
+    assert "NVIDIA GPU is visible but jax uses the CPU" in advice
+    assert "pip install 'jax[cuda12]'" in advice
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert "JAX_PLATFORMS=cpu is set" in device.advice()[0]
 

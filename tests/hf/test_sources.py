@@ -21,6 +21,13 @@ def test_a_source_that_is_nothing(source, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+@pytest.mark.parametrize("source", ["", None, 3, b"", ["tiny"]])
+def test_a_source_of_the_wrong_kind(source, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tiny_folder)  # "" must not mean the folder one happens to stand in
+    with pytest.raises(CheckpointError, match="source is .* expected a folder"):
+        load(source)
+
+
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "model.bin").write_text("x")
     with pytest.raises(CheckpointError, match="is a file; expected a model folder or a hub id"):
