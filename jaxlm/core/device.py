@@ -48,7 +48,7 @@ def backend() -> str:
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the second where the plugin is not installed
-        asked = jax.config.jax_platforms
+        asked = getattr(jax.config, "jax_platforms", None)
         why = f"JAX_PLATFORMS={asked} asks for what is not here" if asked else "none started"
         said = str(error).partition("\n")[0].partition(" (set JAX_")[0]
         seen = [f"{name} is visible: {EXTRAS[name]}" for name in visible_accelerators()]

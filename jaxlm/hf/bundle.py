@@ -51,6 +51,17 @@ class Bundle:
         """A copy with some fields changed, such as `params` or `lm`."""
         return replace(self, **changes)
 
+    def __repr__(self) -> str:
+        """One line: family, size, dtype, and where the parameters are; not every weight."""
+        leaves = jax.tree.leaves(self.params)
+        count = sum(leaf.size for leaf in leaves)
+        dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        where = f"mesh {dict(self.mesh.shape)}" if self.mesh is not None else ", ".join(sorted(
+            {str(d) for leaf in leaves if isinstance(leaf, jax.Array) for d in leaf.devices()}))
+        labels = "" if self.lm.labels is None else f", {self.lm.labels} labels"
+        return (f"Bundle({self.lm.config.family}{labels}, {count:,} parameters, {dtypes}, "
+                f"{where or 'not on a device'})")
+
 
 def load(
     source: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None,
