@@ -1,7 +1,8 @@
 """Install what was built into clean environments, use it outside the checkout: make check-wheel.
 
 Checks what the wheel and the sdist hold, then runs `jaxlm info`, `generate`, `score` and `demo`
-with the wheel, looking at what they print, and imports the package built from the sdist. The argument is the folder of both files.
+with the wheel, looking at what they print, and imports the package built from the sdist. The
+argument is the folder of both files.
 """
 
 import os
