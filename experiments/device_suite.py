@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every part that fits into the budget; one that fails is reported, the others still run."""
     end = time.monotonic() + args.budget
     parts = (args.out or Path("report/device_suite")).with_suffix(".parts")
-    settings = {"smoke": args.smoke, "seed": args.seed, "commit": _harness.commit()}
+    settings = {"smoke": args.smoke, "seed": args.seed, "sources": _harness.sources(Path(__file__))}
     keep = _harness.Resumable(parts, settings)
     results: dict[str, Any] = {}
     for part in PARTS:

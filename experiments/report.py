@@ -39,7 +39,8 @@ def page(results: list[tuple[Path, dict[str, Any]]], title: str = "jaxlm: measur
 def section(path: Path, result: dict[str, Any]) -> str:
     """One result: how it was made, its numbers, its plots."""
     made = " · ".join([
-        f"commit {result.get('commit')}", f"seed {result.get('seed')}",
+        f"commit {result.get('commit')}" + (" and changes" if result.get("dirty") else ""),
+        f"seed {result.get('seed')}", f"sources {result.get('sources', 'not recorded')[:12]}",
         *(f"{name} {value}" for name, value in result.get("versions", {}).items()),
     ])
     title = f"{result['name']}, {result['device']}"
@@ -51,6 +52,7 @@ def section(path: Path, result: dict[str, Any]) -> str:
         *(image(plot) for plot in sorted(path.parent.glob(f"{path.stem}*.png"))
           if not plot.stem.endswith("-dark")),
         f'<p class="soft">{html.text(made)}</p>',
+        f"<p>{html.text(result['note'])}</p>" if result.get("note") else "",
     ])
 
 

@@ -5,6 +5,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -63,11 +64,53 @@ def test_smoke_run_writes_the_contract_s_json(path, tmp_path):
     assert result["name"] == path.stem and result["smoke"] is True and result["metrics"]
 
 
-@pytest.mark.parametrize("path", sorted(_harness.RESULTS.rglob("*.json")), ids=lambda p: p.stem)
+# Made before `dirty` and `sources` were recorded; a result made again leaves the list.
+OLDER = {"bench_decode", "eval_tiny", "parity", "quant_ablation", "quant_decode_cpu", "train_tiny"}
+# Made when results lay in another folder, and moved; likewise.
+MOVED = {"quant_ablation": "experiments/results/cpu/quant_ablation.json",
+         "quant_decode_cpu": "experiments/results/cpu/quant_decode_cpu.json"}
+
+
+@pytest.mark.parametrize("path", sorted(_harness.RESULTS.rglob("*.json")),
+                         ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_committed_results(path):
     result = json.loads(path.read_text())
-    assert set(_harness.FIELDS) <= set(result) and result["smoke"] is False
-    assert path.parent.name == result["name"] and path.stem.startswith(result["device"])
+    name = result["name"]
+    assert result["smoke"] is False
+    assert path.parent.name == name and path.stem.startswith(result["device"])
+    missing = set(_harness.FIELDS) - set(result)
+    assert not missing or (name in OLDER and missing == {"dirty", "sources"})
+    assert result["metrics"] and (missing or re.fullmatch(r"[0-9a-f]{64}", result["sources"]))
+    words = shlex.split(result["command"])
+    assert words[:2] == ["python", f"experiments/{name}.py"]
+    own = str(path.relative_to(ROOT))
+    assert words[words.index("--out") + 1] == (MOVED.get(name, own) if missing else own)
+
+
+def test_sources_follow_what_a_result_depends_on(tmp_path, monkeypatch):
+    for name in ("jaxlm/a.py", "pallas_kernels/b.py", "experiments/one.py", "experiments/two.py",
+                 "experiments/other.py", "tests/test_a.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("import experiments.two\n" if "one" in name else "")
+    monkeypatch.setattr(_harness, "ROOT", tmp_path)
+    script = tmp_path / "experiments" / "one.py"
+    seen = [_harness.sources(script)]
+    for name, counts in (("jaxlm/a.py", True), ("experiments/two.py", True),
+                         ("pallas_kernels/b.py", True), ("experiments/one.py", True),
+                         ("experiments/other.py", False), ("tests/test_a.py", False)):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "x = 1\n")
+        seen.append(_harness.sources(script))
+        assert (seen[-1] != seen[-2]) is counts, name
+
+
+def test_origin_without_git(monkeypatch):
+    def absent(*arguments):
+        raise OSError("no git")
+
+    monkeypatch.setattr(_harness, "_git", absent)
+    monkeypatch.setenv("JAXLM_COMMIT", "c0ffee")
+    made = _harness.origin(ROOT / "experiments" / "parity.py")
+    assert made["commit"] == "c0ffee" and made["dirty"] is None and len(made["sources"]) == 64
 
 
 def run(tmp_path: Path, metrics: dict, *arguments: str) -> dict:
@@ -158,13 +201,13 @@ def test_report_holds_everything_and_needs_nothing(tmp_path):
     folder = tmp_path / "results" / "bench"
     folder.mkdir(parents=True)
     result = dict(zip(_harness.FIELDS, ["bench", "python x <y>", "cpu", False, {}, 0, "c0ffee",
-                  {"speed": 2.5, "rows": [{"n": 1, "t": 0.25}, {"n": 2}]}], strict=True))
+                  True, "0" * 64, {"speed": 2.5, "rows": [{"n": 1, "t": 0.25}, {"n": 2}]}], strict=True))
     (folder / "cpu.json").write_text(json.dumps(result))
     (folder / "cpu_speed.png").write_bytes(b"\x89PNG data")
     out = tmp_path / "report.html"
     report.main(["--results", str(tmp_path / "results"), "--out", str(out)])
     text = out.read_text()
-    for part in ("bench", "python x &lt;y&gt;", "2.5", "0.25", "c0ffee", "data:image/png;base64,"):
+    for part in ("bench", "python x &lt;y&gt;", "2.5", "0.25", "c0ffee and changes", "data:image/png;base64,"):
         assert part in text
     assert "http://" not in text and "https://" not in text and 'src="data:' in text
 
