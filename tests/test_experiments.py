@@ -200,14 +200,15 @@ def test_suite_reports_failures_and_what_did_not_fit(tmp_path, monkeypatch):
 def test_report_holds_everything_and_needs_nothing(tmp_path):
     folder = tmp_path / "results" / "bench"
     folder.mkdir(parents=True)
-    result = dict(zip(_harness.FIELDS, ["bench", "python x <y>", "cpu", False, {}, 0, "c0ffee",
-                  True, "0" * 64, {"speed": 2.5, "rows": [{"n": 1, "t": 0.25}, {"n": 2}]}], strict=True))
+    values = ["bench", "python x <y>", "cpu", False, {}, 0, "c0ffee", True, "0" * 64]
+    result = dict(zip(_harness.FIELDS, [*values, {"speed": 2.5, "rows": [{"n": 1, "t": 0.25}, {"n": 2}]}], strict=True))
     (folder / "cpu.json").write_text(json.dumps(result))
     (folder / "cpu_speed.png").write_bytes(b"\x89PNG data")
     out = tmp_path / "report.html"
     report.main(["--results", str(tmp_path / "results"), "--out", str(out)])
     text = out.read_text()
-    for part in ("bench", "python x &lt;y&gt;", "2.5", "0.25", "c0ffee and changes", "data:image/png;base64,"):
+    for part in ("bench", "python x &lt;y&gt;", "2.5", "0.25", "c0ffee and changes",
+                 "data:image/png;base64,"):
         assert part in text
     assert "http://" not in text and "https://" not in text and 'src="data:' in text
 
