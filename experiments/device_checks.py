@@ -48,7 +48,7 @@ def on_cpu() -> bool:
 
 
 def library(args: argparse.Namespace) -> dict[str, Any]:
-    """The bundled model: greedy sums through three caches, a score, and logits against the CPU's."""
+    """The bundled model: greedy sums through three caches, a score, logits against a CPU's."""
     bundle = load("tiny", dtype=jnp.float32)
     sums = [(12 + 7 * i % 40, 9 + 5 * i % 30) for i in range(4 if args.smoke else 16)]
     found: dict[str, Any] = {"right": {}, "of": len(sums)}

@@ -5,6 +5,7 @@ import ast
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -25,14 +26,17 @@ SCRIPTS = [
     for path in sorted((ROOT / "experiments").glob("*.py"))
     if path.name not in TOOLS and LIBRARY.search(path.read_text())
 ]
-SMOKE_LIMIT_S = 60 * 3  # the contract says 60 s; a test machine may be busy
+# The contract is 60 s on 2 cores. Processor time does not depend on how busy the machine is: a run
+# of more than both cores' 60 s cannot keep it.
+SMOKE_LIMIT_S, CORES, PATIENCE_S = 60, 2, 1200
+CHEAP = ("bench_samplers", "device_suite")  # run in the default tests
 
 
 def script(path: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, str(path), *arguments],
-        capture_output=True, text=True, env=environment, timeout=SMOKE_LIMIT_S, cwd=ROOT,
+        capture_output=True, text=True, env=environment, timeout=PATIENCE_S, cwd=ROOT,
     )
 
 
@@ -53,12 +57,22 @@ def test_has_the_contract_s_arguments(path):
     assert all(flag in done.stdout for flag in ("--smoke", "--out", "--seed", "--data"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def processor_seconds() -> float:
+    """Of this process's children that have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=() if path.stem in CHEAP else pytest.mark.slow)
+    for path in SCRIPTS])
 def test_smoke_run_writes_the_contract_s_json(path, tmp_path):
     out = tmp_path / "result.json"
+    before = processor_seconds()
     done = script(path, "--smoke", "--out", str(out))
+    spent = processor_seconds() - before
     assert done.returncode == 0, done.stderr[-2000:]
+    assert spent < SMOKE_LIMIT_S * CORES, f"{spent:.0f} s of processor time"
     result = json.loads(out.read_text())
     assert set(result) == set(_harness.FIELDS)
     assert result["name"] == path.stem and result["smoke"] is True and result["metrics"]
@@ -201,7 +215,8 @@ def test_report_holds_everything_and_needs_nothing(tmp_path):
     folder = tmp_path / "results" / "bench"
     folder.mkdir(parents=True)
     values = ["bench", "python x <y>", "cpu", False, {}, 0, "c0ffee", True, "0" * 64]
-    result = dict(zip(_harness.FIELDS, [*values, {"speed": 2.5, "rows": [{"n": 1, "t": 0.25}, {"n": 2}]}], strict=True))
+    metrics = {"speed": 2.5, "rows": [{"n": 1, "t": 0.25}, {"n": 2}]}
+    result = dict(zip(_harness.FIELDS, [*values, metrics], strict=True))
     (folder / "cpu.json").write_text(json.dumps(result))
     (folder / "cpu_speed.png").write_bytes(b"\x89PNG data")
     out = tmp_path / "report.html"
