@@ -1,4 +1,4 @@
-"""Gather experiments/results and the plots beside them into one HTML page that needs no other file.
+"""Draw the plots beside experiments/results anew, and gather all into one self-contained page.
 
 Command: python experiments/report.py --out report/experiments.html
 """
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments import plots
 from jaxlm.eval import report as html
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -23,6 +24,21 @@ def load(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
             raise ValueError(f"{path} is no result: it lacks {sorted(missing)}")
         found.append((path, result))
     return found
+
+
+def redraw(results: list[tuple[Path, dict[str, Any]]]) -> list[Path]:
+    """Write each result's plots beside it, as DEVICE-SUFFIX.png; those there were go."""
+    written = []
+    for path, result in results:
+        files = {f"{path.stem}-{suffix}.png": png for suffix, png in plots.draw(result).items()}
+        if not files:
+            continue
+        for old in path.parent.glob(f"{path.stem}-*.png"):
+            if old.name not in files:
+                old.unlink()
+        html.write_files(path.parent, files)
+        written += [path.parent / name for name in files]
+    return written
 
 
 def page(results: list[tuple[Path, dict[str, Any]]], title: str = "jaxlm: measurements") -> str:
@@ -52,7 +68,6 @@ def section(path: Path, result: dict[str, Any]) -> str:
         *(image(plot) for plot in sorted(path.parent.glob(f"{path.stem}*.png"))
           if not plot.stem.endswith("-dark")),
         f'<p class="soft">{html.text(made)}</p>',
-        f"<p>{html.text(result['note'])}</p>" if result.get("note") else "",
     ])
 
 
@@ -106,8 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("report/experiments.html"))
     args = parser.parse_args(argv)
     results = load(args.results)
+    drawn = redraw(results)
     html.write_files(args.out.parent, {args.out.name: page(results)})
-    print(f"{args.out}: {len(results)} results")
+    print(f"{args.out}: {len(results)} results, {len(drawn)} plots drawn beside them")
 
 
 if __name__ == "__main__":
