@@ -177,6 +177,9 @@ def _bars(groups: list[str], kinds: list[str], at: dict[tuple[str, str], int]) -
                       label=kind, color=PALETTE[i % len(PALETTE)])
         axes.set_yticks([-y for y in range(len(groups))], groups)
         axes.set_xscale("log")
+        axes.set_xlim(1)  # all bars from one row on
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.minorticks_off()
         axes.set_xlabel("rows")
         axes.grid(False, axis="y")
         axes.grid(True, axis="x", color=colours["grid"], linewidth=0.8)
