@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import _harness, device_suite, report
+from experiments import _harness, bench_decode, device_suite, report
 from tests.source_tree import ROOT
 
 # They measure nothing.
@@ -183,6 +183,12 @@ def test_paired_ratio_finds_the_faster():
     found = _harness.paired_ratio(lambda: time.sleep(0.03), lambda: time.sleep(0.01))
     assert 1.5 < found["ratio"] < 6 and found["ratio_min"] <= found["ratio"] <= found["ratio_max"]
     assert 0.03 <= _harness.median_seconds(lambda: time.sleep(0.03)) < 0.3
+
+
+def test_bench_decode_names_the_models_it_leaves_out(tmp_path, capsys):
+    found, left_out = bench_decode.model_folders(argparse.Namespace(data=tmp_path))
+    assert [folder.name for folder in found] == ["tiny"] and left_out == list(bench_decode.MODELS)
+    assert "stories260K" in capsys.readouterr().err
 
 
 def test_device_labels():
