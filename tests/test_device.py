@@ -22,7 +22,7 @@ def backend(request):
     """The named platform's Pallas backend, or a skip that says what is missing."""
     found = jax.default_backend()
     if found not in {"gpu": ("gpu", "cuda"), "tpu": ("tpu",)}[request.param]:
-        pytest.skip(f"jax uses {found}: unset JAX_PLATFORMS on a machine with a {request.param}")
+        pytest.skip(f"jax uses {found}: needs a {request.param}, and JAX_PLATFORMS= (set, empty)")
     return request.param
 
 
