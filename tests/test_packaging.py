@@ -89,7 +89,7 @@ def test_versions_agree():
 
 
 def test_typed_and_licensed():
-    assert (ROOT / "jaxlm" / "py.typed").exists()
+    assert all((ROOT / package / "py.typed").exists() for package in PACKAGES)
     assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
     assert PROJECT["license"] == "Apache-2.0"
 
