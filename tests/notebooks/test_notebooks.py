@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from tests.source_tree import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-YOURS = ROOT / "notebooks" / "01_your_checkpoint.ipynb"  # has a test of its own, which runs it twice
+YOURS = ROOT / "notebooks" / "01_your_checkpoint.ipynb"  # its own test runs it twice
 TIMEOUT_S = 300
 
 
