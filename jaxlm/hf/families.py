@@ -241,8 +241,8 @@ FAMILIES: dict[str, Family] = {
     "granite": Family("GraniteForCausalLM", read_granite, write_granite),
 }
 HINTS = {
-    "gemma3": "it is the model of text and images; save its language model alone, as 'gemma3_text', "
-              "by the five lines in docs/checkpoints.md: text = Gemma3ForCausalLM(whole.config."
+    "gemma3": "it is the model of text and images; save its language model alone (gemma3_text), "
+              "by the lines in docs/checkpoints.md: text = Gemma3ForCausalLM(whole.config."
               "text_config); text.model, text.lm_head = whole.model.language_model, whole.lm_head",
 }
 
