@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from jaxlm.core.device import visible_accelerators
 from jaxlm.core.errors import DeviceError
 
 GIB = 2**30
@@ -67,6 +68,20 @@ def target(name: str) -> Target:
     )
 
 
+def target_like(device_kind: str) -> str | None:
+    """The target that is one chip of the kind that jax calls `device_kind`; None where none is.
+
+    >>> [target_like(kind) for kind in ("TPU v5 lite", "TPU v5", "NVIDIA H100 80GB HBM3", "cpu")]
+    ['v5e:1x1', 'v5p:1x1', 'h100', None]
+    """
+    kind = re.sub(r"(v\d) lite", r"\1e", device_kind.lower())
+    kind = re.sub(r"v5$", "v5p", kind)
+    for name in (*TPU_BYTES, *CARDS):
+        if re.search(rf"\b{name}\b", kind):
+            return name if name in CARDS else f"{name}:1x1"
+    return None
+
+
 def _tpu(name: str, kind: str, shape: str) -> Target:
     if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise DeviceError(f"target {name!r}: shape {shape!r}; expected such as 2x2 or 2x2x1")
@@ -74,6 +89,9 @@ def _tpu(name: str, kind: str, shape: str) -> Target:
         raise DeviceError(f"target {name!r} needs the TPU compiler: pip install libtpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # compile only: look for no TPU host
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if "TPU" not in visible_accelerators():  # else it complains at length that there is no host
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     topology = _topology(name, platform="tpu", topology_name=f"{kind}:{shape}")
     return Target(name, tuple(topology.devices), TPU_BYTES[kind])
 

@@ -81,9 +81,9 @@ def chain(name, sweep=NUMBERS, **values):
     )
 
 
-def against(temperature, amateur):
+def against(temperature, amateur, alpha=0.05, beta=0.5):
     """Contrastive scores as a sampler over the expert's logits."""
-    return Against(Categorical(temperature), Contrast(alpha=0.05, beta=0.5), amateur)
+    return Against(Categorical(temperature), Contrast(alpha, beta), amateur)
 
 
 AMATEUR = np.asarray(2.0 * jax.random.normal(jax.random.key(11), (VOCAB,)), np.float32)
@@ -114,6 +114,22 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_contract(case, check):
     check(case)
+
+
+# Against carries a row's amateur logits, so what stacks samplers or repeats rows is not for it
+ONE_AMATEUR = jnp.broadcast_to(jnp.asarray(AMATEUR), (ROWS, VOCAB))
+CONTRAST = Case("contrast", against(1.0, ONE_AMATEUR), contrast_reference,
+                against(0.0, ONE_AMATEUR), (against(1.0, ONE_AMATEUR, 0.2, 1.0),
+                                            against(0.5, ONE_AMATEUR, 0.05, 0.0)))
+
+
+@pytest.mark.parametrize("check", [
+    check for check in CHECKS if check.__name__ in (
+        "check_jit_equals_eager", "check_logprob_is_the_references", "check_cold_is_argmax",
+        "check_sweep_compiles_once", "check_nan_is_not_hidden",
+    )], ids=lambda check: check.__name__)
+def test_contrast_keeps_the_contract(check):
+    check(CONTRAST)
 
 
 def test_contrast_as_a_sampler_has_the_references_distribution():
