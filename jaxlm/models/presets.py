@@ -26,11 +26,11 @@ def _llama3(dim: int, layers: int, heads: int, ffn: int, factor: float, tied: bo
 
 def _qwen2(
     vocab: int, dim: int, layers: int, heads: int, kv_heads: int, ffn: int, max_len: int,
-    tied: bool,
+    tied: bool, norm_eps: float = 1e-6,
 ) -> ModelConfig:
     """Qwen 2.5, the base models."""
     return _llama(vocab, dim, layers, heads, kv_heads, ffn, max_len, Rope(1e6), family="qwen2",
-                  norm_eps=1e-6, qkv_bias=True, tie_embeddings=tied)
+                  norm_eps=norm_eps, qkv_bias=True, tie_embeddings=tied)
 
 
 def _qwen3(dim: int, layers: int, heads: int, ffn: int, tied: bool) -> ModelConfig:
@@ -85,8 +85,8 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen2.5-0.5b": _qwen2(151936, 896, 24, 14, 2, 4864, 32768, tied=True),
     "qwen2.5-1.5b": _qwen2(151936, 1536, 28, 12, 2, 8960, 131072, tied=True),
     "qwen2.5-7b": _qwen2(152064, 3584, 28, 28, 4, 18944, 131072, tied=False),
-    "qwen2.5-14b": _qwen2(152064, 5120, 48, 40, 8, 13824, 131072, tied=False),
-    "qwen2.5-32b": _qwen2(152064, 5120, 64, 40, 8, 27648, 131072, tied=False),
+    "qwen2.5-14b": _qwen2(152064, 5120, 48, 40, 8, 13824, 131072, False, 1e-5),
+    "qwen2.5-32b": _qwen2(152064, 5120, 64, 40, 8, 27648, 131072, False, 1e-5),
     "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
     "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
