@@ -2,7 +2,6 @@
 
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +9,9 @@ import jax
 import numpy as np
 
 from jaxlm.core.count import Count, count
+from jaxlm.core.hlo import collective_bytes
 
-COLLECTIVE = re.compile(
-    r"= (\(?[^=]*?\)?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(-start)?\("
-)
-INNER = re.compile(r"(body|condition|calls|to_apply)=%?([\w.\-]+)")
-TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
 KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"')
-SHAPE = re.compile(r"\b([a-z]+\d+)\[([\d,]*)\]")
-BITS = {"pred": 8, "s8": 8, "u8": 8, "s32": 32, "u32": 32, "s64": 64, "u64": 64, "s16": 16,
-        "u16": 16, "f32": 32, "f16": 16, "bf16": 16, "f64": 64, "s4": 4, "u4": 4}
 
 
 @dataclass(frozen=True)
@@ -115,55 +106,6 @@ def _text(compiled: Any) -> str | None:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:  # libtpu writes operations that jaxlib cannot read back
         return None
-
-
-def collective_bytes(hlo: str) -> int:
-    """Bytes that collectives of a compiled module produce, each as often as its loops run it.
-
-    A loop whose trips the compiler does not know counts once. Of the asynchronous forms only the
-    result counts, not the operand that stands beside it.
-
-    >>> collective_bytes("x = f32[4,8]{1,0} all-reduce(y), replica_groups={}")
-    128
-    """
-    total, callers = 0, _callers(hlo)
-    for name, line in _lines(hlo):
-        if not (match := COLLECTIVE.search(line)):
-            continue
-        shapes = SHAPE.findall(match.group(1))
-        if match.group(3) and match.group(2) in ("all-gather", "collective-permute"):
-            while shapes and shapes[-1] == ("u32", ""):  # the transfer's own, no data
-                shapes.pop()
-            shapes = shapes[len(shapes) // 2:]  # operands, then results
-        for kind, dims in shapes:
-            size = int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
-            total += size * BITS.get(kind, 32) // 8 * _runs(name, callers)
-    return total
-
-
-def _lines(hlo: str) -> Iterator[tuple[str, str]]:
-    """Each line with the computation that it stands in."""
-    name = ""
-    for line in hlo.splitlines():
-        if line.endswith("{") and " = " not in line:
-            name = line.removeprefix("ENTRY ").split("(")[0].strip().lstrip("%")
-        yield name, line
-
-
-def _callers(hlo: str) -> dict[str, tuple[str, int]]:
-    """Of each computation, who calls it, and how many times in a row."""
-    found = {}
-    for name, line in _lines(hlo):
-        trips = TRIPS.search(line)
-        for role, callee in INNER.findall(line):
-            found[callee] = name, int(trips.group(1)) if trips and role == "body" else 1
-    return found
-
-
-def _runs(name: str, callers: dict[str, tuple[str, int]]) -> int:
-    """How often a computation runs in a run of the program."""
-    caller, times = callers.get(name, ("", 1))
-    return times * _runs(caller, callers) if caller else times
 
 
 def argument_bytes(tree: Any) -> int:
