@@ -8,7 +8,8 @@ import pytest
 from experiments import _harness, fit_table
 
 CELL = {"total_bytes": 2**30, "device_bytes": 2**34, "fits": True, "refused": None, "flops": 2e9,
-        "flops_source": "compiler", "bytes_accessed": 2**31, "compile_seconds": 3.2, "cpu_seconds": 5.0, "load": 1.0}
+        "flops_source": "compiler", "bytes_accessed": 2**31,
+        "compile_seconds": 3.2, "cpu_seconds": 5.0, "load": 1.0}
 
 
 def test_the_page_is_up_to_date():

@@ -63,7 +63,8 @@ def summary(found: Fit) -> dict[str, Any]:
         "argument_bytes": program.arguments, "temporary_bytes": program.temporaries,
         "parameter_bytes_all": found.param_bytes, "cache_bytes_all": found.cache_bytes,
         "flops": program.flops, "bytes_accessed": program.bytes_accessed,
-        "flops_source": program.flops_source, "collective_bytes": program.collective_bytes, "kernels": program.kernels,
+        "flops_source": program.flops_source, "collective_bytes": program.collective_bytes,
+        "kernels": program.kernels,
         "compile_seconds": program.compile_seconds, "refused": program.refused,
     }
 

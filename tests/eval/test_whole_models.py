@@ -5,10 +5,12 @@ it fails.
 
 import importlib.util
 import os
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
+from experiments import fit_table
 from jaxlm.cache.parse import parse_cache
 from jaxlm.eval.fit import Fit, fit
 from jaxlm.models.lm import LM, count_params
@@ -60,6 +62,18 @@ def test_prefill_and_train_for_a_tpu(chip, job, fits):
     """AdamW of 1.5B parameters holds 18 GB: too much for one v5e, not for four."""
     found = fit(preset("qwen2.5-1.5b"), job, chip, batch=4, context=1024)
     check(found, "qwen2.5-1.5b", 4 if job == "train" else 2, fits)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "limit_s"), [("decode", 20), ("train", 120)])
+def test_the_compile_of_an_8b_takes_bounded_processor_time(job, limit_s, capsys):
+    """32 layers; 10 s and 60 s of wall time on two quiet cores are the aim."""
+    found = fit_table.compile_cell(("llama-3.1-8b", job, "dense", "v5e:2x4"), Path("unused"))
+    wall, used = found["compile_seconds"], found["cpu_seconds"]  # of the whole process
+    with capsys.disabled():
+        print(f" {job}: {wall:.1f} s wall, {used:.1f} s processor, load {found['load']}")
+    assert used < limit_s
 
 
 @needs_cuda
