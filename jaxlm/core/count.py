@@ -31,7 +31,7 @@ def count(closed: ClosedJaxpr, platform: str) -> Count:
     branches the dearest counts, or the one that is made for `platform` ("tpu", "cuda", "cpu").
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> loop = lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0]
       >>> found = count(jax.make_jaxpr(loop)(jnp.ones((4, 4))), "cpu")
       >>> found.flops, found.flops_once
