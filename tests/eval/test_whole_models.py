@@ -66,13 +66,16 @@ def test_prefill_and_train_for_a_tpu(chip, job, fits):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize(("job", "limit_s"), [("decode", 20), ("train", 120)])
-def test_the_compile_of_an_8b_takes_bounded_processor_time(job, limit_s, capsys):
+@pytest.mark.parametrize(("job", "chip", "limit_s"), [
+    ("decode", "v5e:2x4", 25), ("train", "v5p:2x2x2", 125),  # 5 s of each: the process's start
+])
+def test_the_compile_of_an_8b_takes_bounded_processor_time(job, chip, limit_s, capsys):
     """32 layers; 10 s and 60 s of wall time on two quiet cores are the aim."""
-    found = fit_table.compile_cell(("llama-3.1-8b", job, "dense", "v5e:2x4"), Path("unused"))
+    found = fit_table.compile_cell(("llama-3.1-8b", job, "dense", chip), Path("unused"))
     wall, used = found["compile_seconds"], found["cpu_seconds"]  # of the whole process
     with capsys.disabled():
         print(f" {job}: {wall:.1f} s wall, {used:.1f} s processor, load {found['load']}")
+    assert found["refused"] is None  # the compiler went all the way
     assert used < limit_s
 
 
