@@ -33,7 +33,7 @@ def run(
     Args:
       model: a preset such as llama-3.1-8b, a folder with a config.json, a hub id such as
         org/name (its config.json alone is fetched), or "tiny", the bundled model.
-      target: v5e:2x2, v5p:4x4x4, v6e:1x1, h100, h100:8, a100, t4, and the like.
+      target: v5e:2x2, v5p:4x4x4, v6e:1x1, h100, h100:8, a100, a100-80g, t4, and the like.
       job: the decode loop over a full cache, the prefill of a prompt, or an AdamW step.
       batch: rows in all.
       context: tokens a row.
@@ -73,7 +73,8 @@ def summary(found: Fit) -> dict[str, Any]:
         "argument_bytes": program.arguments, "temporary_bytes": program.temporaries,
         "parameter_bytes_all": found.param_bytes, "cache_bytes_all": found.cache_bytes,
         "flops": program.flops, "bytes_accessed": program.bytes_accessed,
-        "collective_bytes": program.collective_bytes, "kernels": program.kernels,
+        "flops_source": program.flops_source, "collective_bytes": program.collective_bytes,
+        "kernels": program.kernels,
         "compile_seconds": program.compile_seconds, "refused": program.refused,
     }
 
@@ -83,14 +84,15 @@ def as_table(found: Fit) -> str:
     program, limit = found.program, found.target.bytes_per_device
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
     gib = lambda value: "unknown" if value is None else f"{value / GIB:.2f} GiB"
+    source = {"compiler": "by the compiler's estimate"}.get(
+        program.flops_source, "matrix products, counted before optimisation")
     rows: list[list[Any]] = [
         ["a device", "of", found.target.name],
         ["arguments", gib(program.arguments), "parameters, caches and inputs"],
         ["temporaries", gib(program.temporaries), "what the program needs besides"],
         ["total", gib(program.total), f"of {gib(limit)}"],
-        ["FLOPs", "unknown" if program.flops is None else f"{program.flops:.3g}",
-         "a step; a loop's body counts once"],
-        ["bytes moved", gib(program.bytes_accessed), "by the compiler's estimate"],
+        ["FLOPs", f"{program.flops:.3g}", f"a step; {source}"],
+        ["bytes moved", gib(program.bytes_accessed), source],
         ["collectives", gib(program.collective_bytes), mesh],
         ["kernels", "unknown" if program.kernels is None else program.kernels,
          "of jaxlm's own (Pallas) in the program"],

@@ -54,6 +54,13 @@ def make_mesh(
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
+def _axes_of(axis: str, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
+    """The mesh axes, of more than one device, that a dimension goes over."""
+    target = rules.get(axis)
+    names = (target,) if isinstance(target, str) else tuple(target or ())
+    return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+
+
 def partition(
     axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES,
     path: str = "array", warned: set[tuple[str, int]] | None = None,
@@ -68,9 +75,7 @@ def partition(
     warned = set() if warned is None else warned
     taken: dict[str, str] = {}  # mesh axis: dimension
     for axis, size in zip(axes, shape, strict=True):
-        target = rules.get(axis)
-        names = (target,) if isinstance(target, str) else tuple(target or ())
-        names = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+        names = _axes_of(axis, mesh, rules)
         ways = int(np.prod([mesh.shape[name] for name in names], dtype=int))
         if size % ways:
             if (axis, size) not in warned:
@@ -103,6 +108,21 @@ def shardings(axes: Params, shapes: Params, mesh: Mesh, rules: Rules = RULES) ->
         path: NamedSharding(mesh, partition(names[path], leaf.shape, mesh, rules, path, warned))
         for path, leaf in flatten(shapes).items()
     })
+
+
+def keep_rows(x: jax.Array, mesh: Mesh | None, rules: Rules = RULES) -> jax.Array:
+    """Inside a jit, hold an activation's rows over the batch axes; without a mesh, do nothing.
+
+    The compiler else may follow a parameter split over `fsdp` and give every device all rows. A
+    batch that does not divide stays as the compiler has it.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    ways = int(np.prod([mesh.shape[name] for name in _axes_of("batch", mesh, rules)], dtype=int))
+    if ways == 1 or x.shape[0] % ways:
+        return x
+    spec = partition(("batch",) + ("",) * (x.ndim - 1), x.shape, mesh, rules, "activation")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def shard_batch(tree: Any, mesh: Mesh | None, rules: Rules = RULES) -> Any:

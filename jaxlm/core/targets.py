@@ -37,7 +37,9 @@ CARDS = {
     "h200": Card("NVIDIA H200", 150754820096, 4800000000000, 132, 128, (9, 0),
                  233472, 232448, 52428800),
     "a100": Card("NVIDIA A100-SXM4-40GB", 42298834944, 1555200000000, 108, 64, (8, 0),
-                 167936, 166912, 41943040),
+                 167936, 166912, 41943040, clock_ghz=1.41),
+    "a100-80g": Card("NVIDIA A100-SXM4-80GB", 85100068864, 2039040000000, 108, 64, (8, 0),
+                     167936, 166912, 41943040, clock_ghz=1.41),
     "t4": Card("NVIDIA Tesla T4", 15843721216, 320064000000, 40, 64, (7, 5),
                65536, 65536, 4194304, threads_core=1024),
 }
@@ -53,7 +55,8 @@ class Target:
 
 
 def target(name: str) -> Target:
-    """`v5e:2x2`, `v5p:2x2x1`, `v6e:1x1`, `v4:2x2x1`; `h100`, `h200`, `a100`, `t4`, or `h100:8`.
+    """`v5e:2x2`, `v5p:2x2x1`, `v6e:1x1`, `v4:2x2x1`; `h100`, `h200`, `a100` (40 GB),
+    `a100-80g`, `t4`, or `h100:8`.
 
     Raises: DeviceError for an unknown name, or when the compiler for it is not installed.
     """
