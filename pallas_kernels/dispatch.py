@@ -49,7 +49,7 @@ def dispatch(table: Mapping[str, Callable], implementation: Implementation, *arg
       ValueError: an unknown name. NotImplementedError: every one asked for declined.
     """
     if implementation is None:
-        names: Sequence[str] = preferred()
+        names: Sequence[str] = [name for name in preferred() if name in table]
     else:
         names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     unknown = [name for name in names if name not in table]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.core.device import require
 from jaxlm.core.errors import DeviceError
 from jaxlm.core.hosts import check_same, spans_processes
 from jaxlm.core.tree import Params, flatten, unflatten
@@ -33,12 +34,13 @@ def make_mesh(
       >>> make_mesh(devices=jax.devices()[:1]).shape["tensor"]
       1
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(require() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise DeviceError(
-                f"mesh axis {name!r} has size {size!r}; expected a whole number of at least 1"
+                f"mesh axis {name!r} has size {size!r}; expected a whole number of at least 1, "
+                "as in make_mesh(data=2, tensor=4)"
             )
     sizes = {name: int(size) for name, size in sizes.items()}
     if int(np.prod(list(sizes.values()))) != len(devices):

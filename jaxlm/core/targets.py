@@ -84,7 +84,7 @@ def _gpu(name: str, card: Card, count: str) -> Target:
     plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     if not any(_found(plugin) for plugin in plugins):
         raise DeviceError(
-            f"target {name!r} needs the CUDA compiler, though no GPU: pip install 'jaxlm[cuda13]'"
+            f"target {name!r} needs the CUDA compiler, though no GPU: pip install 'jax[cuda13]'"
         )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     topology = _topology(

@@ -137,7 +137,7 @@ class _Reference:
         except ImportError as error:
             raise ConfigError(
                 f"verification compares with transformers on torch, which is not here ({error}); "
-                'pip install "jaxlm[torch]"'
+                "pip install torch"
             ) from error
         self.torch: Any = torch
         self.model: Any = AutoModelForCausalLM.from_pretrained(

@@ -62,8 +62,9 @@ class LM:
     per_token: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.plan, tuple):  # a list would not hash
-            raise ConfigError(f"plan is {self.plan!r}; expected a tuple of LayerPlan")
+        plan = self.plan  # a list would not hash
+        if not isinstance(plan, tuple) or not all(isinstance(p, LayerPlan) for p in plan):
+            raise ConfigError(f"plan is {plan!r}; expected a tuple of LayerPlan, one a layer")
         if self.per_token and self.labels is None:
             raise ConfigError("per_token is for a model with labels; set labels")
         if self.plan and len(self.plan) != self.config.num_layers:
@@ -204,8 +205,10 @@ class LM:
         Raises: ShapeError for arrays that do not fit together, ConfigError for an unknown want.
         """
         batch, time = check_tokens(tokens_BT)
-        if unknown := set(want) - {"hidden", "taps"}:
-            raise ConfigError(f"want holds {sorted(unknown)}; expected 'hidden' or 'taps'")
+        if not isinstance(want, tuple | list | set) or set(want) - {"hidden", "taps"}:
+            raise ConfigError(f"want is {want!r}; expected a tuple of 'hidden' and 'taps', or ()")
+        if not isinstance(mask, Mask):
+            raise ConfigError(f"mask is {mask!r}; expected a Mask, such as jaxlm.Mask(causal=True)")
         if want and "taps" in want and self.remat:
             raise ConfigError("taps cannot be read through remat; use LM(remat=False)")
         aligned = positions_BT is None

@@ -117,7 +117,7 @@ def test_without_torch_the_error_says_what_to_install(twin, monkeypatch):
         verify(twin("llama"), TEXTS)
 
 
-@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not here: jaxlm[torch]")
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not here")
 def test_live(twin):
     """Where torch is, in the quick tests too: a right checkpoint passes, a wrong one is found."""
     folder, other = twin("gemma2"), twin("gemma2_other")
