@@ -3,8 +3,9 @@
 The decode loop of a whole model is compiled for the target; the largest batch is the one whose
 memory, by the compiler's count, leaves 5% of the device free. Arguments are bilinear in layers and
 rows and temporaries nearly so: four small compilations (2 and 4 layers, 8 and 16 rows) predict the
-batch; the whole model is then compiled at it, and the batch moves until it fits and one more step
-of rows, at the rows' own bytes, does not. A cell that was only predicted says so (`compiled` 0). A
+batch; the whole model is then compiled at it, and the batch moves until it compiles and fits and
+one more step of rows would not, at the rows' own bytes, or half-way to a batch that the compiler
+refused (`refused_batch`) is no step more. A cell that was only predicted says so (`compiled` 0). A
 T4 has no bfloat16 units: its 16 bits are float16. Also the bytes of the states alone, everything
 counted, as shares of 16-bit ones, and the ratio of whole memory in the setting of SQuat's paper
 (Llama-2-7B, prompt 160, output 338; arXiv 2503.24358 states 2.17 to 2.82 times), predicted at
@@ -52,7 +53,7 @@ def compiled(model: str, target: str, context: int, cache: str, rows: int,
     found = fit(config, "decode", target, batch=rows, context=context, cache=parse_cache(cache),
                 dtype=dtype)
     return {"total": found.program.total, "temporaries": found.program.temporaries,
-            "refused": found.program.refused is not None, "step": found.mesh["data"],
+            "refused": found.program.refused, "step": found.mesh["data"],
             "cache": found.cache_bytes}
 
 
@@ -86,19 +87,21 @@ def largest(model: str, target: str, context: int, cache: str, whole: bool,
     cell = {"usable": usable, "bytes_a_row": int(row), "predicted": batch, "compiled": 0}
     if batch < step or not whole:
         return cell | {"batch": batch, "bytes": int(memory(batch))}
-    tried = set()
-    while batch > 0:
-        found = look(batch)
-        tried.add(batch)
+    fits, refused, compilations = 0, None, 0  # batches known to fit, and not to
+    while batch > fits:
+        found, compilations = look(batch), compilations + 1
         over = found["total"] - usable
-        better = floor(batch - over / row) if over > 0 or over < -row * step else batch
-        if over > 0:
-            better = min(better, batch - step)
-        if better == batch or (over <= 0 and better in tried):
-            return cell | {"batch": batch, "bytes": found["total"], "compiled": len(tried),
-                           "temporaries": found["temporaries"], "cache_bytes": found["cache"]}
-        batch = better
-    return cell | {"batch": 0, "bytes": int(memory(0)), "compiled": len(tried)}
+        if found["refused"] or over > 0:  # a refusal tells little of how much was missing
+            refused = batch
+            less = floor(0.97 * batch) if found["refused"] else floor(batch - over / row)
+            batch = max(min(less, batch - step), fits)
+            continue
+        fits, cell = batch, cell | {
+            "batch": batch, "bytes": found["total"], "temporaries": found["temporaries"],
+            "cache_bytes": found["cache"], "refused_batch": refused}
+        more = floor(batch - over / row)  # what the rows' own bytes leave room for
+        batch = more if refused is None else min(more, floor((fits + refused) / 2))
+    return {"batch": 0, "bytes": int(memory(0))} | cell | {"compiled": compilations}
 
 
 def fraction(cache: str, slots: int, head_dim: int = 128) -> float:
