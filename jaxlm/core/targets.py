@@ -79,6 +79,9 @@ def target_like(device_kind: str) -> str | None:
     """
     kind = re.sub(r"(v\d) lite", r"\1e", device_kind.lower())
     kind = re.sub(r"v5$", "v5p", kind)
+    for name, card in CARDS.items():  # "A100" alone is the card of 40 GB
+        if card.title.lower() == kind:
+            return name
     for name in (*TPU_BYTES, *CARDS):
         if re.search(rf"\b{name}\b", kind):
             return name if name in CARDS else f"{name}:1x1"

@@ -114,7 +114,7 @@ def test_labels_learn():
 
 def test_without_torch_the_error_says_what_to_install(twin, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ConfigError, match=r"jaxlm\[torch\]"):
+    with pytest.raises(ConfigError, match="pip install torch"):
         verify(twin("llama"), TEXTS)
 
 
