@@ -10,6 +10,8 @@ on 2 cores.
 """
 
 import argparse
+import ast
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -27,7 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-FIELDS = ("name", "command", "device", "smoke", "versions", "seed", "commit", "metrics")
+FIELDS = ("name", "command", "device", "smoke", "versions", "seed", "commit", "dirty", "sources",
+          "metrics")
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
@@ -55,7 +58,8 @@ def run(
     args = arguments.parse_args(argv)
     check_out(args.out, args.smoke)
     command = shlex.join(["python", f"experiments/{Path(script).name}", *argv])
-    result = record(Path(script).stem, command, args, measure(args))
+    made = origin(Path(script))  # before it is measured: sources may change meanwhile
+    result = record(Path(script).stem, command, args, made, measure(args))
     if args.out:
         write_json(result, args.out)
     else:
@@ -86,10 +90,13 @@ def check_out(out: Path | None, smoke: bool) -> None:
         raise SystemExit(f"--smoke measures nothing: {out} is under {RESULTS}; write it elsewhere")
 
 
-def record(name: str, command: str, args: argparse.Namespace, metrics: dict) -> dict[str, Any]:
-    """The result in the contract's form."""
-    values = (name, command, device(), args.smoke, versions(), args.seed, commit(), plain(metrics))
-    return dict(zip(FIELDS, values, strict=True))
+def record(
+    name: str, command: str, args: argparse.Namespace, made: dict[str, Any], metrics: dict
+) -> dict[str, Any]:
+    """The result in the contract's form; `made` as `origin` gives it."""
+    known = {"name": name, "command": command, "device": device(), "smoke": args.smoke,
+             "versions": versions(), "seed": args.seed, "metrics": plain(metrics), **made}
+    return {field: known[field] for field in FIELDS}
 
 
 def device() -> str:
@@ -121,13 +128,49 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    """The commit, with `-dirty` if tracked files differ; `JAXLM_COMMIT` where there is no git."""
+def origin(script: Path) -> dict[str, Any]:
+    """What a result was made from; none of it is ever edited afterwards.
+
+    `commit`, of which a rebase makes another (`JAXLM_COMMIT` where there is no git); `dirty`, that
+    tracked files differed from it (None: unknown); `sources`, which survives a rebase.
+    """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        dirty: bool | None = bool(_git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("JAXLM_COMMIT", "unknown")
+        head, dirty = os.environ.get("JAXLM_COMMIT", "unknown"), None
+    return {"commit": head, "dirty": dirty, "sources": sources(script)}
+
+
+def sources(script: Path) -> str:
+    """sha256 over the names and the bytes of the Python files that a script's result depends on:
+    itself, the experiments that it imports, and all of jaxlm and pallas_kernels."""
+    files = {*(ROOT / "jaxlm").rglob("*.py"), *(ROOT / "pallas_kernels").rglob("*.py")}
+    waiting = [script.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path not in files and path.exists():
+            files.add(path)
+            waiting += [ROOT / "experiments" / f"{name}.py" for name in _experiments(path)]
+    digest = hashlib.sha256()
+    names = {str(p.relative_to(ROOT) if p.is_relative_to(ROOT) else p.name): p for p in files}
+    for name in sorted(names):
+        digest.update(f"{name} {hashlib.sha256(names[name].read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _experiments(path: Path) -> set[str]:
+    """The modules of `experiments` that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "experiments":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names
+                      if alias.name.startswith("experiments.")}
+    return found
 
 
 def _git(*arguments: str) -> str:

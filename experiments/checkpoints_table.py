@@ -21,7 +21,7 @@ def row(name: str) -> str:
     config = preset(name)
     weights = 2 * count_params(LM(config))
     total = weights + cache_bytes(config)
-    chip = next(chip for chip, size in CHIPS.items() if total <= (1 - FREE) * size)
+    chip = next((chip for chip, size in CHIPS.items() if total <= (1 - FREE) * size), "several")
     return (f'| {name} | `jaxlm.load("{CHECKPOINTS[name]}")` | {weights / 2**30:.1f} GiB '
             f"| {total / 2**30:.1f} GiB | {chip} | no |")
 

@@ -28,7 +28,7 @@ BEGIN, END = "<!-- table: experiments/fit_table.py -->", "<!-- end of table -->"
 GPU_PYTHON = _harness.ROOT / ".venv-gpu" / "bin" / "python"
 GPU_FLAGS = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS":
              "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"}
-CARDS = ("h100", "h200", "a100", "t4")
+CARDS = ("h100", "h200", "a100", "a100-80g", "t4")
 SIZES = {"decode": (8, 8192), "prefill": (4, 2048), "train": (8, 2048)}  # rows, tokens a row
 CACHES = {"decode": ("dense", "squat8", "kivi2", "squat2"), "prefill": ("dense", "squat2"),
           "train": ("dense",)}
@@ -155,9 +155,8 @@ def table(metrics: dict[str, Any]) -> str:
             continue
         gib = lambda name, cell=cell: f"{cell[name] / 2**30:.1f}"
         fits = "yes" if cell["fits"] else "**no**"
-        unknown = cell["flops"] is None  # no card's compiler estimates, nor one that refused
-        work = ["", ""] if unknown else [f"{cell['flops'] / 1e9:.0f}",
-                                         f"{gib('bytes_accessed')} GiB"]
+        mark = "" if cell["flops_source"] == "compiler" else "*"  # counted before optimisation
+        work = [f"{cell['flops'] / 1e9:.0f}{mark}", f"{gib('bytes_accessed')}{mark} GiB"]
         lines.append(start + " | ".join([
             f"{gib('total_bytes')} of {gib('device_bytes')} GiB", fits, *work,
             f"{cell['compile_seconds']:.0f} s", f"{cell['cpu_seconds']:.0f} s",

@@ -1,17 +1,24 @@
 """How much text fits a chip, by its own compiler, for every cache kind; no such chip is needed.
 
 The decode loop of a whole model is compiled for the target; the largest batch is the one whose
-memory, by the compiler's count, leaves 5% of the device free. Memory grows by the same bytes a row,
-so two small compilations predict the batch, and a third and fourth prove it and refuse the next.
-Also the bytes of the states alone, everything counted, as shares of 16-bit ones.
+memory, by the compiler's count, leaves 5% of the device free. Arguments are bilinear in layers and
+rows and temporaries nearly so: four small compilations (2 and 4 layers, 8 and 16 rows) predict the
+batch; the whole model is then compiled at it, and the batch moves until it compiles and fits and
+one more step of rows would not, at the rows' own bytes, or half-way to a batch that the compiler
+refused (`refused_batch`) is no step more. A cell that was only predicted says so (`compiled` 0). A
+T4 has no bfloat16 units: its 16 bits are float16. Also the bytes of the states alone, everything
+counted, as shares of 16-bit ones, and the ratio of whole memory in the setting of SQuat's paper
+(Llama-2-7B, prompt 160, output 338; arXiv 2503.24358 states 2.17 to 2.82 times), predicted at
+several batches.
 
 Command: python experiments/kv_capacity.py --out experiments/results/kv_capacity/cpu.json
 Hardware: any CPU, 8 GB of memory; libtpu for v5e, the jax CUDA wheels for T4 and H100
-Minutes: 60, a minute or less a cell; goes on where it was stopped
+Minutes: 180 on 2 idle cores; goes on where it was stopped (`--whole` alone predicts only: 60)
 Expected: capacity_ratio 4.6 (v5e:2x4, Llama-3.1-8B, 16k), kv_bytes_fraction_4k at most 0.204
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +28,80 @@ import jax.numpy as jnp
 from experiments._harness import Resumable, run
 from jaxlm.cache.parse import parse_cache
 from jaxlm.core.errors import DeviceError
+from jaxlm.core.targets import target as open_target
 from jaxlm.core.tree import nbytes
-from jaxlm.eval.fit import RESERVE, Fit, fit
-from jaxlm.models.config import AttentionSpec, ModelConfig, Rope
+from jaxlm.eval.fit import RESERVE, fit
+from jaxlm.models.config import AttentionSpec, Rope
 from jaxlm.models.presets import preset
 
-TARGETS = ("v5e:2x4", "v5e:1x1", "t4", "h100")
+TARGETS = ("v5e:2x4", "v5e:1x1", "h100", "t4")
 MODELS = ("llama-3.1-8b", "llama-3.2-3b", "qwen2.5-1.5b")
-KINDS = {"bf16": "dense", "int8": "kivi8", "4-bit": "squat4", "2-bit": "squat2",
+KINDS = {"bf16": "dense", "2-bit": "squat2", "4-bit": "squat4", "int8": "kivi8",
          "2-bit, 8-bit scales": "squat2:scales=int8"}
 CONTEXTS = (16384, 4096)
-PROBES = (8, 16)  # rows of the two compilations that predict
+LAYERS, ROWS = (2, 4), (8, 16)  # of the small compilations
+PAPER = ("h100", "llama-2-7b", 498, (32, 64, 128))  # prompt 160 and output 338
 
 
-def largest(config: ModelConfig, target: str, context: int, cache: str) -> dict[str, Any]:
-    """The largest batch that fits, its memory, and the next one's refusal."""
-    compile_for = lambda batch: fit(config, "decode", target, batch=batch, context=context,
-                                    cache=parse_cache(cache))
-    few, more = (compile_for(batch) for batch in PROBES)
-    row = (more.program.total - few.program.total) / (PROBES[1] - PROBES[0])
-    usable = (1 - RESERVE) * few.target.bytes_per_device
-    batch = int((usable - few.program.total) / row) + PROBES[0]
-    tried: dict[int, Fit] = {PROBES[0]: few, PROBES[1]: more}
-    look = lambda batch: tried.setdefault(batch, tried.get(batch) or compile_for(batch))
-    while batch > 0 and not look(batch).fits:
-        batch -= 1
-    while batch > 0 and look(batch + 1).fits:
-        batch += 1
-    if batch < 1:
-        return {"batch": 0, "bytes": few.program.total, "usable": int(usable)}
-    found = look(batch)
-    return {"batch": batch, "bytes": found.program.total, "usable": int(usable),
-            "temporaries": found.program.temporaries, "next_bytes": look(batch + 1).program.total,
-            "cache_bytes": found.cache_bytes, "compilations": len(tried)}
+def compiled(model: str, target: str, context: int, cache: str, rows: int,
+             layers: int | None = None) -> dict[str, Any]:
+    """The compiler's memory for one program, in bytes a device."""
+    config = preset(model)
+    config = config if layers is None else config.replace(
+        num_layers=layers, windows=config.windows[:layers])
+    dtype = jnp.float16 if target.startswith("t4") else jnp.bfloat16
+    found = fit(config, "decode", target, batch=rows, context=context, cache=parse_cache(cache),
+                dtype=dtype)
+    return {"total": found.program.total, "temporaries": found.program.temporaries,
+            "refused": found.program.refused, "step": found.mesh["data"],
+            "cache": found.cache_bytes}
+
+
+def predicted(corners: dict[tuple[int, int], dict], layers: int, rows: float) -> float:
+    """Bytes at (layers, rows): arguments as the bilinear function through the corners, and
+    temporaries from the largest corner on, no slope below 0."""
+    (few, many), (low, high) = LAYERS, ROWS
+    held = {at: corner["total"] - corner["temporaries"] for at, corner in corners.items()}
+    loose = {at: corner["temporaries"] for at, corner in corners.items()}
+    at = lambda n: held[n, low] + (held[n, high] - held[n, low]) / (high - low) * (rows - low)
+    arguments = at(few) + (at(many) - at(few)) / (many - few) * (layers - few)
+    by_row = max(loose[many, high] - loose[many, low], 0) / (high - low)
+    by_layer = max(loose[many, high] - loose[few, high], 0) / (many - few)
+    extra = loose[many, high] + by_row * (rows - high) + by_layer * (layers - many)
+    return arguments + max(extra, 0.0)
+
+
+def largest(model: str, target: str, context: int, cache: str, whole: bool,
+            kept: Resumable) -> dict[str, Any]:
+    """The largest batch that fits: predicted, and where asked for proved by the whole model."""
+    look = lambda rows, layers=None: kept(
+        f"{target} {model} {context} {cache} {rows} rows {layers or 'all'} layers",
+        partial(compiled, model, target, context, cache, rows, layers))
+    corners = {(n, rows): look(rows, n) for n in LAYERS for rows in ROWS}
+    layers, step = preset(model).num_layers, corners[LAYERS[0], ROWS[0]]["step"]
+    usable = int((1 - RESERVE) * open_target(target).bytes_per_device)
+    memory = partial(predicted, corners, layers)
+    row = memory(1) - memory(0)
+    floor = lambda rows: max(int(rows // step) * step, 0)
+    batch = floor((usable - memory(0)) / row)
+    cell = {"usable": usable, "bytes_a_row": int(row), "predicted": batch, "compiled": 0}
+    if batch < step or not whole:
+        return cell | {"batch": batch, "bytes": int(memory(batch))}
+    fits, refused, compilations = 0, None, 0  # batches known to fit, and not to
+    while batch > fits:
+        found, compilations = look(batch), compilations + 1
+        over = found["total"] - usable
+        if found["refused"] or over > 0:  # a refusal tells little of how much was missing
+            refused = batch
+            less = floor(0.97 * batch) if found["refused"] else floor(batch - over / row)
+            batch = max(min(less, batch - step), fits)
+            continue
+        fits, cell = batch, cell | {
+            "batch": batch, "bytes": found["total"], "temporaries": found["temporaries"],
+            "cache_bytes": found["cache"], "refused_batch": refused}
+        more = floor(batch - over / row)  # what the rows' own bytes leave room for
+        batch = more if refused is None else min(more, floor((fits + refused) / 2))
+    return {"batch": 0, "bytes": int(memory(0))} | cell | {"compiled": compilations}
 
 
 def fraction(cache: str, slots: int, head_dim: int = 128) -> float:
@@ -62,6 +110,21 @@ def fraction(cache: str, slots: int, head_dim: int = 128) -> float:
     size = lambda name: nbytes(jax.eval_shape(
         lambda: parse_cache(name).init(spec, 1, slots, jnp.bfloat16)))
     return size(cache) / size("dense")
+
+
+def paper_ratios(kept: Resumable) -> list[dict[str, Any]]:
+    """Whole memory with 16-bit caches over that with 2-bit ones, in the paper's setting."""
+    target, model, context, batches = PAPER
+    corners = {}
+    for cache in ("dense", "squat2"):
+        corners[cache] = {(n, rows): kept(
+            f"{target} {model} {context} {cache} {rows} rows {n} layers",
+            partial(compiled, model, target, context, cache, rows, n))
+            for n in LAYERS for rows in ROWS}
+    memory = lambda cache, rows: predicted(corners[cache], preset(model).num_layers, rows)
+    return [{"rows": rows, "bf16_bytes": int(memory("dense", rows)),
+             "2-bit_bytes": int(memory("squat2", rows)),
+             "ratio": memory("dense", rows) / memory("squat2", rows)} for rows in batches]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,26 +139,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     metrics["rows"] = rows = []
     if args.smoke:
         return metrics
-    kept = Resumable(Path(args.parts), {"probes": PROBES, "reserve": RESERVE})
-    for target in args.targets:
-        for model in args.models:
-            for context in args.contexts:
-                for name in args.kinds:
-                    key = f"{target} {model} {context} {KINDS[name]}"
-                    cell = {"target": target, "model": model, "context": context, "kind": name}
-                    try:
-                        cell |= kept(key, lambda m=model, t=target, c=context, n=name: largest(
-                            preset(m), t, c, KINDS[n]))
-                    except DeviceError as error:
-                        cell |= {"left_out": str(error)}
-                    rows.append(cell)
-                    print(cell, flush=True)
+    kept = Resumable(Path(args.parts), {"layers": LAYERS, "rows": ROWS})
+    cells = [(t, m, c, n) for t in args.targets for m in args.models for c in args.contexts
+             for n in args.kinds]
+    for target, model, context, name in cells:
+        cell = {"target": target, "model": model, "context": context, "kind": name}
+        whole = target in args.whole
+        try:
+            cell |= largest(model, target, context, KINDS[name], whole, kept)
+        except DeviceError as error:
+            cell |= {"left_out": str(error)}
+        rows.append(cell)
+        print(cell, flush=True)
     batches = {cell["kind"]: cell.get("batch", 0) for cell in rows if
                (cell["target"], cell["model"], cell["context"]) == (TARGETS[0], MODELS[0], 16384)}
-    if batches.get("bf16") and batches.get("2-bit"):
-        metrics["capacity_ratio"] = batches["2-bit"] / batches["bf16"]
-        metrics["capacity_ratio_8bit_scales"] = (
-            batches.get("2-bit, 8-bit scales", 0) / batches["bf16"])
+    for name, metric in (("2-bit", "capacity_ratio"),
+                         ("2-bit, 8-bit scales", "capacity_ratio_8bit_scales")):
+        if batches.get("bf16") and batches.get(name):
+            metrics[metric] = batches[name] / batches["bf16"]
+    try:
+        metrics["paper_setting"] = paper_ratios(kept)
+    except DeviceError as error:
+        metrics["paper_setting_left_out"] = str(error)
     return metrics
 
 
@@ -105,7 +170,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--parts", default="kv_capacity.parts.json", help="finished cells")
+    parser.add_argument("--whole", nargs="*", default=list(TARGETS),
+                        help="targets whose cells the whole model proves")
+    parser.add_argument("--parts", default="kv_capacity.parts.json", help="finished compilations")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 A random Llama (width 512, 8 layers, 8 query and 4 kv heads of 64) decodes a batch of 8 over caches
 that already hold so many tokens. Kinds take turns, so that a busy machine slows all alike; a ratio
 is the median of the turns' ratios. transformers' QuantizedCache is timed in the same turns with the
-same sizes and threads when its backend (`optimum-quanto`, `hqq`) can be imported; it is given the
-same codes' bits and group size.
+same sizes and threads when its backend (`optimum-quanto`, `hqq`) can be imported, at 2 bits; its
+groups are of 64, which is all that quanto takes. On an accelerator also `attention` and
+`throughput` of kv_device.py: bytes a second, the fastest bfloat16 attention, equal memory.
 
 Command: python experiments/kv_speed.py --out experiments/results/kv_speed/cpu.json
+Peers: pip install --no-deps optimum-quanto hqq termcolor accelerate einops (beside torch on a CPU)
 Hardware: any; a CPU of 2 cores for the figures of the README
 Minutes: 15
 Expected: cpu_step_vs_quantizedcache 5 or more; cpu_step_vs_dense 1.5 or less
@@ -21,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments import kv_device
 from experiments._harness import run, seconds
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.parse import parse_cache
@@ -32,7 +35,8 @@ from jaxlm.models.lm import LM
 
 CONFIG = ModelConfig(vocab_size=512, dim=512, num_layers=8, num_heads=8, num_kv_heads=4,
                      head_dim=64, ffn_dim=1408, max_len=32768)
-KINDS = ("dense", "kivi2", "squat2", "squat4", "squat8")
+KINDS = ("dense", "squat2", "kivi2", "squat4", "squat8", "squat2:rope=before", "rkivi2",
+         "turboquant2")
 BATCH, TOKENS, PROMPT = 8, 8, 32  # rows; tokens a timing, one flush period; the cheapest prompt
 
 
@@ -121,6 +125,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             rows.append({"kind": name, "cached": cached, "ms": 1e3 * statistics.median(times),
                          "ms_min": 1e3 * min(times), "bytes": size})
         metrics |= ratios(turns)
+    if jax.default_backend() != "cpu":
+        metrics |= {"attention": kv_device.attention_rates(args),
+                    "throughput": kv_device.throughput(args)}
     return metrics
 
 

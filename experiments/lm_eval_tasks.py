@@ -5,7 +5,7 @@ JSON lines, runs `lm_eval.simple_evaluate` on them through jaxlm.eval.lm_eval, a
 figures by `generate` and `score` alone. A smoke run without the harness does the latter only.
 
 Command: python experiments/lm_eval_tasks.py --out experiments/results/lm_eval_tasks/cpu.json
-Hardware: 2 CPU cores; pip install "jaxlm[lm-eval]" torch==2.13.0 (the harness seeds torch)
+Hardware: 2 CPU cores; pip install ".[lm-eval]" torch==2.13.0 (the harness seeds torch)
 Minutes: 2
 Expected: harness and library equal in each figure
 """

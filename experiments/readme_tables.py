@@ -1,8 +1,8 @@
-"""Rewrite the README's results from experiments/results, between the two marker comments.
+"""Rewrite the results in README.md and docs/performance.md, between their two marker comments.
 
 Command: python experiments/readme_tables.py
 
-No figure in the README is typed by hand; tests/test_readme.py fails when one is out of date.
+No figure there is typed by hand; tests/test_readme.py fails when one is out of date.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- results: experiments/readme_tables.py -->", "<!-- end of results -->"
 
 
@@ -57,7 +58,27 @@ ROWS = (
     Row("quant_ablation", "heldout_ratio_max", "the same, worst input"),
     Row("quant_decode_cpu", "cpu_attention_vs_dense",
         "attention over 2-bit codes, time over float32 dense, 8 rows x 4,096 tokens"),
+    Row("kv_speed", "cpu_step_vs_dense",
+        "a decode step with a 2-bit cache, time over float32 dense, 8 rows x 4,096 tokens"),
+    Row("kv_speed", "cpu_step_vs_quantizedcache",
+        "the same step against transformers' QuantizedCache, 2 bits", TIMES),
+    Row("kv_capacity", "kv_bytes_fraction_4k",
+        "bytes of a 2-bit cache over 16-bit, everything counted, 4,096 tokens", "{:.3f}"),
+    Row("kv_capacity", "capacity_ratio", "rows of 16k tokens that fit v5e:2x4 by its compiler, "
+        "Llama-3.1-8B, 2-bit cache over bfloat16", TIMES),
+    *(Row("kv_quality", f"{task}_drop_points{tail}", f"{words}, points lost at {bits} bits")
+      for task, words in (("recall", "recall in one prompt"),
+                          ("lookup", "recall asked after the context was coded"),
+                          ("arithmetic", "medium arithmetic"))
+      for tail, bits in (("", 2), ("_4bit", 4))),
+    Row("kv_quality", "best_share",
+        "2-, 4- and 8-bit caches: SQuat best or tied among all kinds of as many bits", PERCENT),
 )
+
+WANTED = (("decode_b1_ratio", "15"), ("decode_b32_ratio", "2, better 4"),
+          ("bandwidth_fraction", "0.7"), ("decode_135m_ratio", "1.2"), ("prefill_ratio", "1.2"),
+          ("first_token_s", "at most 5"), ("import_s", "at most 0.3"),
+          ("import_and_names_s", "at most 0.3"))
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -117,17 +138,46 @@ def block(found: list[dict[str, Any]]) -> str:
 
 def rewritten(readme: str, found: list[dict[str, Any]]) -> str:
     """The README with its results up to date."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"the README needs {BEGIN!r} and {END!r} once each")
-    before, rest = readme.split(BEGIN)
+    return between(readme, block(found))
+
+
+def between(page: str, text: str) -> str:
+    """The page with `text` between its two markers."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page needs {BEGIN!r} and {END!r} once each")
+    before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{block(found)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def targets(bench: dict[str, Any]) -> str:
+    """The table of docs/performance.md: what was wanted, what was measured, and its range."""
+    cells = [["figure", "on", "wanted", "measured", "range", "ceiling"], ["---"] * 6]
+    ceilings = bench["metrics"].get("decode_b1_ceiling", {})
+    for metric, wanted in WANTED:
+        found = bench["metrics"].get(metric)
+        if found is None:
+            continue
+        named = {"": found} if not isinstance(found, dict) or "ratio" in found else found
+        for name, value in named.items():
+            number, ends = _number(value), isinstance(value, dict)
+            span = f"{value['ratio_min']:.2f} to {value['ratio_max']:.2f}" if ends else ""
+            limit = ceilings.get(name) if metric == "decode_b1_ratio" else None
+            cells.append([f"`{metric}`", name, wanted, f"{number:.2f}", span,
+                          f"{limit:.1f}" if limit else ""])
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def main() -> int:
-    """Rewrite the README; 0 when it was up to date or is now."""
+    """Rewrite the README and docs/performance.md."""
     README.write_text(rewritten(README.read_text(), results(RESULTS)))
+    PERFORMANCE.write_text(between(PERFORMANCE.read_text(), bench_table()))
     return 0
+
+
+def bench_table() -> str:
+    """`targets` of the committed result."""
+    return targets(json.loads((RESULTS / "bench_decode" / "cpu.json").read_text()))
 
 
 if __name__ == "__main__":

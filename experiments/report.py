@@ -1,4 +1,4 @@
-"""Gather experiments/results and the plots beside them into one HTML page that needs no other file.
+"""Draw the plots beside experiments/results anew, and gather all into one self-contained page.
 
 Command: python experiments/report.py --out report/experiments.html
 """
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments import plots
 from jaxlm.eval import report as html
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -25,6 +26,21 @@ def load(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
+def redraw(results: list[tuple[Path, dict[str, Any]]]) -> list[Path]:
+    """Write each result's plots beside it, as DEVICE-SUFFIX.png; those there were go."""
+    written = []
+    for path, result in results:
+        files = {f"{path.stem}-{suffix}.png": png for suffix, png in plots.draw(result).items()}
+        if not files:
+            continue
+        for old in path.parent.glob(f"{path.stem}-*.png"):
+            if old.name not in files:
+                old.unlink()
+        html.write_files(path.parent, files)
+        written += [path.parent / name for name in files]
+    return written
+
+
 def page(results: list[tuple[Path, dict[str, Any]]], title: str = "jaxlm: measurements") -> str:
     """The whole page."""
     sections = [section(path, result) for path, result in results]
@@ -39,7 +55,8 @@ def page(results: list[tuple[Path, dict[str, Any]]], title: str = "jaxlm: measur
 def section(path: Path, result: dict[str, Any]) -> str:
     """One result: how it was made, its numbers, its plots."""
     made = " · ".join([
-        f"commit {result.get('commit')}", f"seed {result.get('seed')}",
+        f"commit {result.get('commit')}" + (" and changes" if result.get("dirty") else ""),
+        f"seed {result.get('seed')}", f"sources {result.get('sources', 'not recorded')[:12]}",
         *(f"{name} {value}" for name, value in result.get("versions", {}).items()),
     ])
     title = f"{result['name']}, {result['device']}"
@@ -104,8 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("report/experiments.html"))
     args = parser.parse_args(argv)
     results = load(args.results)
+    drawn = redraw(results)
     html.write_files(args.out.parent, {args.out.name: page(results)})
-    print(f"{args.out}: {len(results)} results")
+    print(f"{args.out}: {len(results)} results, {len(drawn)} plots drawn beside them")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Compare published checkpoints with transformers: max |logit difference|, KL, top-k agreement.
 
 Fetches each checkpoint (HF_TOKEN for gated ones, HF_HOME for the cache), loads it in jaxlm and in
-transformers in float32, and compares on a few short texts. Memory: 4 bytes a parameter, twice.
-`--checkpoints` names others, local folders included; a checkpoint that cannot be had or does not
-pass is reported with its error, and the exit code is 1 when none was compared. A run that was
+transformers in float32, and compares on a few short texts, and on one longer than the window of
+a model that has one. Memory: 4 bytes a parameter, twice.
+`--checkpoints` names others, local folders included. Each result says `passed`, or why not; a
+checkpoint that cannot be had is reported with its error. The exit code is 1 when one did not pass
+or none was compared. A run that was
 stopped goes on where it was (OUT.parts). A smoke run fetches tiny random checkpoints from a hub on
 this machine (experiments/loopback_hub.py).
 
@@ -36,18 +38,24 @@ CHECKPOINTS = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
     "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-14b": "Qwen/Qwen2.5-14B",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "qwen3-1.7b": "Qwen/Qwen3-1.7B",
     "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-14b": "Qwen/Qwen3-14B",
+    "qwen3-32b": "Qwen/Qwen3-32B",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "mistral-7b-v0.1": "mistralai/Mistral-7B-v0.1",
     "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
     "gemma-2-2b": "google/gemma-2-2b",
     "gemma-2-9b": "google/gemma-2-9b",
+    "gemma-2-27b": "google/gemma-2-27b",
     "gemma-3-1b": "google/gemma-3-1b-pt",
     "granite-3.1-2b": "ibm-granite/granite-3.1-2b-base",
     "granite-3.1-8b": "ibm-granite/granite-3.1-8b-base",
@@ -59,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoints", nargs="*", help="hub ids or folders; default the list")
     parser.add_argument("--max-billion", type=float, default=10.0, help="skip larger presets")
     parser.add_argument("--revision", help="of every checkpoint")
+    parser.add_argument("--tolerance", type=float, default=1e-2, help="of logits, in float32")
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
@@ -69,10 +78,12 @@ def chosen(args: argparse.Namespace) -> list[str]:
     return [hub for name, hub in CHECKPOINTS.items() if count_params(LM(preset(name))) <= limit]
 
 
-def compare(source: str, texts: tuple[str, ...], revision: str | None) -> dict[str, Any]:
-    """The figures of one checkpoint, or why there are none."""
+def compare(
+    source: str, texts: tuple[str, ...], revision: str | None, tolerance: float = 1e-2
+) -> dict[str, Any]:
+    """The figures of one checkpoint and whether they pass, or why there are none."""
     try:
-        return vars(verify(source, texts, revision=revision))
+        return vars(verify(source, texts, revision=revision, tolerance=tolerance))
     except (JaxlmError, OSError, ValueError) as error:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
@@ -94,14 +105,25 @@ def smoke() -> dict[str, Any]:
     return found
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures and verdicts depend on."""
+    return {"revision": args.revision, "tolerance": args.tolerance}
+
+
+def failed(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The checkpoints that were compared and did not pass, with what is wrong."""
+    return [f"{name}: {'; '.join(figures['faults'])}" for name, figures in found.items()
+            if not figures.get("passed", True)]
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every chosen checkpoint."""
     if args.smoke:
         return {"checkpoints": smoke()}
     path = (args.out or Path("report/verify_hub")).with_suffix(".parts")
-    kept, found = Resumable(path, {"revision": args.revision}), {}
+    kept, found = Resumable(path, settings(args)), {}
     for name in chosen(args):
-        found[name] = kept.parts.get(name) or compare(name, TEXTS, args.revision)
+        found[name] = kept.parts.get(name) or compare(name, TEXTS, **settings(args))
         if "error" not in found[name]:
             kept(name, lambda name=name: found[name])
         print(name, found[name], flush=True)
@@ -112,4 +134,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(__file__, __doc__, measure, add_arguments)
+    made = run(__file__, __doc__, measure, add_arguments)
+    if wrong := failed(made["metrics"]["checkpoints"]):
+        raise SystemExit("\n".join(["did not pass:", *wrong]))

@@ -1,5 +1,6 @@
 """Choice of a kernel's implementation: None tries in order, one name is strict, a list is tried."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,15 @@ def preferred(device: Any = None) -> tuple[str, ...]:
     return ("xla",)
 
 
+def later(module: str, name: str) -> Callable:
+    """A function of a module that is imported when it is first called: Pallas is slow to import."""
+
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
+
+
 def dispatch(table: Mapping[str, Callable], implementation: Implementation, *args, **kwargs):
     """Calls the first implementation that accepts the arguments.
 
@@ -39,7 +49,7 @@ def dispatch(table: Mapping[str, Callable], implementation: Implementation, *arg
       ValueError: an unknown name. NotImplementedError: every one asked for declined.
     """
     if implementation is None:
-        names: Sequence[str] = preferred()
+        names: Sequence[str] = [name for name in preferred() if name in table]
     else:
         names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     unknown = [name for name in names if name not in table]

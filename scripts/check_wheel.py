@@ -1,10 +1,12 @@
 """Install what was built into clean environments, use it outside the checkout: make check-wheel.
 
-Checks what the wheel and the sdist hold, then runs `jaxlm info`, `generate` and `demo` with the
-wheel, and imports the package built from the sdist. The argument is the folder of both files.
+Checks what the wheel and the sdist hold, then runs `jaxlm info`, `generate`, `score` and `demo`
+with the wheel, looking at what they print, and imports the package built from the sdist. The
+argument is the folder of both files.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,12 +15,15 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("jaxlm/__init__.py", "jaxlm/py.typed", "pallas_kernels/__init__.py")
+NEEDED = ("jaxlm/__init__.py", "jaxlm/py.typed", "pallas_kernels/__init__.py",
+          "pallas_kernels/py.typed")
 LIMIT_MB = 15
-COMMANDS = (
-    ["jaxlm", "info"],
-    ["jaxlm", "generate", "tiny", "Q: 12+30=", "--max-new-tokens", "16"],
-    ["jaxlm", "demo", "--out", "report"],
+COMMANDS = (  # and a pattern that their output holds
+    (["jaxlm", "info"], r"jax +\d+\.\d+"),
+    (["jaxlm", "generate", "tiny", "Q:12+30=\n", "--max-new-tokens", "16"], r"12\+30=42\nA:42\n"),
+    (["jaxlm", "score", "tiny", "--text", "Q:12+30=\n12+30=42\nA:42\n", "--format", "tsv"],
+     r"text 0\t23\t-0\.5"),
+    (["jaxlm", "demo", "--out", "report"], r""),
 )
 
 
@@ -53,13 +58,18 @@ def install(package: Path, folder: Path) -> Path:
     return folder / "bin"
 
 
-def use(bin_folder: Path, commands: tuple[list[str], ...], cwd: Path) -> None:
-    """Run commands where the checkout cannot be seen."""
+def use(bin_folder: Path, commands: tuple[tuple[list[str], str], ...], cwd: Path) -> None:
+    """Run commands where the checkout cannot be seen; each must print what its pattern finds."""
     hidden = ("PYTHONPATH", "JAXLM_DATA")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    for name, *arguments in commands:
+    for (name, *arguments), pattern in commands:
         print("$", name, *arguments, flush=True)
-        subprocess.run([bin_folder / name, *arguments], cwd=cwd, env=environment, check=True)
+        done = subprocess.run([bin_folder / name, *arguments], cwd=cwd, env=environment,
+                              stdout=subprocess.PIPE, text=True)
+        print(done.stdout, flush=True)
+        if done.returncode or not re.search(pattern, done.stdout):
+            sys.exit(f"check_wheel: {name} {arguments} gave {done.returncode} and the above; "
+                     f"expected 0 and {pattern!r}")
 
 
 def main() -> None:
@@ -73,9 +83,10 @@ def main() -> None:
         outside = Path(temporary)
         where = "import jaxlm, pallas_kernels; print(jaxlm.__version__, jaxlm.__file__)"
         bin_folder = install(sdist, outside / "from_sdist")
-        use(bin_folder, (["python", "-c", where],), outside)
+        found = (["python", "-c", where], re.escape(str(outside.resolve())))
+        use(bin_folder, (found,), outside)
         bin_folder = install(wheel, outside / "from_wheel")
-        use(bin_folder, (["python", "-c", where], *COMMANDS), outside)
+        use(bin_folder, (found, *COMMANDS), outside)
         if not list((outside / "report").glob("*.html")):
             sys.exit("check_wheel: `jaxlm demo --out report` wrote no page")
     print("check_wheel: both install and work outside the checkout")

@@ -1,5 +1,6 @@
 """Set up jax before its first import, and find the data that some tests need."""
 
+import gc
 import hashlib
 import os
 import platform
@@ -37,6 +38,19 @@ def _compilation_cache() -> Path:
 
 
 _configure_jax()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings():
+    """Every compiled program maps memory, and Linux allows a process some 65,000 mappings: a long
+    run would end in a crash of the compiler."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def _folder(variable: str, default: Path, what: str, marker: str) -> Path:

@@ -8,7 +8,8 @@ import pytest
 from experiments import _harness, fit_table
 
 CELL = {"total_bytes": 2**30, "device_bytes": 2**34, "fits": True, "refused": None, "flops": 2e9,
-        "bytes_accessed": 2**31, "compile_seconds": 3.2, "cpu_seconds": 5.0, "load": 1.0}
+        "flops_source": "compiler", "bytes_accessed": 2**31,
+        "compile_seconds": 3.2, "cpu_seconds": 5.0, "load": 1.0}
 
 
 def test_the_page_is_up_to_date():
@@ -21,7 +22,7 @@ def test_the_page_is_up_to_date():
 def test_a_line_for_every_cell(tmp_path):
     cells = {"m decode dense v5e:1x1": CELL,
              "m decode dense v6e:1x1": CELL | {"fits": False, "refused": "too large",
-                                                 "flops": None},
+                                                 "flops_source": "before optimisation"},
              "m decode dense t4": {"not_compiled": "no CUDA compiler here: x"},
              "m decode dense a100": {"not_compiled": "it broke"}}
     metrics = fit_table.summary(cells)
@@ -34,7 +35,7 @@ def test_a_line_for_every_cell(tmp_path):
     assert "stale" not in fresh and fit_table.rewritten(fresh, path) == fresh
     start = "| m | decode | dense | v5e:1x1 | "
     assert start + "1.0 of 16.0 GiB | yes | 2 | 2.0 GiB | 3 s | 5 s | 1 |" in fresh
-    assert "| 1.0 of 16.0 GiB | **no** |  |  | 3 s | 5 s | 1 |" in fresh
+    assert "| 1.0 of 16.0 GiB | **no** | 2* | 2.0* GiB | 3 s | 5 s | 1 |" in fresh
     assert "no CUDA compiler here" in fresh and "it broke" in fresh
     widths = {line.count("|") for line in fresh.splitlines() if line.startswith("|")}
     assert len(widths) == 1

@@ -1,4 +1,4 @@
-"""ruff and mypy have nothing to say."""
+"""ruff and mypy have nothing to say; the check of a change runs both (make lint)."""
 
 import importlib.util
 import subprocess
@@ -26,6 +26,12 @@ def test_ruff():
 def test_ruff_notices(tmp_path):
     (tmp_path / "x.py").write_text("import os\n")
     assert "F401" in complaints("ruff", "check", "--no-cache", str(tmp_path))
+
+
+def test_the_check_of_a_change_type_checks():
+    lint = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
+    assert "mypy" in lint and "ruff check" in lint
+    assert "make lint test" in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.mark.slow

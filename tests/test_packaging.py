@@ -89,6 +89,15 @@ def test_versions_agree():
 
 
 def test_typed_and_licensed():
-    assert (ROOT / "jaxlm" / "py.typed").exists()
+    assert all((ROOT / package / "py.typed").exists() for package in PACKAGES)
     assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
     assert PROJECT["license"] == "Apache-2.0"
+
+
+def test_install_advice_names_what_can_be_installed():
+    """jaxlm is installed from a checkout or a wheel: `pip install jaxlm[...]` names nothing."""
+    wrong = re.compile(r"""pip install ["']?jaxlm\b""")
+    assert wrong.search("pip install 'jaxlm[cuda13]'")
+    texts = [*python_files(*PACKAGES), *(ROOT / "experiments").glob("*.py"), ROOT / "README.md",
+             *(ROOT / "docs").rglob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    assert [str(path) for path in texts if wrong.search(path.read_text())] == []

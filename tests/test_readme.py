@@ -21,6 +21,8 @@ def result(name, metrics, device="cpu"):
 def test_results_are_up_to_date():
     fresh = tables.rewritten(README, tables.results(tables.RESULTS))
     assert fresh == README, "run python experiments/readme_tables.py"
+    page = tables.PERFORMANCE.read_text()
+    assert tables.between(page, tables.bench_table()) == page, "run experiments/readme_tables.py"
 
 
 def test_a_new_result_changes_the_readme(tmp_path):

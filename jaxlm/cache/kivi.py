@@ -212,9 +212,12 @@ class Kivi:
         names = implementations(self.implementation, self.mesh)
         return quantised.flusher(self.format, comp, block, names)
 
-    @partial(jax.jit, static_argnums=(0, 1))
     def attend_one(self, spec, state, q_B1NH, pos_B, length_B, first_B):
         """One placed query a row over codes and tail."""
+        return self._attend_codes(spec, state, q_B1NH, pos_B, length_B, first_B)
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def _attend_codes(self, spec, state, q_B1NH, pos_B, length_B, first_B):
         return quantised.attend_one(spec, state, q_B1NH, pos_B, length_B, first_B, self.format,
                                     self.rope == "before",
                                     implementations(self.implementation, self.mesh), self.mesh)

@@ -61,6 +61,22 @@ def open_cache(text: str, config: ModelConfig) -> CacheKind | tuple[CacheKind, .
     return read_policy(text, config) if text.endswith(".json") else parse_cache(text)
 
 
+def read_kinds(cache: Any, config: ModelConfig) -> Any:
+    """A kind, or one a layer, checked; each may be given by name, or all by a policy file.
+
+    Raises: ConfigError for what is no kind, a class of kinds for one.
+    """
+    if isinstance(cache, list | tuple):
+        return tuple(None if one is None else read_kinds(one, config) for one in cache)
+    if isinstance(cache, str):
+        return open_cache(cache, config)
+    if isinstance(cache, type) or not hasattr(cache, "flush_every"):
+        shown = f"the class {cache.__name__}" if isinstance(cache, type) else repr(cache)
+        raise ConfigError(f"cache is {shown}; expected a kind, such as jaxlm.Dense(), or its name, "
+                          "such as 'kivi2', or one a layer")
+    return cache
+
+
 def _sizes(config: ModelConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     return {name: values[name] for name in SIZES}

@@ -80,20 +80,26 @@ def ready_groups(count_B: jax.Array, keep: int, group: int) -> jax.Array:
 
 def fill(packed: PackedKV, k_BKTH: jax.Array, v_BKTH: jax.Array, fmt: QuantFormat,
          code_keys: Callable) -> PackedKV:
-    """Code all T tokens (B, K, T, H) into empty words, a tile at a time, bits beyond T included."""
-    size = packed.k_words.shape[2] * 32 // fmt.k_bits
-    chunk, pieces = fmt.tile, -(-min(k_BKTH.shape[2], size) // fmt.tile)
-    fit = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max(pieces * chunk - x.shape[2], 0)), (0, 0)))
-    k_BKTH, v_BKTH = fit(k_BKTH), fit(v_BKTH)
+    """Code all T tokens (B, K, T, H) into empty words, a tile at a time, bits beyond T included.
+
+    Of a text shorter than a tile, its groups alone.
+    """
+    room = packed.k_words.shape[2] * 32 // fmt.k_bits
+    have = min(k_BKTH.shape[2], room)
+    chunk = min(fmt.tile, -(-have // fmt.group) * fmt.group)
+    pieces = -(-have // chunk)
+    pad = lambda x, size: jnp.pad(x, ((0, 0), (0, 0), (0, max(size - x.shape[2], 0)), (0, 0)))
+    k_BKTH, v_BKTH = pad(k_BKTH, pieces * chunk), pad(v_BKTH, pieces * chunk)
 
     def put(i, packed: PackedKV) -> PackedKV:
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 2)
         keys, values = code_keys(take(k_BKTH)), quantise_values(take(v_BKTH), fmt)
+        words = lambda codes, bits: pack_words(pad(codes, fmt.tile), bits, fmt.group)
         at = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
             old, new.astype(old.dtype), i * new.shape[axis], axis)
         return packed._replace(
-            k_words=at(packed.k_words, pack_words(keys.codes, fmt.k_bits, fmt.group), 2),
-            v_words=at(packed.v_words, pack_words(values.codes, fmt.v_bits, fmt.group), 2),
+            k_words=at(packed.k_words, words(keys.codes, fmt.k_bits), 2),
+            v_words=at(packed.v_words, words(values.codes, fmt.v_bits), 2),
             k_scale=at(packed.k_scale, keys.scale, 2), k_min=at(packed.k_min, keys.minimum, 2),
             v_scale=at(packed.v_scale, values.scale, 3), v_min=at(packed.v_min, values.minimum, 3))
 
@@ -224,11 +230,11 @@ def attend_codes(spec: AttentionSpec, packed: PackedKV, packed_B: jax.Array, q_B
     return out.astype(q_BTNH.dtype), lse.transpose(0, 3, 1, 2).reshape(batch, time, heads)
 
 
-def rotation(spec: AttentionSpec, first_B: jax.Array):
+def rotation(spec: AttentionSpec, first_B: jax.Array) -> jax.tree_util.Partial:
     """Rotates keys (B, K, S, H) kept before RoPE by the positions of their slots (B, S)."""
 
-    def rotate(keys, slot_BS):
+    def rotate(first_B, keys, slot_BS):
         turned = apply_rope(keys.swapaxes(1, 2), slot_BS + first_B[:, None], spec.rope)
         return turned.swapaxes(1, 2)
 
-    return rotate
+    return jax.tree_util.Partial(rotate, first_B)

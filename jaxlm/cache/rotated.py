@@ -25,7 +25,7 @@ class RotatedKivi(Kivi):
     Raises: ConfigError.
 
     Example:
-      >>> RotatedKivi(4, 2).matrix(2).round(3).tolist()
+      >>> RotatedKivi(4, 2).matrix(2).astype(float).round(3).tolist()
       [[0.707, 0.707], [0.707, -0.707]]
 
     Source: arXiv 2404.00456, section 4, for the rotation; 2402.02750 for the codes.

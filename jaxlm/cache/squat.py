@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxlm.cache.kivi import Kivi
 from jaxlm.core.errors import ConfigError
 from jaxlm.models.config import AttentionSpec, Rope
-from jaxlm.models.layers import apply_rope
+from jaxlm.models.layers import rope_frequencies
 from pallas_kernels.quant import Grid, key_center, quantise_keys
 from pallas_kernels.squat import (
     Compensation,
@@ -25,7 +25,6 @@ from pallas_kernels.squat import (
 
 LAM_MODES = ("energy", "per_query", "reference")
 TRIAL = 512  # prompt tokens on which later tokens' compensation is tried
-SHIFTS = 17  # positions that queries are turned on to
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,7 @@ class Squat(Kivi):
             old = state["recent"]  # B K W G H
             rows, size = jnp.arange(len(start_B)), old.shape[2]
             slot_B = jnp.where((start_B % 2 == 0) & (count_B > 0), start_B // 2 % size, size)
-            q = turn_by_lot(q_BTNH, start_B[:, None], spec.rope, self.ahead)
-            q = q.reshape(*old.shape[:2], *old.shape[3:]).astype(old.dtype)
+            q = q_BTNH.reshape(*old.shape[:2], *old.shape[3:]).astype(old.dtype)
             return state | {"recent": old.at[rows, :, slot_B].set(q, mode="drop")}
         first_B = (start_B == 0) & (count_B > 0)
         share_B = jnp.where(first_B, 1.0, self._share(count_B) if learns else 0.0)
@@ -157,7 +155,8 @@ class Squat(Kivi):
             share_B = self._share(length_B - state["learned_B"])
             share_B = jnp.where(due & fresh_BW.any(1), share_B, 0.0)
             q_BWNH = state["recent"].swapaxes(1, 2).reshape(-1, size, spec.num_heads, spec.head_dim)
-            gram = lambda: query_gram(q_BWNH, spec.num_kv_heads, fresh_BW)
+            gram = lambda: turn_ahead(query_gram(q_BWNH, spec.num_kv_heads, fresh_BW), spec.rope,
+                                      self.ahead)
             found = self._learn(spec, state, gram, fresh_BW.sum(1), share_B)
             state = state | {"sketch": found,
                              "learned_B": jnp.where(due, length_B, state["learned_B"])}
@@ -208,26 +207,28 @@ class Squat(Kivi):
 
 
 def turn_ahead(gram_BKHH: jax.Array, rope: Rope, ahead: int) -> jax.Array:
-    """The Gram of the same queries at later positions: the mean of `R_d C R_d^T`, 0 <= d <= ahead.
+    """The Gram of the same queries at later positions: the mean of `R_d C R_d^T`, d = 0 ... ahead.
 
-    R_d turns by d positions. What turns fast averages out, what turns slowly stays.
+    R_d turns by d positions. What two planes i, j have in common splits into a part `p + iq` that
+    a turn multiplies by `exp(i (w_i - w_j) d)` and a part `r + is` that it multiplies by
+    `exp(i (w_i + w_j) d)`; the means of these are Dirichlet kernels.
     """
-    if ahead == 0:
-        return gram_BKHH
-    batch, _, width, _ = gram_BKHH.shape
+    half, count = gram_BKHH.shape[-1] // 2, ahead + 1
+    w = rope_frequencies(rope, 2 * half)
 
-    def turn(gram, shift):  # the last axis by `shift` positions, then it becomes the other one
-        at = jnp.full((batch, width), shift)
-        return apply_rope(gram.swapaxes(1, 2), at, rope).swapaxes(1, 2).swapaxes(2, 3)
+    def mean(angle):  # of exp(i angle d)
+        low = jnp.sin(angle / 2)
+        zero = jnp.abs(low) < 1e-6
+        size = jnp.where(zero, 1.0, jnp.sin(count * angle / 2) / (count * jnp.where(zero, 1, low)))
+        return size * jnp.cos(angle * ahead / 2), size * jnp.sin(angle * ahead / 2)
 
-    def add(total, shift):
-        return total + turn(turn(gram_BKHH, shift), shift), None
+    def turn(x, y, angle):
+        cos, sin = mean(angle)
+        return x * cos - y * sin, x * sin + y * cos
 
-    shifts = jnp.linspace(0, ahead, SHIFTS)
-    return jax.lax.scan(add, jnp.zeros_like(gram_BKHH), shifts)[0] / SHIFTS
-
-
-def turn_by_lot(q_BTNH: jax.Array, pos_BT: jax.Array, rope: Rope, ahead: int) -> jax.Array:
-    """Each query turned on by 0 to `ahead` positions, evenly spread over tokens."""
-    golden = 0.6180339887
-    return apply_rope(q_BTNH, ahead * (pos_BT * golden % 1.0), rope)
+    a, b = gram_BKHH[..., :half, :half], gram_BKHH[..., :half, half:]
+    c, d = gram_BKHH[..., half:, :half], gram_BKHH[..., half:, half:]
+    p, q = turn((a + d) / 2, (c - b) / 2, w[:, None] - w[None])
+    r, s = turn((a - d) / 2, (b + c) / 2, w[:, None] + w[None])
+    return jnp.concatenate([jnp.concatenate([p + r, s - q], -1),
+                            jnp.concatenate([s + q, p - r], -1)], -2)

@@ -44,7 +44,7 @@ class TurboQuant(RotatedKivi):
     Raises: ConfigError.
 
     Example:
-      >>> levels(64, 1).round(3).tolist()
+      >>> levels(64, 1).astype(float).round(3).tolist()
       [-0.1, 0.1]
 
     Source: arXiv 2504.19874, section 3.1.

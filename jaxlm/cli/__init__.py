@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args: argv: the arguments after `jaxlm`; default the process's own.
-    Returns: the exit code: 0, or 2 after one line on stderr that says what was wrong.
+    Returns: the exit code: 0; 1 where a check failed; 2 after one line on stderr that says what
+      was wrong.
 
     Example:
       >>> main(["--version"])
@@ -60,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def call(name: str, arguments: list[str]) -> int:
-    """Import one command's file, read its arguments, run it."""
+    """Import one command's file, read its arguments, run it; its exit code, None being 0."""
     import tyro
 
     command = importlib.import_module(f"jaxlm.cli.{name.replace('-', '_')}")
-    tyro.cli(command.run, prog=f"jaxlm {name}", args=arguments)
+    code = tyro.cli(command.run, prog=f"jaxlm {name}", args=arguments)
     sys.stdout.flush()
-    return 0
+    return code or 0
 
 
 def usage() -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxlm.core.errors import CheckpointError
+from jaxlm.cli.options import note
 from jaxlm.eval.verify import TEXTS
 from jaxlm.eval.verify import verify as compare_with_transformers
 from jaxlm.hf.convert import convert
@@ -18,7 +18,7 @@ def run(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     overwrite: bool = False, verify: bool = False, tolerance: float | None = None,
     text: tuple[str, ...] = (), revision: str | None = None,
-) -> None:
+) -> int:
     """Read a checkpoint, check every tensor, and write a folder that transformers loads.
 
     Args:
@@ -27,21 +27,23 @@ def run(
       dtype: of the new tensors; default their own.
       overwrite: replace the folder if it exists.
       verify: compare jaxlm on the new folder with transformers on the source (needs torch).
-      tolerance: largest difference of logits that passes; default 1e-3, or none with --dtype.
+      tolerance: largest difference of logits that passes; default 1e-3 where no weight was
+        rounded, else bounds of top-1 agreement and KL (jaxlm.eval.verify.BOUNDS).
       text: texts to compare on; default a few short ones.
       revision: of a hub id.
+    Returns: the exit code, 1 where the verification failed.
     """
     written = convert(source, folder, dtype, overwrite=overwrite, revision=revision)
     print(f"wrote {written}")
     if not verify:
-        return
+        return 0
     found = compare_with_transformers(
-        written, text or TEXTS, reference=source, revision=revision
+        written, text or TEXTS, reference=source, revision=revision, tolerance=tolerance
     )
     print(found)
-    limit = 1e-3 if tolerance is None and dtype is None else tolerance
-    if limit is not None and not found.max_logit_error <= limit:
-        raise CheckpointError(
-            f"{written}: logits differ by {found.max_logit_error:.2e} from transformers' on "
-            f"{source}; expected at most {limit:g}. Do not use the folder before this is explained"
-        )
+    if found.passed:
+        print("passed")
+        return 0
+    note(f"jaxlm: {written} does not compute what transformers does on {source}: "
+         f"{'; '.join(found.faults)}. Do not use the folder before this is explained")
+    return 1

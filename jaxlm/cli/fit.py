@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import time
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,9 @@ import tyro
 from jaxlm.cache.parse import parse_cache
 from jaxlm.cli.options import Dtype, columns, note
 from jaxlm.eval.fit import Fit, fit
+from jaxlm.hf.bundle import BUNDLED, resolve
 from jaxlm.hf.config import from_hf, read_json
+from jaxlm.hf.hub import fetch
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.presets import preset
 
@@ -22,13 +25,15 @@ def run(
     model: str, target: Target, job: Literal["decode", "prefill", "train"] = "decode",
     batch: int = 1, context: int = 4096, cache: str = "dense", dtype: Dtype = "bfloat16",
     data: int | None = None, fsdp: int | None = None, tensor: int | None = None,
+    revision: str | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Compile a job's real program for a chip that need not be here; print what it takes.
 
     Args:
-      model: a preset such as llama-3.1-8b, or a folder with a config.json.
-      target: v5e:2x2, v5p:4x4x4, v6e:1x1, h100, h100:8, a100, t4, and the like.
+      model: a preset such as llama-3.1-8b, a folder with a config.json, a hub id such as
+        org/name (its config.json alone is fetched), or "tiny", the bundled model.
+      target: v5e:2x2, v5p:4x4x4, v6e:1x1, h100, h100:8, a100, a100-80g, t4, and the like.
       job: the decode loop over a full cache, the prefill of a prompt, or an AdamW step.
       batch: rows in all.
       context: tokens a row.
@@ -37,20 +42,26 @@ def run(
       data: mesh axis over the batch.
       fsdp: mesh axis over batch and parameters.
       tensor: mesh axis over heads and the feed-forward.
+      revision: of a hub id.
       json: print JSON instead of a table.
     """
+    config = open_config(model, revision)
     note(f"compiling {job} for {target} ...")
     start = time.perf_counter()
-    found = fit(open_config(model), job, target, batch=batch, context=context,
+    found = fit(config, job, target, batch=batch, context=context,
                 cache=parse_cache(cache), dtype=dtype, data=data, fsdp=fsdp, tensor=tensor)
     record = summary(found) | {"seconds": time.perf_counter() - start}
     print(json.dumps(record, indent=1) if json_ else as_table(found))
 
 
-def open_config(model: str) -> ModelConfig:
-    """A folder's config.json, or a preset by name."""
+def open_config(model: str, revision: str | None = None) -> ModelConfig:
+    """A folder's or hub id's config.json, the bundled model's, or a preset by name."""
     folder = pathlib.Path(model).expanduser()
-    return from_hf(read_json(folder / "config.json")) if folder.is_dir() else preset(model)
+    if "/" not in model and model not in BUNDLED and not folder.is_dir():
+        return preset(model)
+    hub_id = not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)
+    found = fetch(model, revision, only="config.json") if hub_id else resolve(model)
+    return from_hf(read_json(found / "config.json"))
 
 
 def summary(found: Fit) -> dict[str, Any]:
@@ -62,7 +73,8 @@ def summary(found: Fit) -> dict[str, Any]:
         "argument_bytes": program.arguments, "temporary_bytes": program.temporaries,
         "parameter_bytes_all": found.param_bytes, "cache_bytes_all": found.cache_bytes,
         "flops": program.flops, "bytes_accessed": program.bytes_accessed,
-        "collective_bytes": program.collective_bytes, "kernels": program.kernels,
+        "flops_source": program.flops_source, "collective_bytes": program.collective_bytes,
+        "kernels": program.kernels,
         "compile_seconds": program.compile_seconds, "refused": program.refused,
     }
 
@@ -72,14 +84,15 @@ def as_table(found: Fit) -> str:
     program, limit = found.program, found.target.bytes_per_device
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
     gib = lambda value: "unknown" if value is None else f"{value / GIB:.2f} GiB"
+    source = {"compiler": "by the compiler's estimate"}.get(
+        program.flops_source, "matrix products, counted before optimisation")
     rows: list[list[Any]] = [
         ["a device", "of", found.target.name],
         ["arguments", gib(program.arguments), "parameters, caches and inputs"],
         ["temporaries", gib(program.temporaries), "what the program needs besides"],
         ["total", gib(program.total), f"of {gib(limit)}"],
-        ["FLOPs", "unknown" if program.flops is None else f"{program.flops:.3g}",
-         "a step; a loop's body counts once"],
-        ["bytes moved", gib(program.bytes_accessed), "by the compiler's estimate"],
+        ["FLOPs", f"{program.flops:.3g}", f"a step; {source}"],
+        ["bytes moved", gib(program.bytes_accessed), source],
         ["collectives", gib(program.collective_bytes), mesh],
         ["kernels", "unknown" if program.kernels is None else program.kernels,
          "of jaxlm's own (Pallas) in the program"],

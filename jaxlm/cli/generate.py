@@ -10,9 +10,10 @@ import tyro
 
 from jaxlm.cache.policy import open_cache
 from jaxlm.cli.options import Device, Dtype, Model, note, open_model, read_text
+from jaxlm.core.errors import ConfigError
 from jaxlm.decode.generate import Generation, generate
 from jaxlm.decode.generate import stream as stream_text
-from jaxlm.decode.samplers import Greedy, Temperature
+from jaxlm.decode.samplers import Categorical, Greedy, Sampler
 
 Prompt = Annotated[str, tyro.conf.arg(metavar="PROMPT")]
 CHUNK = 8  # tokens a piece
@@ -20,9 +21,10 @@ CHUNK = 8  # tokens a piece
 
 def run(
     model: Model, prompt: Prompt, /, max_new_tokens: int = 64, temperature: float = 0.0,
-    seed: int = 0, stop: tuple[str, ...] = (), include_stop: bool = False, cache: str = "dense",
-    stream: bool = True, device: Device | None = None, dtype: Dtype | None = None,
-    revision: str | None = None,
+    top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+    repetition_penalty: float | None = None, seed: int = 0, stop: tuple[str, ...] = (),
+    include_stop: bool = False, cache: str = "dense", stream: bool = True,
+    device: Device | None = None, dtype: Dtype | None = None, revision: str | None = None,
 ) -> None:
     """Continue a prompt: the text goes to stdout, the speed to stderr.
 
@@ -31,6 +33,10 @@ def run(
       prompt: the text, or - to read it from stdin as it is, line ends included.
       max_new_tokens: stop after so many tokens, or before that at the model's own stop token.
       temperature: 0 takes the likeliest token; above 0 samples.
+      top_k: keep only the k likeliest tokens.
+      top_p: keep only the likeliest tokens that together have this probability.
+      min_p: keep only tokens of at least this share of the likeliest one's probability.
+      repetition_penalty: above 1 makes tokens of the text so far less likely.
       seed: of the sampling; the same seed gives the same text.
       stop: strings that end the text, as they are; $'\\n' is a line end in bash.
       include_stop: leave the stop string at the end of the text.
@@ -46,7 +52,7 @@ def run(
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "cache": open_cache(cache, bundle.lm.config),
         "key": jax.random.key(seed), "stop": stop, "include_stop": include_stop,
-        "sampler": Temperature(temperature) if temperature else Greedy(),
+        "sampler": make_sampler(temperature, top_k, top_p, min_p, repetition_penalty),
     }
     text = read_text("-") if prompt == "-" else prompt
     if stream:
@@ -58,6 +64,23 @@ def run(
     print(answer.text)
     count = len(answer.tokens)
     note(f"{count} tokens in {spent:.2f} s, prefill and compilation included; {ended(answer)}")
+
+
+def make_sampler(
+    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
+    repetition_penalty: float | None,
+) -> Sampler:
+    """Greedy, or the chain of what was asked for.
+
+    Raises: ConfigError for a value outside its range, and for a cut that temperature 0 ignores.
+    """
+    sampler = Categorical(temperature, top_k, top_p, min_p, repetition_penalty)
+    cuts = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
+    if not temperature and any(value is not None for value in cuts.values()):
+        named = ", ".join(name for name, value in cuts.items() if value is not None)
+        raise ConfigError(f"{named} does nothing at temperature 0, which takes the likeliest "
+                          "token; give --temperature too")
+    return sampler if temperature or repetition_penalty is not None else Greedy()
 
 
 def show(pieces: Generator[str, None, Generation], began: float) -> None:

@@ -21,7 +21,7 @@ def table(found: dict[str, Any]) -> str:
     """The report of `core.device.report`, for people."""
     rows = [["what", "found"], *([name, value] for name, value in found["versions"].items())]
     rows += [["system", found["system"]], ["memory", size(found["host_bytes"])],
-             ["backend", found["backend"]], ["processes", found["processes"]]]
+             ["backend", found["backend"] or "none"], ["processes", found["processes"]]]
     for device in found["devices"]:
         memory = ""
         if device["bytes_limit"]:

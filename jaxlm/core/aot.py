@@ -8,36 +8,37 @@ from typing import Any
 import jax
 import numpy as np
 
-COLLECTIVE = re.compile(
-    r"= (\(?[^=]*?\)?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(-start)?\("
-)
+from jaxlm.core.count import Count, count
+from jaxlm.core.hlo import collective_bytes
+
 KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"')
-SHAPE = re.compile(r"\b([a-z]+\d+)\[([\d,]*)\]")
-BITS = {"pred": 8, "s8": 8, "u8": 8, "s32": 32, "u32": 32, "s64": 64, "u64": 64, "s16": 16,
-        "u16": 16, "f32": 32, "f16": 16, "bf16": 16, "f64": 64, "s4": 4, "u4": 4}
 
 
 @dataclass(frozen=True)
 class Program:
-    """What one compiled program takes, a device; bytes unless said. A loop's body counts once.
+    """What one compiled program takes, a device; bytes unless said.
 
+    A loop counts by its trips, where the program knows them: a decode loop is one step.
     `refused` is the compiler's own message when it found that the program does not fit.
     `kernels`: Pallas kernels in it. It and `collective_bytes` are None where this jax cannot print
-    the program that the compiler made. `flops` and `bytes_accessed` are None where the compiler
-    gives no estimate: for a GPU that is not here, and for what it refused.
+    the program that the compiler made.
+    `flops_source`: "compiler", whose estimate of `flops` and `bytes_accessed` counts a loop's body
+    once, times what the trips add to the traced program's products; or "before optimisation",
+    those products shared evenly by the devices, where the compiler gives no estimate: for a GPU
+    that is not here, and for what it refused.
     """
 
     arguments: int
     outputs: int
     reused: int
     temporaries: int
-    flops: float | None
-    bytes_accessed: float | None
+    flops: float
+    bytes_accessed: float
     collective_bytes: int | None
     compile_seconds: float
     refused: str | None = None
     kernels: int | None = None
+    flops_source: str = "compiler"
 
     @property
     def total(self) -> int:
@@ -52,7 +53,10 @@ def compile_program(jitted: Any, *args: Any, **kwargs: Any) -> Program:
     `refused` says so and whose arguments are computed from the shapes.
     """
     start = time.perf_counter()
-    lowered = jitted.lower(*args, **kwargs)
+    traced = jitted.trace(*args, **kwargs)
+    platform, devices = _where((args, kwargs))
+    products = count(traced.jaxpr, platform)
+    lowered = traced.lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -61,19 +65,40 @@ def compile_program(jitted: Any, *args: Any, **kwargs: Any) -> Program:
         seconds = time.perf_counter() - start
         message = " ".join(str(error).split())
         held = argument_bytes((args, kwargs))
-        return Program(held, 0, 0, _needed(message, held), None, None, None, seconds,
-                       message[:300])
+        return Program(held, 0, 0, _needed(message, held), products.flops / devices,
+                       products.moved / devices, None, seconds, message[:300],
+                       flops_source="before optimisation")
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     text = _text(compiled)
+    flops, moved, source = _work(cost, products, devices)
     return Program(
         memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
-        memory.temp_size_in_bytes, cost.get("flops"), cost.get("bytes accessed"),
+        memory.temp_size_in_bytes, flops, moved,
         None if text is None else collective_bytes(text), seconds,
-        kernels=None if text is None else len(KERNEL.findall(text)),
+        kernels=None if text is None else len(KERNEL.findall(text)), flops_source=source,
     )
+
+
+def _work(cost: dict[str, float], products: Count, devices: int) -> tuple[float, float, str]:
+    """FLOPs and bytes moved of a device, and who says so."""
+    if not cost.get("flops"):
+        return products.flops / devices, products.moved / devices, "before optimisation"
+    more = lambda full, once: full / once if once else 1.0
+    return (cost["flops"] * more(products.flops, products.flops_once),
+            cost.get("bytes accessed", 0.0) * more(products.moved, products.moved_once), "compiler")
+
+
+def _where(tree: Any) -> tuple[str, int]:
+    """The platform that arguments are placed on, and how many devices share the work."""
+    for leaf in jax.tree.leaves(tree):
+        if (sharding := getattr(leaf, "sharding", None)) is not None:
+            devices = sharding.device_set
+            platform = next(iter(devices)).platform
+            return {"gpu": "cuda"}.get(platform, platform), len(devices)
+    return jax.default_backend(), 1
 
 
 def _text(compiled: Any) -> str | None:
@@ -81,20 +106,6 @@ def _text(compiled: Any) -> str | None:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:  # libtpu writes operations that jaxlib cannot read back
         return None
-
-
-def collective_bytes(hlo: str) -> int:
-    """Bytes that collectives of a compiled module produce, each counted where it is written.
-
-    >>> collective_bytes("x = f32[4,8]{1,0} all-reduce(y), replica_groups={}")
-    128
-    """
-    total = 0
-    for match in COLLECTIVE.finditer(hlo):
-        for kind, dims in SHAPE.findall(match.group(1)):
-            count = int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
-            total += count * BITS.get(kind, 32) // 8
-    return total
 
 
 def argument_bytes(tree: Any) -> int:

@@ -8,16 +8,19 @@ from typing import Any
 
 import jax
 
+from jaxlm import __version__
 from jaxlm.core.errors import DeviceError
 
-PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "tokenizers", "safetensors", "numpy", "libtpu", "jax-cuda12-plugin",
             "jax-cuda13-plugin")
+EXTRAS = {"NVIDIA GPU": "pip install 'jax[cuda12]' (or cuda13, by `nvidia-smi`)",
+          "TPU": "pip install 'jax[tpu]'"}
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what matters here; absent packages are left out."""
-    found = {"python": platform.python_version()}
+    """jaxlm's own version and those of what matters to it; absent packages are left out."""
+    found = {"python": platform.python_version(), "jaxlm": __version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -37,10 +40,36 @@ def visible_accelerators() -> list[str]:
     return found
 
 
+def backend() -> str:
+    """The platform that jax uses by default: "cpu", "gpu" or "tpu".
+
+    Raises: DeviceError where jax has none, since `JAX_PLATFORMS` names one that does not work.
+    """
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # the second where the plugin is not installed
+        asked = getattr(jax.config, "jax_platforms", None)
+        why = f"JAX_PLATFORMS={asked} asks for what is not here" if asked else "none started"
+        said = str(error).partition("\n")[0].partition(" (set JAX_")[0]
+        seen = [f"{name} is visible: {EXTRAS[name]}" for name in visible_accelerators()]
+        raise DeviceError(
+            f"jax has no device: {why}{said and f' ({said})'}; "
+            f"{'; '.join(seen) or 'no accelerator is visible on this machine'}. Everything also "
+            "runs on 'cpu': unset JAX_PLATFORMS, or set it to cpu"
+        ) from error
+
+
 def report() -> dict[str, Any]:
-    """Versions, devices with their memory in bytes, host memory, and advice where one applies."""
+    """Versions, devices with their memory in bytes, host memory, and advice where one applies.
+
+    Where jax has no device, "backend" is None and the advice says why.
+    """
+    try:
+        name, count, local = backend(), jax.process_count(), jax.local_devices()
+    except DeviceError:
+        name, count, local = None, 1, []
     devices = []
-    for device in jax.local_devices():
+    for device in local:
         stats = device.memory_stats() or {}
         devices.append({
             "device": str(device), "kind": device.device_kind, "platform": device.platform,
@@ -50,8 +79,8 @@ def report() -> dict[str, Any]:
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "host_bytes": host_memory(),
-        "backend": jax.default_backend(),
-        "processes": jax.process_count(),
+        "backend": name,
+        "processes": count,
         "devices": devices,
         "compilation_cache": getattr(jax.config, "jax_compilation_cache_dir", None),
         "advice": advice(),
@@ -59,28 +88,30 @@ def report() -> dict[str, Any]:
 
 
 def advice() -> list[str]:
-    """What to do about an accelerator that is there but unused."""
-    if jax.default_backend() != "cpu":
-        return []
-    extras = {"NVIDIA GPU": "pip install 'jaxlm[cuda12]' (or cuda13, by `nvidia-smi`)",
-              "TPU": "pip install 'jaxlm[tpu]'"}
+    """What to do about an accelerator that is there but unused, or asked for but not there."""
+    try:
+        if backend() != "cpu":
+            return []
+    except DeviceError as error:
+        return [str(error)]
     forced = os.environ.get("JAX_PLATFORMS")
     why = f"JAX_PLATFORMS={forced} is set" if forced else "jax was installed without it"
-    return [f"{name} is visible but jax uses the CPU: {why}; {extras[name]}"
+    return [f"{name} is visible but jax uses the CPU: {why}; {EXTRAS[name]}"
             for name in visible_accelerators()]
 
 
-def require(platform_name: str) -> list[Any]:
-    """The devices of one platform (`cpu`, `gpu`, `tpu`).
+def require(platform_name: str | None = None) -> list[Any]:
+    """The devices of one platform (`cpu`, `gpu`, `tpu`); None: whatever jax uses.
 
     Raises: DeviceError when there is none, with what was found and what to install.
     """
+    default = backend()
     try:
         return jax.devices(platform_name)
     except RuntimeError as error:
         hints = "; ".join(advice()) or "no such accelerator is visible on this machine"
         raise DeviceError(
-            f"asked for {platform_name!r}, but jax has only {jax.default_backend()!r} devices: "
+            f"asked for {platform_name!r}, but jax has only {default!r} devices: "
             f"{hints}. Everything also runs on 'cpu'."
         ) from error
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.core.device import require
 from jaxlm.core.errors import DeviceError
 from jaxlm.core.hosts import check_same, spans_processes
 from jaxlm.core.tree import Params, flatten, unflatten
@@ -33,12 +34,13 @@ def make_mesh(
       >>> make_mesh(devices=jax.devices()[:1]).shape["tensor"]
       1
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(require() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise DeviceError(
-                f"mesh axis {name!r} has size {size!r}; expected a whole number of at least 1"
+                f"mesh axis {name!r} has size {size!r}; expected a whole number of at least 1, "
+                "as in make_mesh(data=2, tensor=4)"
             )
     sizes = {name: int(size) for name, size in sizes.items()}
     if int(np.prod(list(sizes.values()))) != len(devices):
@@ -50,6 +52,13 @@ def make_mesh(
     # Explicit axes, the default of jax.make_mesh, refuse gathers and cache writes
     grid = np.asarray(devices).reshape(tuple(sizes.values()))
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _axes_of(axis: str, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
+    """The mesh axes, of more than one device, that a dimension goes over."""
+    target = rules.get(axis)
+    names = (target,) if isinstance(target, str) else tuple(target or ())
+    return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
 
 
 def partition(
@@ -66,9 +75,7 @@ def partition(
     warned = set() if warned is None else warned
     taken: dict[str, str] = {}  # mesh axis: dimension
     for axis, size in zip(axes, shape, strict=True):
-        target = rules.get(axis)
-        names = (target,) if isinstance(target, str) else tuple(target or ())
-        names = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+        names = _axes_of(axis, mesh, rules)
         ways = int(np.prod([mesh.shape[name] for name in names], dtype=int))
         if size % ways:
             if (axis, size) not in warned:
@@ -101,6 +108,21 @@ def shardings(axes: Params, shapes: Params, mesh: Mesh, rules: Rules = RULES) ->
         path: NamedSharding(mesh, partition(names[path], leaf.shape, mesh, rules, path, warned))
         for path, leaf in flatten(shapes).items()
     })
+
+
+def keep_rows(x: jax.Array, mesh: Mesh | None, rules: Rules = RULES) -> jax.Array:
+    """Inside a jit, hold an activation's rows over the batch axes; without a mesh, do nothing.
+
+    The compiler else may follow a parameter split over `fsdp` and give every device all rows. A
+    batch that does not divide stays as the compiler has it.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    ways = int(np.prod([mesh.shape[name] for name in _axes_of("batch", mesh, rules)], dtype=int))
+    if ways == 1 or x.shape[0] % ways:
+        return x
+    spec = partition(("batch",) + ("",) * (x.ndim - 1), x.shape, mesh, rules, "activation")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def shard_batch(tree: Any, mesh: Mesh | None, rules: Rules = RULES) -> Any:

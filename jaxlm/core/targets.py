@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from jaxlm.core.device import visible_accelerators
 from jaxlm.core.errors import DeviceError
 
 GIB = 2**30
@@ -36,7 +37,9 @@ CARDS = {
     "h200": Card("NVIDIA H200", 150754820096, 4800000000000, 132, 128, (9, 0),
                  233472, 232448, 52428800),
     "a100": Card("NVIDIA A100-SXM4-40GB", 42298834944, 1555200000000, 108, 64, (8, 0),
-                 167936, 166912, 41943040),
+                 167936, 166912, 41943040, clock_ghz=1.41),
+    "a100-80g": Card("NVIDIA A100-SXM4-80GB", 85100068864, 2039040000000, 108, 64, (8, 0),
+                     167936, 166912, 41943040, clock_ghz=1.41),
     "t4": Card("NVIDIA Tesla T4", 15843721216, 320064000000, 40, 64, (7, 5),
                65536, 65536, 4194304, threads_core=1024),
 }
@@ -52,7 +55,8 @@ class Target:
 
 
 def target(name: str) -> Target:
-    """`v5e:2x2`, `v5p:2x2x1`, `v6e:1x1`, `v4:2x2x1`; `h100`, `h200`, `a100`, `t4`, or `h100:8`.
+    """`v5e:2x2`, `v5p:2x2x1`, `v6e:1x1`, `v4:2x2x1`; `h100`, `h200`, `a100` (40 GB),
+    `a100-80g`, `t4`, or `h100:8`.
 
     Raises: DeviceError for an unknown name, or when the compiler for it is not installed.
     """
@@ -67,6 +71,23 @@ def target(name: str) -> Target:
     )
 
 
+def target_like(device_kind: str) -> str | None:
+    """The target that is one chip of the kind that jax calls `device_kind`; None where none is.
+
+    >>> [target_like(kind) for kind in ("TPU v5 lite", "TPU v5", "NVIDIA H100 80GB HBM3", "cpu")]
+    ['v5e:1x1', 'v5p:1x1', 'h100', None]
+    """
+    kind = re.sub(r"(v\d) lite", r"\1e", device_kind.lower())
+    kind = re.sub(r"v5$", "v5p", kind)
+    for name, card in CARDS.items():  # "A100" alone is the card of 40 GB
+        if card.title.lower() == kind:
+            return name
+    for name in (*TPU_BYTES, *CARDS):
+        if re.search(rf"\b{name}\b", kind):
+            return name if name in CARDS else f"{name}:1x1"
+    return None
+
+
 def _tpu(name: str, kind: str, shape: str) -> Target:
     if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise DeviceError(f"target {name!r}: shape {shape!r}; expected such as 2x2 or 2x2x1")
@@ -74,6 +95,9 @@ def _tpu(name: str, kind: str, shape: str) -> Target:
         raise DeviceError(f"target {name!r} needs the TPU compiler: pip install libtpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # compile only: look for no TPU host
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if "TPU" not in visible_accelerators():  # else it complains at length that there is no host
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     topology = _topology(name, platform="tpu", topology_name=f"{kind}:{shape}")
     return Target(name, tuple(topology.devices), TPU_BYTES[kind])
 
@@ -84,7 +108,7 @@ def _gpu(name: str, card: Card, count: str) -> Target:
     plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     if not any(_found(plugin) for plugin in plugins):
         raise DeviceError(
-            f"target {name!r} needs the CUDA compiler, though no GPU: pip install 'jaxlm[cuda13]'"
+            f"target {name!r} needs the CUDA compiler, though no GPU: pip install 'jax[cuda13]'"
         )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     topology = _topology(

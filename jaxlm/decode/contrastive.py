@@ -48,7 +48,8 @@ class Contrast:
         p_BV = jax.nn.log_softmax(keep_finite(expert_BV), -1)
         q_BV = jax.nn.log_softmax(keep_finite(amateur_BV) / heat_B1, -1)
         plausible_BV = keep_min_p(p_BV, self.alpha) > NEG
-        broken_B1 = jnp.isnan(p_BV + q_BV).any(-1, keepdims=True)
+        empty_B1 = (jnp.maximum(expert_BV.max(-1), NEG) == NEG)[:, None]  # nothing is left
+        broken_B1 = jnp.isnan(p_BV + q_BV).any(-1, keepdims=True) | empty_B1
         scores_BV = jnp.where(plausible_BV, p_BV - beta_B1 * q_BV, NEG)
         return jnp.where(broken_B1, jnp.nan, scores_BV)
 

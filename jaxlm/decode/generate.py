@@ -15,11 +15,11 @@ from jaxlm.cache.local import place_kind
 from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, TokenizerError, whole
 from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
-from jaxlm.decode.samplers import Greedy, Sampler
-from jaxlm.decode.state import DecodeState, Kinds, decode, prefill
+from jaxlm.decode.samplers import Greedy, Sampler, check_sampler
+from jaxlm.decode.state import DecodeState, Kinds, decode, layer_kinds, prefill
 from jaxlm.decode.stop import Stop
 from jaxlm.decode.text import kept_bytes, text_of, text_rule, vocabulary
-from jaxlm.hf.bundle import Bundle
+from jaxlm.hf.bundle import Bundle, check_bundle
 from jaxlm.hf.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -46,7 +46,7 @@ class Generation:
 
 def generate(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64,
-    sampler: Sampler = Greedy(), cache: CacheKind | Kinds = Dense(),
+    sampler: Sampler = Greedy(), cache: CacheKind | Kinds | str = Dense(),
     key: jax.Array | None = None, stop: str | Sequence[str] = (), include_stop: bool = False,
     stop_ids: Sequence[int] | None = None, max_len: int | None = None,
 ) -> Any:
@@ -57,7 +57,7 @@ def generate(
       prompts: a text or a list of token ids, or a list of either.
       max_new_tokens: at least 1.
       sampler: numbers inside may be one for all rows or one a row.
-      cache: a cache kind, or one a layer.
+      cache: a cache kind, or one a layer; or a name such as "kivi2", or a policy file's.
       key: a typed key, split by row, or one key a row; default `jax.random.key(0)`.
       stop: strings that end a row, wherever they begin and end inside tokens; looked for on the
         device, in what the row draws. include_stop: leave the string at the end of the text.
@@ -75,7 +75,7 @@ def generate(
     """
     job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len, stop, include_stop)
     state = prefill_jit(bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B,
-                        place_kind(cache, bundle.mesh), job.slots, job.keys_B)
+                        placed(bundle, sampler, cache), job.slots, job.keys_B)
     state = decode_jit(bundle.lm, bundle.params, sampler, state, job.stop, max_new_tokens)
     answers = read(bundle, job, state)
     return answers if job.many else answers[0]
@@ -83,7 +83,7 @@ def generate(
 
 def stream(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64,
-    sampler: Sampler = Greedy(), cache: CacheKind | Kinds = Dense(),
+    sampler: Sampler = Greedy(), cache: CacheKind | Kinds | str = Dense(),
     key: jax.Array | None = None, stop: str | Sequence[str] = (), include_stop: bool = False,
     stop_ids: Sequence[int] | None = None, max_len: int | None = None, chunk: int = 8,
 ) -> Generator[Any, None, Any]:
@@ -96,16 +96,15 @@ def stream(
     """
     whole("chunk", chunk)
     job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len, stop, include_stop)
-    return _pieces(bundle, job, max_new_tokens, sampler, cache, chunk)
+    return _pieces(bundle, job, max_new_tokens, sampler, placed(bundle, sampler, cache), chunk)
 
 
 def _pieces(
-    bundle: Bundle, job: "Job", max_new_tokens: int, sampler: Sampler, cache: CacheKind | Kinds,
-    chunk: int,
+    bundle: Bundle, job: "Job", max_new_tokens: int, sampler: Sampler, kinds: Kinds, chunk: int,
 ) -> Generator[Any, None, Any]:
     """The loop of `stream`."""
     state = prefill_jit(bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B,
-                        place_kind(cache, bundle.mesh), job.slots, job.keys_B)
+                        kinds, job.slots, job.keys_B)
     shown = [""] * len(job.prompts)
     for drawn in range(0, max_new_tokens, chunk):
         state = decode_jit(bundle.lm, bundle.params, sampler, state, job.stop,
@@ -119,6 +118,12 @@ def _pieces(
         if over:
             break
     return answers if job.many else answers[0]
+
+
+def placed(bundle: Bundle, sampler: Sampler, cache: CacheKind | Kinds | str) -> Kinds:
+    """The checked cache kinds of all layers, on the bundle's mesh; the sampler is checked too."""
+    check_sampler(sampler)
+    return place_kind(layer_kinds(bundle.lm, cache), bundle.mesh)
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ def prepare(
     include_stop: bool = False,
 ) -> Job:
     """Check everything that can be wrong with a request, and pad it."""
+    check_bundle(bundle)
     max_new = whole("max_new_tokens", max_new)
     ids, many = to_ids(bundle, prompts)
     longest = max(map(len, ids))

@@ -207,6 +207,14 @@ class Mirostat2:
         return keep_unsurprising(l, mu_B), cold_B
 
 
+def check_sampler(sampler: Any) -> None:
+    """ConfigError for what is no sampler, a class of samplers for one."""
+    if isinstance(sampler, type) or not (hasattr(sampler, "init") and hasattr(sampler, "step")):
+        shown = f"the class {sampler.__name__}" if isinstance(sampler, type) else repr(sampler)
+        raise ConfigError(f"sampler is {shown}; expected an instance, such as jaxlm.Greedy() or "
+                          "jaxlm.Temperature(0.8)")
+
+
 def bias_array(biases: Mapping[int, float], vocab: int) -> np.ndarray:
     """Biases by token id as a float32 (V,) array.
 

@@ -14,7 +14,7 @@ from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
 from jaxlm.core.tree import Params
 from jaxlm.decode.generate import BUCKET, Prompt, round_up, to_ids
-from jaxlm.hf.bundle import Bundle
+from jaxlm.hf.bundle import Bundle, check_bundle
 from jaxlm.models.lm import LM
 from jaxlm.models.stack import STACK
 
@@ -54,6 +54,7 @@ def score(
       >>> score(load("tiny"), "Q: 1+1=").perplexity > 1
       True
     """
+    check_bundle(bundle)
     limit = bundle.lm.config.max_len
     window = limit if window is None else whole("window", window, 2, limit)
     stride = max(window // 2, 1) if stride is None else whole("stride", stride, 1, window - 1)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.cache.base import CacheKind, State, init_caches
+from jaxlm.cache.policy import read_kinds
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import Params
-from jaxlm.decode.samplers import Sampler, read_text
+from jaxlm.decode.samplers import Sampler, check_sampler, read_text
 from jaxlm.decode.stop import NEVER, Stop
 from jaxlm.models.lm import LM, check_shape, check_tokens, pick
 
@@ -44,29 +45,34 @@ class DecodeState(struct.PyTreeNode):
     kinds: Kinds = struct.field(pytree_node=False)
 
 
-def layer_kinds(lm: LM, cache: CacheKind | Kinds) -> Kinds:
+def layer_kinds(lm: LM, cache: CacheKind | Kinds | str) -> Kinds:
     """One kind a layer; None where the plan skips attention."""
     layers = lm.config.num_layers
-    kinds = cache if isinstance(cache, tuple) else (cache,) * layers
+    found = read_kinds(cache, lm.config)
+    kinds = found if isinstance(found, tuple) else (found,) * layers
     if len(kinds) != layers:
         raise ConfigError(f"cache has {len(kinds)} kinds for {layers} layers; give one a layer")
+    if bare := [i for i in lm.attention_layers if kinds[i] is None]:
+        raise ConfigError(f"cache has no kind for layers {bare}, which attend; give one a layer")
     return tuple(kinds[i] if i in lm.attention_layers else None for i in range(layers))
 
 
 def prefill(
     lm: LM, params: Params, sampler: Sampler, tokens_BT: jax.Array, lengths_B: jax.Array,
-    cache: CacheKind | Kinds, slots: int, keys_B: jax.Array,
+    cache: CacheKind | Kinds | str, slots: int, keys_B: jax.Array,
 ) -> DecodeState:
     """Read the prompts and stand ready to draw the first token.
 
     Args:
       tokens_BT: int32 ids, right-padded; `compact` turns left padding into this.
       lengths_B: int32, 1 to T.
-      cache: one kind, or one a layer. slots: static, tokens a row can hold in all.
+      cache: one kind, or one a layer; or a name such as "kivi2".
+      slots: static, tokens a row can hold in all.
       keys_B: typed keys, one a row.
     Raises: ShapeError when the prompts do not fit, or the arrays do not fit together.
       A length outside 1 to T gives NaN logits.
     """
+    check_sampler(sampler)
     batch, time = check_tokens(tokens_BT)
     check_shape("lengths_B", lengths_B, (batch,))
     check_shape("keys_B", keys_B, (batch,))

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.cache.base import init_caches
+from jaxlm.cache.base import CacheKind, init_caches
 from jaxlm.cache.dense import Dense
+from jaxlm.cache.squat import Squat
 from jaxlm.core import tree
 from jaxlm.core.device import report as device_report
 from jaxlm.decode.generate import decode_jit, prefill_jit, prepare
@@ -21,6 +22,7 @@ from jaxlm.eval.skills import (
     ArithmeticResult,
     Attempt,
     RecallResult,
+    Share,
     Tick,
     solve_arithmetic,
     solve_recall,
@@ -44,9 +46,11 @@ class Plan:
     def parts(self) -> int:
         """Ticks in all."""
         rounds = len(arithmetic.LEVELS) * (1 + self.samples)
-        return rounds + len(self.lengths) + len(self.batches) + 1
+        return rounds + len(self.lengths) + len(self.batches) + 1 + COMPARED_PARTS
 
 
+COMPARED = "medium"  # the level that caches are compared on
+COMPARED_PARTS = 3  # two rounds of arithmetic and one of recall
 QUICK = Plan(problems=4, samples=2, lengths=(64,), documents=4, batches=(4,), tokens=8)
 
 
@@ -63,14 +67,28 @@ class Surprise:
 
 
 @dataclass(frozen=True)
+class CacheRow:
+    """One kind of cache: bytes of one row at the recalled length, and the same problems' greedy
+    answers through it."""
+
+    name: str
+    bytes: int
+    length: int
+    arithmetic: Share
+    recall: Share
+
+
+@dataclass(frozen=True)
 class Findings:
-    """What the demo measured. `speed`: (batch, tokens a second of all rows together)."""
+    """What the demo measured. `speed`: (batch, tokens a second of all rows together).
+    `caches`: full precision first."""
 
     card: dict[str, Any]
     plan: Plan
     seed: int
     arithmetic: list[ArithmeticResult]
     recall: list[RecallResult]
+    caches: list[CacheRow]
     speed: list[tuple[int, float]]
     surprise: Surprise
     device: dict[str, Any]
@@ -100,6 +118,8 @@ def measure(
         recalled.append(
             solve_recall(bundle, length, documents=plan.documents, seed=seed, tick=tick)
         )
+    stage("a 2-bit cache")
+    caches = compare_caches(bundle, plan, seed, solved, recalled, tick)
     stage("scoring")
     surprise = surprise_of(bundle, most_telling(solved))
     tick()
@@ -107,7 +127,7 @@ def measure(
         stage(f"speed at batch {batch}")
         speed.append((batch, decode_speed(bundle, batch, plan.tokens)))
         tick()
-    return Findings(card(bundle, name), plan, seed, solved, recalled, speed, surprise,
+    return Findings(card(bundle, name), plan, seed, solved, recalled, caches, speed, surprise,
                     device_report(), time.perf_counter() - began)
 
 
@@ -124,16 +144,39 @@ def card(bundle: Bundle, name: str) -> dict[str, Any]:
     }
 
 
-def cache_bytes(bundle: Bundle, dtype: Any, slots: int = 64) -> int:
-    """Bytes that one more token takes in a dense cache, from the state's own shapes."""
+def compare_caches(
+    bundle: Bundle, plan: Plan, seed: int, solved: list[ArithmeticResult],
+    recalled: list[RecallResult], tick: Tick = lambda: None,
+) -> list[CacheRow]:
+    """Full precision, as it was just measured, beside 2 bits on the same problems."""
+    exact = next(result for result in solved if result.level == COMPARED)
+    length = min((r.length for r in recalled if r.length >= 512),
+                 default=max(r.length for r in recalled))
+    far = next(result for result in recalled if result.length == length)
+    dtype, kind = bundle.params["embed"]["table"].dtype, Squat()
+    rough = solve_arithmetic(bundle, COMPARED, problems=plan.problems, samples=1, seed=seed,
+                             cache=kind, tick=tick)
+    near = solve_recall(bundle, length, documents=plan.documents, seed=seed, cache=kind, tick=tick)
+    return [
+        CacheRow(f"dense, {dtype}", held_bytes(bundle, Dense(), dtype, length), length,
+                 exact.greedy, far.accuracy),
+        CacheRow("SQuat, 2 bits", held_bytes(bundle, kind, dtype, length), length,
+                 rough.greedy, near.accuracy),
+    ]
+
+
+def held_bytes(bundle: Bundle, kind: CacheKind, dtype: Any, slots: int) -> int:
+    """Bytes of one row's caches with room for `slots` tokens, from the states' own shapes."""
     config = bundle.lm.config
     specs = tuple(config.attention(i) for i in range(config.num_layers))
+    kinds = (kind,) * config.num_layers
+    return tree.nbytes(jax.eval_shape(
+        lambda: init_caches(kinds, specs, 1, slots, jnp.dtype(dtype))))
 
-    def held(size: int) -> int:
-        kinds = (Dense(),) * config.num_layers
-        make = lambda: init_caches(kinds, specs, 1, size, jnp.dtype(dtype))
-        return tree.nbytes(jax.eval_shape(make))
 
+def cache_bytes(bundle: Bundle, dtype: Any, slots: int = 64) -> int:
+    """Bytes that one more token takes in a dense cache."""
+    held = lambda size: held_bytes(bundle, Dense(), dtype, size)
     return (held(2 * slots) - held(slots)) // slots
 
 
@@ -181,6 +224,7 @@ def record(findings: Findings) -> dict[str, Any]:
             for r in findings.arithmetic
         ],
         "recall": [{"length": r.length, **asdict(r.accuracy)} for r in findings.recall],
+        "caches": [asdict(row) for row in findings.caches],
         "speed": [{"batch": b, "tokens_per_s": rate} for b, rate in findings.speed],
         "seconds": findings.seconds, "versions": findings.device["versions"],
         "system": findings.device["system"], "backend": findings.device["backend"],

@@ -3,11 +3,12 @@
 import json
 
 from jaxlm.eval import plots, report
-from jaxlm.eval.demo import Findings, record
+from jaxlm.eval.demo import COMPARED, Findings, record
 from jaxlm.eval.skills import Attempt, Share
 
 HEAD = ("arithmetic", "greedy", "one sample", "majority", "any right", "steps right")
 RECALL_HEAD = ("recall", "greedy")
+CACHE_HEAD = ("cache", "bytes of a text", "share", f"arithmetic, {COMPARED}", "recall")
 
 
 def files(findings: Findings) -> dict[str, bytes | str]:
@@ -41,6 +42,13 @@ def arithmetic_rows(findings: Findings) -> list[list[str]]:
 def recall_rows(findings: Findings) -> list[list[str]]:
     """The table of recall, one row a length, under `RECALL_HEAD`."""
     return [[f"{r.length} tokens", percent(r.accuracy)] for r in findings.recall]
+
+
+def cache_rows(findings: Findings) -> list[list[str]]:
+    """The table of caches, one row a kind, under `CACHE_HEAD`."""
+    whole = findings.caches[0].bytes
+    return [[row.name, f"{row.bytes:,}", f"{100 * row.bytes / whole:.0f} %",
+             percent(row.arithmetic), percent(row.recall)] for row in findings.caches]
 
 
 def draw(findings: Findings) -> dict[str, plots.Plot]:
@@ -103,6 +111,12 @@ Steps: worked lines of the greedy answers that follow from what stands above the
 Recall: {plan.documents} documents a length, one query each.</p>
 <div class="grid">{show("arithmetic", "Bars: one standard error.")}
 {show("recall", "One query in each document, answered greedily.")}</div>
+<h2>The same problems through a 2-bit cache</h2>
+<div class="row">{report.table(CACHE_HEAD, cache_rows(findings))}</div>
+<p class="soft">Greedy. Bytes of one text's keys and values in all layers with room for
+{findings.caches[0].length:,} tokens, everything counted: codes, scales, the newest tokens in full
+precision. Recall over {findings.caches[0].length:,} tokens; the prompt attends to itself in full
+precision and is then coded.</p>
 {show("surprise", "−log p of each token given all before it, by jaxlm.score. The digits of the "
       "question cannot be guessed; those of a step can be worked out.")}
 <h2>Answers</h2>

@@ -157,7 +157,7 @@ def _decode(config, mesh, batch, context, cache, dtype):
 
 
 def _train(config, mesh, batch, context, cache, dtype):
-    lm = LM(config, remat=True)
+    lm = LM(config, remat=True, mesh=mesh)
     shapes = jax.eval_shape(lambda tree: stack(tree, config), lm.shapes(jnp.float32))
     places = shardings(stack_axes(lm.axes(), config), shapes, mesh)
     optimizer = optax.adamw(1e-5)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from safetensors import SafetensorError
 
-from jaxlm.core.device import require
+from jaxlm.core.device import backend, require
 from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError
 from jaxlm.core.hosts import is_writer, spans_processes, together
 from jaxlm.core.mesh import RULES, Rules, shardings
@@ -51,10 +51,22 @@ class Bundle:
         """A copy with some fields changed, such as `params` or `lm`."""
         return replace(self, **changes)
 
+    def __repr__(self) -> str:
+        """One line: family, size, dtype, and where the parameters are; not every weight."""
+        leaves = jax.tree.leaves(self.params)
+        count = sum(leaf.size for leaf in leaves)
+        dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        where = f"mesh {dict(self.mesh.shape)}" if self.mesh is not None else ", ".join(sorted(
+            {str(d) for leaf in leaves if isinstance(leaf, jax.Array) for d in leaf.devices()}))
+        labels = "" if self.lm.labels is None else f", {self.lm.labels} labels"
+        return (f"Bundle({self.lm.config.family}{labels}, {count:,} parameters, {dtypes}, "
+                f"{where or 'not on a device'})")
+
 
 def load(
     source: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None,
     rules: Rules = RULES, device: str | None = None, revision: str | None = None,
+    check_tokenizer: bool = True,
 ) -> Bundle:
     """Load a Hugging Face checkpoint.
 
@@ -66,6 +78,8 @@ def load(
         processes, all of which call, and each of which reads only what its devices hold.
       device: "cpu", "gpu" or "tpu"; default whatever jax uses.
       revision: of a hub id.
+      check_tokenizer: refuse a tokenizer whose size or bos id is not the model's. Another model's
+        of like size passes: nothing in a folder ties it to the weights.
     Returns: Bundle.
     Raises: ConfigError, CheckpointError, TokenizerError, DeviceError; all before any compute.
 
@@ -77,13 +91,15 @@ def load(
         raise ConfigError("pass either a device or a mesh, not both")
     if dtype not in (None, "own") and not _is_float(dtype):
         raise ConfigError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or 'own'")
-    target = require(device)[0] if device is not None else None
+    found = require(device)  # before anything is fetched
+    target = found[0] if device is not None else None
     with together(spans_processes(mesh)):  # a process without the file must not leave the others
-        return _load(resolve(source, revision), dtype, mesh, rules, target)
+        return _load(resolve(source, revision), dtype, mesh, rules, target, check_tokenizer)
 
 
 def _load(
-    folder: pathlib.Path, dtype: Any, mesh: Mesh | None, rules: Rules, target: Any
+    folder: pathlib.Path, dtype: Any, mesh: Mesh | None, rules: Rules, target: Any,
+    check_tokenizer: bool,
 ) -> Bundle:
     """`load` of a folder, onto a mesh or a device."""
     raw = read_json(folder / "config.json")
@@ -91,8 +107,10 @@ def _load(
     labels, per_token = labels_from_hf(raw)
     lm = LM(config, labels=labels, per_token=per_token)
     tokenizer = Tokenizer(folder)
-    stop_ids = _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
-    if dtype is None and (target.platform if target else jax.default_backend()) == "cpu":
+    if check_tokenizer:
+        _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
+    stop_ids = _stop_ids(tokenizer, raw, folder, config.vocab_size)
+    if dtype is None and (target.platform if target else backend()) == "cpu":
         dtype = jnp.float32
     dtype = None if dtype == "own" else dtype
     shapes = lm.shapes(dtype or jnp.float32)
@@ -115,8 +133,17 @@ def _is_float(dtype: Any) -> bool:
         return False
 
 
+def check_bundle(bundle: Any) -> None:
+    """ConfigError for what is no Bundle, such as the name of a model."""
+    if not isinstance(bundle, Bundle):
+        raise ConfigError(f"bundle is {bundle!r}; expected a Bundle, such as jaxlm.load('tiny')")
+
+
 def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
     """The folder of a source: a path, the bundled model's name, or a hub id to be fetched."""
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):  # "" would be "."
+        raise CheckpointError(f"source is {source!r}; expected a folder, a hub id like 'org/name', "
+                              f"or one of {sorted(BUNDLED)}")
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         return path
@@ -135,19 +162,42 @@ def resolve(source: str | os.PathLike, revision: str | None = None) -> pathlib.P
 
 def _check_tokenizer(
     tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
-) -> tuple[int, ...]:
-    """The tokenizer belongs to this model; returns the ids that end a text."""
-    if tokenizer.base_size > vocab:
+) -> None:
+    """The tokenizer can be this model's: its ids fit, with no more to spare than padding takes."""
+    other = ("it belongs to another model; put the model's own beside the weights, or pass "
+             "check_tokenizer=False to jaxlm.load if this is it")
+    if tokenizer.base_size > vocab or not is_padding(tokenizer.size, vocab):
         raise TokenizerError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.base_size - 1} but the model's "
-            f"vocabulary is {vocab}; it belongs to another model"
+            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} but the model's "
+            f"vocabulary is {vocab}; {other}"
         )
     ours, theirs = tokenizer.id_of("bos_token"), raw.get("bos_token_id")
     if ours is not None and isinstance(theirs, int) and ours != theirs:
         raise TokenizerError(
             f"{folder}: the tokenizer's bos_token is id {ours} but config.json says {theirs}; "
-            "the tokenizer belongs to another model"
+            f"{other}"
         )
+
+
+def is_padding(size: int, vocab: int) -> bool:
+    """Whether a vocabulary may be a tokenizer's `size` ids, padded.
+
+    Vocabularies are padded to a multiple of 8 to 128, or by a little of a large one (Qwen2.5 7B:
+    151,665 ids of 152,064); 3 % are allowed. Ids beyond the vocabulary, added for images, are not
+    looked at here.
+
+    >>> is_padding(151_665, 152_064), is_padding(100, 128), is_padding(100, 105)
+    (True, True, False)
+    """
+    spare = vocab - size
+    multiple = any(vocab % step == 0 and spare < step for step in (8, 16, 32, 64, 128))
+    return spare <= 0.03 * size or multiple
+
+
+def _stop_ids(
+    tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
+) -> tuple[int, ...]:
+    """The ids that end a text, by generation_config.json, config.json and the tokenizer."""
     path = folder / "generation_config.json"
     defaults = read_json(path) if path.exists() else {}
     stops = defaults.get("eos_token_id", raw.get("eos_token_id"))
@@ -172,6 +222,7 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
         model, or the disk is full.
       ConfigError: the family's config.json cannot express the model (a plan, say).
     """
+    check_bundle(bundle)
     shared = spans_processes(bundle.params)
     with ExitStack() as exits:
         stage = pathlib.Path()

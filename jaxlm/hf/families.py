@@ -241,7 +241,9 @@ FAMILIES: dict[str, Family] = {
     "granite": Family("GraniteForCausalLM", read_granite, write_granite),
 }
 HINTS = {
-    "gemma3": "it is the model of text and images; save its language model alone, as 'gemma3_text'",
+    "gemma3": "it is the model of text and images; save its language model alone (gemma3_text), "
+              "by the lines in docs/checkpoints.md: text = Gemma3ForCausalLM(whole.config."
+              "text_config); text.model, text.lm_head = whole.model.language_model, whole.lm_head",
 }
 
 
@@ -251,7 +253,7 @@ def family_of(model_type: Any) -> Family:
         hint = HINTS.get(model_type, "") if isinstance(model_type, str) else ""
         raise ConfigError(
             f"config.json: field 'model_type' is {model_type!r}; supported: {sorted(FAMILIES)}"
-            + (f". {hint.capitalize()}" if hint else "")
+            + (f". {hint[0].upper()}{hint[1:]}" if hint else "")
         )
     return FAMILIES[model_type]
 

@@ -9,8 +9,8 @@ OTHER_LAYOUTS = ["consolidated*", "original/*"]
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 
 
-def fetch(name: str, revision: str | None = None) -> pathlib.Path:
-    """The local folder of a hub id, downloaded where needed.
+def fetch(name: str, revision: str | None = None, only: str | None = None) -> pathlib.Path:
+    """The local folder of a hub id, downloaded where needed; `only` one file of it, if named.
 
     HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured by huggingface_hub itself.
     Raises: CheckpointError that says what works without a network.
@@ -20,7 +20,8 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
     try:
         return pathlib.Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=OTHER_LAYOUTS
+                name, revision=revision, allow_patterns=[only] if only else PATTERNS,
+                ignore_patterns=OTHER_LAYOUTS
             )
         )
     except Exception as error:  # the hub's errors have no common base beside Exception

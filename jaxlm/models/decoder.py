@@ -164,9 +164,12 @@ class Decoder(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, attend: Attend, tap: Tap, keep: list | None = None):
+    def __call__(
+        self, tokens_BT: jax.Array, attend: Attend, tap: Tap, keep: list | None = None,
+        rows: Callable[[jax.Array], jax.Array] = lambda x: x,  # holds rows where they are
+    ):
         c = self.config
-        x = Embed(c, name="embed")(tokens_BT)
+        x = rows(Embed(c, name="embed")(tokens_BT))
         block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
         for layer in range(c.num_layers):
             if keep is not None:
@@ -178,7 +181,7 @@ class Decoder(nn.Module):
                 tap(f"{prefix}/{name}", x, y)
 
             with jax.named_scope(named):
-                x = block(c, layer, plan, name=named)(x, attend, layer_tap)
+                x = rows(block(c, layer, plan, name=named)(x, attend, layer_tap))
         x = Norm(c.norm_eps, c.norm_offset, name="final_norm")(x)
         if keep is not None:
             keep.append(x)

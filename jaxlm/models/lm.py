@@ -1,13 +1,16 @@
 """LM: a frozen handle on a decoder, with pure functions over a plain tree of parameters."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxlm.core.errors import ConfigError, ShapeError, whole
+from jaxlm.core.mesh import keep_rows
 from jaxlm.core.tree import Params, flatten, map_with_path
 from jaxlm.models.attention import Mask, attention
 from jaxlm.models.axes import axes_of
@@ -44,6 +47,8 @@ class LM:
         None for a language model.
       per_token: label every token, with a bias, instead of the whole text at its last token.
       remat: recompute each block in the backward pass instead of storing it.
+      mesh: for training over several devices: activations keep their rows over its batch axes
+        between blocks, whatever the parameters are split over.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -60,10 +65,12 @@ class LM:
     labels: int | None = None
     remat: bool = False
     per_token: bool = False
+    mesh: Mesh | None = None
 
     def __post_init__(self):
-        if not isinstance(self.plan, tuple):  # a list would not hash
-            raise ConfigError(f"plan is {self.plan!r}; expected a tuple of LayerPlan")
+        plan = self.plan  # a list would not hash
+        if not isinstance(plan, tuple) or not all(isinstance(p, LayerPlan) for p in plan):
+            raise ConfigError(f"plan is {plan!r}; expected a tuple of LayerPlan, one a layer")
         if self.per_token and self.labels is None:
             raise ConfigError("per_token is for a model with labels; set labels")
         if self.plan and len(self.plan) != self.config.num_layers:
@@ -112,7 +119,8 @@ class LM:
         A tree from `stack.stack` runs its layers as a scan, without taps or kept states.
         """
         if STACK not in params:
-            return _apply(self.module, params, tokens_BT, attend, tap or _no_tap, keep)
+            rows = partial(keep_rows, mesh=self.mesh)
+            return _apply(self.module, params, tokens_BT, attend, tap or _no_tap, keep, rows)
         if tap is not None or keep is not None:
             raise ConfigError("a stacked tree gives no taps or hidden states; unstack it first")
         return self._run_stacked(params, tokens_BT, attend)
@@ -123,14 +131,15 @@ class LM:
 
         def block(layer: int, tree: Params, x: jax.Array) -> jax.Array:
             plan = self.plan[layer] if self.plan else LayerPlan()
-            return _apply(Block(c, layer, plan), tree, x, attend, _no_tap)
+            x = _apply(Block(c, layer, plan), tree, x, attend, _no_tap)
+            return keep_rows(x, self.mesh)
 
         def one_period(x, trees):
             for j in range(size):
                 x = block(j, trees[f"layers_{j}"], x)
             return x, None
 
-        x = _apply(Embed(c), params["embed"], tokens_BT)
+        x = keep_rows(_apply(Embed(c), params["embed"], tokens_BT), self.mesh)
         step = jax.checkpoint(one_period) if self.remat else one_period
         x, _ = jax.lax.scan(step, x, params[STACK])
         for layer in range(groups * size, c.num_layers):
@@ -204,8 +213,10 @@ class LM:
         Raises: ShapeError for arrays that do not fit together, ConfigError for an unknown want.
         """
         batch, time = check_tokens(tokens_BT)
-        if unknown := set(want) - {"hidden", "taps"}:
-            raise ConfigError(f"want holds {sorted(unknown)}; expected 'hidden' or 'taps'")
+        if not isinstance(want, tuple | list | set) or set(want) - {"hidden", "taps"}:
+            raise ConfigError(f"want is {want!r}; expected a tuple of 'hidden' and 'taps', or ()")
+        if not isinstance(mask, Mask):
+            raise ConfigError(f"mask is {mask!r}; expected a Mask, such as jaxlm.Mask(causal=True)")
         if want and "taps" in want and self.remat:
             raise ConfigError("taps cannot be read through remat; use LM(remat=False)")
         aligned = positions_BT is None

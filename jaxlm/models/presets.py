@@ -26,11 +26,11 @@ def _llama3(dim: int, layers: int, heads: int, ffn: int, factor: float, tied: bo
 
 def _qwen2(
     vocab: int, dim: int, layers: int, heads: int, kv_heads: int, ffn: int, max_len: int,
-    tied: bool,
+    tied: bool, norm_eps: float = 1e-6,
 ) -> ModelConfig:
     """Qwen 2.5, the base models."""
     return _llama(vocab, dim, layers, heads, kv_heads, ffn, max_len, Rope(1e6), family="qwen2",
-                  norm_eps=1e-6, qkv_bias=True, tie_embeddings=tied)
+                  norm_eps=norm_eps, qkv_bias=True, tie_embeddings=tied)
 
 
 def _qwen3(dim: int, layers: int, heads: int, ffn: int, tied: bool) -> ModelConfig:
@@ -44,15 +44,19 @@ def _gemma(
     rope: Rope, **changes,
 ) -> ModelConfig:
     """What Gemma 2 and 3 share."""
+    given = {"head_dim": 256, **changes}
     return _llama(vocab, dim, layers, heads, kv_heads, ffn, max_len, rope, norm_eps=1e-6,
-                  head_dim=256, tie_embeddings=True, activation="gelu_tanh", post_norms=True,
-                  norm_offset=1.0, embed_scale=dim**0.5, **changes)
+                  tie_embeddings=True, activation="gelu_tanh", post_norms=True,
+                  norm_offset=1.0, embed_scale=dim**0.5, **given)
 
 
-def _gemma2(dim: int, layers: int, heads: int, kv_heads: int, ffn: int) -> ModelConfig:
+def _gemma2(
+    dim: int, layers: int, heads: int, kv_heads: int, ffn: int, **changes
+) -> ModelConfig:
     """Gemma 2: every other layer windowed, both caps."""
     return _gemma(256000, dim, layers, heads, kv_heads, ffn, 8192, Rope(), family="gemma2",
-                  windows=(4096, None) * (layers // 2), attention_softcap=50.0, logit_softcap=30.0)
+                  windows=(4096, None) * (layers // 2), attention_softcap=50.0, logit_softcap=30.0,
+                  **changes)
 
 
 def _granite(
@@ -68,6 +72,7 @@ PRESETS: dict[str, ModelConfig] = {
     "llama-2-7b": _llama(32000, 4096, 32, 32, 32, 11008, 4096, Rope()),
     "llama-3-8b": _llama(128256, 4096, 32, 32, 8, 14336, 8192, Rope(500000.0)),
     "llama-3.1-8b": _llama3(4096, 32, 32, 14336, 8.0, tied=False),
+    "llama-3.1-70b": _llama3(8192, 80, 64, 28672, 8.0, tied=False),
     "llama-3.2-1b": _llama3(2048, 16, 32, 8192, 32.0, tied=True),
     "llama-3.2-3b": _llama3(3072, 28, 24, 8192, 32.0, tied=True),
     "smollm2-135m": _llama(49152, 576, 30, 9, 3, 1536, 8192, Rope(1e5), tie_embeddings=True),
@@ -80,11 +85,16 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen2.5-0.5b": _qwen2(151936, 896, 24, 14, 2, 4864, 32768, tied=True),
     "qwen2.5-1.5b": _qwen2(151936, 1536, 28, 12, 2, 8960, 131072, tied=True),
     "qwen2.5-7b": _qwen2(152064, 3584, 28, 28, 4, 18944, 131072, tied=False),
+    "qwen2.5-14b": _qwen2(152064, 5120, 48, 40, 8, 13824, 131072, False, 1e-5),
+    "qwen2.5-32b": _qwen2(152064, 5120, 64, 40, 8, 27648, 131072, False, 1e-5),
     "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
     "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
+    "qwen3-14b": _qwen3(5120, 40, 40, 17408, tied=False),
+    "qwen3-32b": _qwen3(5120, 64, 64, 25600, tied=False),
     "gemma-2-2b": _gemma2(2304, 26, 8, 4, 9216),
     "gemma-2-9b": _gemma2(3584, 42, 16, 8, 14336),
+    "gemma-2-27b": _gemma2(4608, 46, 32, 16, 36864, head_dim=128, attention_scale=144**-0.5),
     "gemma-3-1b": _gemma(262144, 1152, 26, 4, 1, 6912, 32768, Rope(1e6), family="gemma3_text",
                          qk_norm=True, local_rope=Rope(10000.0),
                          windows=tuple(None if i % 6 == 5 else 512 for i in range(26))),

@@ -6,12 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.dispatch import Implementation, dispatch, later
 from pallas_kernels.quant import PackedKV, QuantFormat
-from pallas_kernels.quant_decode_attention import gpu, reference, tpu, xla
+from pallas_kernels.quant_decode_attention import reference, xla
 from pallas_kernels.quant_decode_attention.common import EMPTY_LSE as EMPTY_LSE
 
-_TABLE = {"xla": xla.attend, "tpu": tpu.attend, "gpu": gpu.attend, "reference": reference.attend}
+_TABLE = {"xla": xla.attend, "reference": reference.attend,
+          **{name: later(f"pallas_kernels.quant_decode_attention.{name}", "attend")
+             for name in ("tpu", "gpu")}}
 
 Rotate = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -39,7 +41,8 @@ def quant_decode_attention(
       scale: of the logits; 1/sqrt(H) if None.
       softcap: logits become `softcap * tanh(logits / softcap)`.
       rotate: `(keys [B, K, S, H], positions [B, S]) -> keys`, applied to keys as they are read, for
-        keys kept before RoPE; positions are token indices of the row.
+        keys kept before RoPE; positions are token indices of the row. What it holds by row comes as
+        arrays of a `jax.tree_util.Partial`, leading with B: rows may be read one at a time.
       implementation: None, 'xla', 'tpu', 'gpu', 'reference', or a list to try in order.
       interpret: run the Pallas kernels in interpret mode (tests).
 

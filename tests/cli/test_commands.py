@@ -33,9 +33,12 @@ def outcome(capsys, *argv):
     return code, *capsys.readouterr()
 
 
-def process(*argv, **options):
+PLATFORMS = os.environ.get("JAX_PLATFORMS", "")
+
+
+def process(*argv, platforms=PLATFORMS, **options):
     """One command in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platforms}
     return subprocess.run([sys.executable, "-m", "jaxlm", *argv], env=environment, text=True,
                           capture_output=True, timeout=300, **options)
 
@@ -70,11 +73,23 @@ def test_info_is_the_device_report(capsys):
     assert re.search(rf"^jax +{re.escape(jax.__version__)}$", out, re.M)
 
 
+@pytest.mark.parametrize("argv, code", [(("generate", "tiny", "Q:1"), 2), (("info",), 0)])
+def test_a_platform_asked_for_and_absent(argv, code):
+    """In a process of its own, for jax settles this once; `info` says it beside the versions."""
+    if os.path.exists("/dev/nvidia0"):
+        pytest.skip("this machine has a GPU")
+    ended = process(*argv, platforms="cuda")
+    assert ended.returncode == code and "Traceback" not in ended.stderr
+    told = ended.stdout if code == 0 else ended.stderr
+    assert "jax has no device: JAX_PLATFORMS=cuda asks for what is not here" in told
+    assert told.count("\n") == 1 or re.search(rf"^jaxlm +{jaxlm.__version__}$", told, re.M)
+
+
 def test_info_advises_about_an_idle_accelerator(capsys, monkeypatch):
     monkeypatch.setattr("jaxlm.core.device.visible_accelerators", lambda: ["NVIDIA GPU"])
     monkeypatch.setattr("jax.default_backend", lambda: "cpu")
     _, out, _ = outcome(capsys, "info")
-    assert re.search(r"^advice: NVIDIA GPU is visible .*jaxlm\[cuda12\]", out, re.M)
+    assert re.search(r"^advice: NVIDIA GPU is visible .*jax\[cuda12\]", out, re.M)
     monkeypatch.setattr("jaxlm.core.device.visible_accelerators", lambda: [])
     assert "advice" not in outcome(capsys, "info")[1]
 

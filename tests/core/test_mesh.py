@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+import jaxlm
 from jaxlm.core import device
 from jaxlm.core.errors import ConfigError, DeviceError, whole
 from jaxlm.core.mesh import make_mesh, partition, shard_batch, shardings
@@ -22,6 +23,7 @@ def mesh():
     ({"data": 3}, ["'data': 3", "needs 3 devices", "got 8"]),
     ({"fsdp": 0, "data": 8}, ["'fsdp'", "size 0", "at least 1"]),
     ({"tensor": 2.0}, ["'tensor'", "size 2.0", "at least 1"]),
+    ({"data": {"data": 2, "tensor": 4}}, ["'data'", "size {", "make_mesh(data=2, tensor=4)"]),
     ({"devices": []}, ["needs 1 devices", "got 0"]),
 ])
 def test_impossible_meshes_name_the_axis_and_its_size(sizes, words):
@@ -73,14 +75,41 @@ def test_an_unused_accelerator_comes_with_advice(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     (advice,) = device.advice()
-    assert "NVIDIA GPU is visible but jax uses the CPU" in advice and "jaxlm[cuda" in advice
+    assert "NVIDIA GPU is visible but jax uses the CPU" in advice
+    assert "pip install 'jax[cuda12]'" in advice
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert "JAX_PLATFORMS=cpu is set" in device.advice()[0]
+
+
+@pytest.mark.parametrize("error", [
+    AssertionError(), RuntimeError("Unable to initialize backend 'cuda': no card\nat 0x7f"),
+])
+def test_a_jax_without_any_device_is_a_device_error(monkeypatch, error):
+    """jax gives an empty AssertionError where the plugin is not installed."""
+
+    def fail(*_):
+        raise error
+
+    for name in ("default_backend", "devices", "local_devices", "process_count"):
+        monkeypatch.setattr(jax, name, fail)
+    monkeypatch.setattr(device, "visible_accelerators", lambda: ["NVIDIA GPU"])
+    for call in (device.backend, lambda: device.require("gpu"), device.require, make_mesh):
+        with pytest.raises(DeviceError) as caught:
+            call()
+        message = str(caught.value)
+        assert all(word in message for word in (
+            "jax has no device", "JAX_PLATFORMS=", "NVIDIA GPU is visible", "pip install 'jax[",
+            "set it to cpu", str(error).partition("\n")[0])), message
+        assert "\n" not in message
+    found = device.report()
+    assert found["backend"] is None and found["devices"] == []
+    assert found["advice"] == [message] and "jax" in found["versions"]
 
 
 def test_report_names_versions_and_devices():
     report = device.report()
     assert report["versions"]["jax"] == jax.__version__
+    assert report["versions"]["jaxlm"] == jaxlm.__version__
     assert len(report["devices"]) == jax.local_device_count()
     assert report["host_bytes"] is None or report["host_bytes"] > 2**28
 

@@ -36,6 +36,8 @@ def findings():
               "dtype": "float32", "kv bytes per token": 8192},
         plan=demo.Plan(problems=2), seed=0, arithmetic=solved,
         recall=[RecallResult(64, Share(0.5, 0.02)), RecallResult(128, Share(0.25, 0.02))],
+        caches=[demo.CacheRow("dense", 4000, 512, Share(0.875, 0.02), Share(0.25, 0.02)),
+                demo.CacheRow("2 bits", 1000, 512, Share(0.75, 0.02), Share(0.125, 0.02))],
         speed=[(1, 10.0), (4, 30.0)],
         surprise=demo.Surprise(("Q", ":", "\n", "A"), -np.arange(4.0), 2),
         device={"versions": {"jax": "1"}, "system": "s", "backend": "cpu"}, seconds=3.0,
@@ -69,7 +71,8 @@ def test_files_of_the_report():
     assert all(link.startswith("data:image/png;base64,") for link in links.found)
     assert not re.search(r"@import|url\(|<script|<link", files["index.html"])
     words = " ".join(links.words)
-    for part in ("m<1>", "91 ± 1 %", "55 ± 1 %", "25 ± 2 %", "8,192 bytes", "2.50 million"):
+    for part in ("m<1>", "91 ± 1 %", "55 ± 1 %", "25 ± 2 %", "8,192 bytes", "2.50 million",
+                 "2 bits", "1,000", "12 ± 2 %"):
         assert part in words, part
     stored = json.loads(files["demo.json"])
     assert stored["arithmetic"][1]["any_of"] == {"value": 0.64, "error": 0.01}
@@ -135,4 +138,7 @@ def test_the_command(tmp_path, capsys):
     assert stored["card"]["kv bytes per token"] == per_token * config["head_dim"]
     assert [r["level"] for r in stored["arithmetic"]] == ["easy", "medium", "hard"]
     assert all(rate["tokens_per_s"] > 0 for rate in stored["speed"])
+    dense, coded = stored["caches"]
+    assert dense["length"] == coded["length"] == 64 and dense["bytes"] != coded["bytes"]
+    assert dense["arithmetic"] == stored["arithmetic"][1]["greedy"]
     assert {"index.html", "arithmetic.png"} <= {path.name for path in out.iterdir()}

@@ -2,14 +2,20 @@
 
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from jaxlm.cache.dense import Dense
 from jaxlm.cache.parse import parse_cache
-from jaxlm.core.aot import collective_bytes
+from jaxlm.core.count import count
 from jaxlm.core.errors import ConfigError, DeviceError
+from jaxlm.core.hlo import collective_bytes
+from jaxlm.core.mesh import make_mesh
 from jaxlm.core.targets import CARDS, describe, target
-from jaxlm.eval.fit import fit, mesh_sizes
+from jaxlm.eval.fit import _decode, _prefill, _train, fit, mesh_sizes
 from jaxlm.models.config import ModelConfig
+from jaxlm.models.lm import LM, count_params
 from jaxlm.models.presets import preset
 
 SMALL = ModelConfig(vocab_size=512, dim=256, num_layers=2, num_heads=8, num_kv_heads=4,
@@ -56,6 +62,93 @@ def test_collectives_are_counted_by_what_they_produce():
       e = f32[4]{0} add(f, g)
     """
     assert collective_bytes(hlo) == 8 * 128 * 2 + 2 * 4 * 4
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    ("a = (f32[2]{0}, f32[8]{0}) all-gather-start(b)", 32),
+    ("a = ((f32[2], bf16[4]), (f32[8]{0}, bf16[16])) all-gather-start(b, c)", 64),
+    ("a = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(b)", 32),
+    ("a = f32[8]{0} all-gather-done(b)", 0),
+    ("a = f32[8] all-gather(b), channel_id=3\nc = f32[8] all-gather(d), channel_id=3", 32),
+    ("a = f32[8] all-gather(b), channel_id=3\nc = f32[8] all-gather(d), channel_id=4", 64),
+])
+def test_of_an_asynchronous_collective_only_the_result_counts(line, expected):
+    assert collective_bytes(line) == expected
+
+
+LOOP = """
+%sum (p: f32[8]) -> f32[8] {
+  %r = f32[8]{0} all-reduce(%p), to_apply=%add
+}
+
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %f = f32[8]{0} fusion(%t), kind=kCustom, calls=%sum
+}
+
+%cond (t: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%x), condition=%cond, body=%body SAYS
+}
+"""
+
+
+@pytest.mark.parametrize(("hlo", "trips"), [
+    (LOOP, 7),
+    (LOOP.replace("SAYS", ', backend_config={"known_trip_count":{"n":"5"}}'), 5),
+    (LOOP.replace("ROOT %lt", "%lt").replace("}\n\nENTRY", "  ROOT %a = and(%lt, %b)\n}\n\nENTRY"),
+     1),
+])
+def test_a_collective_in_a_loop_counts_by_its_trips(hlo, trips):
+    assert collective_bytes(hlo) == 32 * trips
+
+
+def test_of_branches_the_one_made_for_the_platform_counts():
+    def either(x):
+        return jax.lax.platform_dependent(x, cpu=lambda x: x @ x @ x, default=lambda x: x @ x)
+
+    traced = jax.make_jaxpr(either)(jnp.ones((4, 4)))
+    assert (count(traced, "cpu").flops, count(traced, "tpu").flops) == (256, 128)
+    data = jax.make_jaxpr(lambda flag, x: jax.lax.cond(flag, lambda x: x @ x, lambda x: x, x))
+    assert count(data(True, jnp.ones((4, 4))), "cpu").flops == 128
+
+
+DEEP = SMALL.replace(num_layers=6, tie_embeddings=True)  # each parameter is in one product
+
+
+@pytest.mark.parametrize(("job", "lowest", "highest"), [
+    (_train, 6, 9), (_prefill, 2 * 0.9, 3), (_decode, 2, 3),
+])
+def test_the_work_of_a_job_follows_from_its_parameters(job, lowest, highest):
+    """2 FLOPs a parameter and token, 6 to train, 8 with blocks recomputed; attention on top."""
+    program, _, _ = job(DEEP, make_mesh(devices=jax.devices()[:1]), 2, 64, Dense(), jnp.float32)
+    tokens = 2 * (1 if job is _decode else 64)
+    work = count_params(LM(DEEP)) * tokens
+    assert lowest * work < program.flops < highest * work
+    assert program.flops_source == "compiler" and program.bytes_accessed > 0
+
+
+def check_shared(devices):
+    """A train step over fsdp takes a quarter of the work and room of one device's."""
+    size = 64, 48  # rows, tokens
+    one = _train(SMALL, make_mesh(devices=devices[:1]), *size, Dense(), jnp.float32)[0]
+    four = _train(SMALL, make_mesh(fsdp=4, devices=devices[:4]), *size, Dense(), jnp.float32)[0]
+    assert four.flops < 0.3 * one.flops
+    assert four.temporaries < 0.45 * one.temporaries  # a gathered layer is in it too
+    assert four.collective_bytes > 0
+
+
+def test_a_train_step_over_fsdp_shares_the_rows():
+    check_shared(jax.devices())
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_train_step_over_fsdp_shares_the_rows_of_a_slice():
+    check_shared(list(target("v5e:2x2").devices))
 
 
 @needs_libtpu

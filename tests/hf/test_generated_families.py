@@ -54,8 +54,9 @@ def is_prompt(value):
 def test_requests(bundles, name, prompts, room, stop):
     """Refused before any compute, or padded right: nothing is cut, nothing is guessed."""
     bundle = bundles[name]
-    one = prompts != [] and not isinstance(prompts[0], str | list)
-    fine = all(map(is_prompt, prompts)) and prompts != [] and not one
+    if is_prompt(prompts):  # a flat list of ids is one prompt
+        prompts = [prompts]
+    fine = all(map(is_prompt, prompts)) and prompts != []
     fine &= room >= 1 and all(map(is_token, stop))
     if fine:
         lengths = [len(p.split()) if isinstance(p, str) else len(p) for p in prompts]

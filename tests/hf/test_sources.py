@@ -1,12 +1,13 @@
 """What `load` takes: a folder, a bundled name, a hub id; and what it says when it is none."""
 
+import jax
 import pytest
 
 import jaxlm.hf.bundle
 from jaxlm.core.errors import CheckpointError, ConfigError, DeviceError, JaxlmError
 from jaxlm.core.mesh import make_mesh
 from jaxlm.hf.bundle import load, resolve
-from tests.tiny import write_folder
+from tests.tiny import weights, write_folder
 
 
 @pytest.mark.parametrize("source, words", [
@@ -19,6 +20,13 @@ def test_a_source_that_is_nothing(source, words):
     with pytest.raises(CheckpointError) as error:
         load(source)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("source", ["", None, 3, b"", ["tiny"]])
+def test_a_source_of_the_wrong_kind(source, monkeypatch, tiny_folder):
+    monkeypatch.chdir(tiny_folder)  # "" must not mean the folder one happens to stand in
+    with pytest.raises(CheckpointError, match="source is .* expected a folder"):
+        load(source)
 
 
 def test_a_file_is_not_a_folder(tmp_path):
@@ -47,12 +55,20 @@ def test_a_hub_id_is_fetched_once_it_is_no_folder(monkeypatch, tiny_folder):
 
 @pytest.mark.parametrize("device", ["gpu", "tpu"])
 def test_an_accelerator_that_is_absent(tiny_folder, device):
-    import jax
-
     if jax.default_backend() == device:
         pytest.skip(f"this machine has a {device}")
     with pytest.raises(DeviceError, match=f"asked for '{device}'.*'cpu'"):
         load(tiny_folder, device=device)
+
+
+def test_a_bundle_is_shown_in_one_line(tiny_folder, bundle):
+    """The size is that of the arrays on disk."""
+    count = sum(array.size for array in weights().values())
+    on = str(jax.devices()[0])
+    assert repr(bundle) == f"Bundle(llama, {count:,} parameters, float32, {on})"
+    half = load(tiny_folder, dtype="bfloat16", mesh=make_mesh(data=8))
+    assert repr(half) == (f"Bundle(llama, {count:,} parameters, bfloat16, "
+                          "mesh {'data': 8, 'fsdp': 1, 'tensor': 1})")
 
 
 def test_device_and_mesh_exclude_each_other(tiny_folder):

@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 from tests.source_tree import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+YOURS = ROOT / "notebooks" / "01_your_checkpoint.ipynb"  # its own test runs it twice
 TIMEOUT_S = 300
 
 
@@ -30,9 +31,10 @@ def test_there_are_notebooks():
     assert ROOT / "notebooks" / "00_quickstart.ipynb" in NOTEBOOKS
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_runs(path, monkeypatch):
+def execute(path, monkeypatch, cells=None):
+    """The notebook after a run of its first cells, all by default, in this interpreter's kernel."""
     notebook = read(path)
+    notebook.cells = notebook.cells[:cells]
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", search)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is downloaded in a test
@@ -45,6 +47,38 @@ def test_runs(path, monkeypatch):
     client.execute()
     assert all(cell.execution_count for cell in notebook.cells
                if cell.cell_type == "code" and cell.source.strip())
+    return notebook
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p != YOURS], ids=lambda p: p.stem)
+def test_runs(path, monkeypatch):
+    execute(path, monkeypatch)
+
+
+def printed(notebook):
+    """All that a run printed."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
+
+
+def test_a_second_run_goes_on_where_the_first_ended(tmp_path, monkeypatch):
+    """Two runs with one folder to keep: the second saves nothing and finishes what is left."""
+    monkeypatch.setenv("JAXLM_KEEP", str(tmp_path))
+    first = printed(execute(YOURS, monkeypatch))
+    assert "0 of 12 are there, 12 to go" in first and "saved: [" in first
+    (records,) = tmp_path.glob("*.jsonl")
+    whole, (saved,) = records.read_text(), tmp_path.glob("*/model.safetensors")
+    lines, written = whole.splitlines(keepends=True), saved.stat().st_mtime_ns
+    marked = [line.replace('"text": "', '"text": "kept ') for line in lines[:5]]
+    records.write_text("".join(marked) + lines[5][:9])  # a kill in the sixth
+    cell = "records = job(bundle, texts, JOB)"
+    notebook = read(YOURS)
+    position = next(i for i, c in enumerate(notebook.cells) if cell in c.source)
+    second = printed(execute(YOURS, monkeypatch, position + 1))
+    assert "5 of 12 are there, 7 to go" in second and "was there: [" in second
+    assert str(saved.parent) in second and saved.stat().st_mtime_ns == written
+    after = records.read_text().splitlines(keepends=True)
+    assert after[:5] == marked and sorted(after[5:]) == sorted(lines[5:])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -132,3 +132,13 @@ def test_xla_flush_on_cpu_holds_no_second_copy_of_the_codes():
     memory = run.lower(packed, *rest, fmt, comp).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= packed.k_words.size * 4 * 2
     assert memory.temp_size_in_bytes < packed.k_words.size * 4
+
+
+def test_the_default_passes_over_kernels_that_the_operation_lacks(monkeypatch):
+    """A card whose attention has a Triton kernel and whose flush has none."""
+    monkeypatch.setattr("pallas_kernels.dispatch.preferred", lambda: ("gpu", "xla"))
+    fmt = QuantFormat()
+    arguments = make(fmt)
+    got = quant_flush(*arguments[:5], fmt)
+    want = quant_flush(*arguments[:5], fmt, implementation="xla")
+    np.testing.assert_array_equal(got.k_words, want.k_words)

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
+from jaxlm.core.mesh import make_mesh, shard_batch, shardings
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.lm import LM
+from jaxlm.models.stack import stack, stack_axes
 from jaxlm.train.step import init_state, lm_objective, train_step
 
 LM_ = LM(ModelConfig(vocab_size=13, dim=16, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -51,3 +54,26 @@ def test_steps_lower_the_loss():
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
     assert int(state.step) == 20 and float(metrics["grad_norm"]) > 0
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_eight_devices_train_as_one(axes, stacked):
+    """Held rows change where the work is done, not what comes out."""
+    config = LM_.config.replace(vocab_size=16, num_kv_heads=2)
+    tokens = jax.random.randint(jax.random.key(2), (8, 9), 0, 16)
+    sgd = optax.sgd(0.1)
+
+    def trained(mesh):
+        lm = LM(config, remat=True, mesh=mesh)
+        params, names = lm.init(jax.random.key(0)), lm.axes()
+        if stacked:
+            params, names = stack(params, config), stack_axes(names, config)
+        if mesh is not None:
+            params = jax.device_put(params, shardings(names, params, mesh))
+        step = jax.jit(lambda s, b: train_step(lm_objective(lm), sgd, s, b, None))
+        state, metrics = step(init_state(params, sgd), shard_batch({"tokens": tokens}, mesh))
+        return state.params, metrics["loss"]
+
+    alone, together = trained(None), trained(make_mesh(**axes))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone, together)

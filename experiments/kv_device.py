@@ -1,0 +1,156 @@
+"""What of the 2-bit cache only an accelerator can tell: parts of device_suite.py and kv_speed.py.
+
+On a CPU they run small, so that they are known to run.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments._harness import median_seconds, seconds
+from jaxlm.cache.base import CacheKind, init_caches
+from jaxlm.cache.dense import Dense
+from jaxlm.cache.squat import Squat
+from jaxlm.core.tree import nbytes
+from jaxlm.decode.samplers import Greedy
+from jaxlm.decode.state import decode, prefill
+from jaxlm.models.attention import Mask, attention
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.lm import LM
+from jaxlm.models.presets import preset
+from pallas_kernels.quant import PackedKV, QuantFormat, init_packed
+from pallas_kernels.quant_decode_attention import quant_decode_attention
+
+INNER = 16  # calls in one timing, so that starting a kernel does not count
+PROMPT, OUTPUT, HELD = 160, 338, 80e9  # the paper's lengths, and the memory both caches may take
+RESERVE = 10e9  # of it, for what is neither weights nor cache
+ROWS = 512  # the largest batch that is tried
+
+
+def copy_rate(megabytes: int, repeats: int) -> float:
+    """Bytes read plus bytes written by an elementwise pass over one array, a second."""
+    x = jnp.ones((megabytes << 18,), jnp.float32)
+    return 2 * x.nbytes / median_seconds(jax.jit(lambda a: a * 1.5), x, repeats=repeats)
+
+
+def each_call(function: Callable, q: jax.Array, *args: Any) -> float:
+    """Seconds of one call of `function(q, *args)`, of INNER that wait for one another."""
+
+    @jax.jit
+    def many(q, *args):
+        again = lambda _, q: q + 1e-6 * function(q, *args).reshape(q.shape).astype(q.dtype)
+        return jax.lax.fori_loop(0, INNER, again, q)
+
+    return median_seconds(many, q, *args, repeats=7) / INNER
+
+
+def exact_attentions(k: jax.Array, v: jax.Array, lengths: jax.Array) -> dict[str, tuple]:
+    """name -> (function of q, k, v, lengths; k; v): one query a row over 16-bit keys (B,S,K,H)."""
+    from jax.experimental.pallas.ops.gpu import decode_attention
+
+    stock = lambda how: lambda q, k, v, n: jax.nn.dot_product_attention(
+        q[:, None], k, v, key_value_seq_lengths=n, implementation=how)
+    kernel = lambda q, k, v, n: decode_attention.gqa(q, k, v, kv_seq_len=n)
+
+    def ours(q, k, v, n):
+        slots = jnp.broadcast_to(jnp.arange(v.shape[2]), (len(q), v.shape[2]))
+        return attention(q[:, None], k, v, Mask(), n[:, None], slots, scale=q.shape[-1] ** -0.5,
+                         key_valid_BS=slots < n[:, None])[0]
+
+    heads_first = (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+    return {"cudnn": (stock("cudnn"), k, v), "xla": (stock("xla"), k, v),
+            "pallas decode kernel": (kernel, k, v), "jaxlm dense": (ours, *heads_first)}
+
+
+def attention_rates(args: argparse.Namespace) -> dict[str, Any]:
+    """Decode attention over 2-bit codes against the fastest over bfloat16, and both against the
+    copy bandwidth: 8 rows x 65,536 tokens, 32 query and 8 kv heads of 128."""
+    small = args.smoke or jax.default_backend() == "cpu"
+    batch, size, heads, kv_heads, width = (2, 1024, 8, 2, 128) if small else (8, 65536, 32, 8, 128)
+    copy = copy_rate(64 if small else 4096, 5)
+    keys = jax.random.split(jax.random.key(args.seed), 5)
+    normal = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)
+    q, lengths = normal(keys[0], batch, heads, width), jnp.full(batch, size, jnp.int32)
+    k, v = (normal(key, batch, size, kv_heads, width) for key in keys[1:3])
+    found: dict[str, Any] = {"copy_bytes_per_s": copy, "exact": {}, "left_out": {}}
+    for name, (function, k_as, v_as) in exact_attentions(k, v, lengths).items():
+        try:
+            wall = each_call(function, q, k_as, v_as, lengths)
+            found["exact"][name] = {"ms": 1e3 * wall, "roofline": 2 * k.nbytes / wall / copy}
+        except Exception as error:  # one that this device lacks must not cost the others
+            found["left_out"][name] = f"{type(error).__name__}: {error}"[:200]
+    del k, v
+    found["codes"] = {}
+    for bits in (2, 4):
+        fmt = QuantFormat(bits, bits)
+        packed = coded(keys[3:], batch, kv_heads, size, width, fmt)
+        look = lambda q, packed, n, fmt=fmt: quant_decode_attention(q, packed, n, fmt)[0]
+        wall = each_call(look, q, packed, lengths)
+        found["codes"][f"{bits} bits"] = {"ms": 1e3 * wall,
+                                          "roofline": nbytes(packed) / wall / copy}
+    fastest = min(found["exact"].values(), key=lambda row: row["ms"])
+    two = found["codes"]["2 bits"]
+    return found | {"roofline_fraction": two["roofline"], "bf16_roofline": fastest["roofline"],
+                    "speedup_over_bf16": fastest["ms"] / two["ms"]}
+
+
+def coded(keys: jax.Array, batch: int, kv_heads: int, size: int, width: int,
+          fmt: QuantFormat) -> PackedKV:
+    """A full cache of arbitrary codes; the time does not depend on what they say."""
+    packed = init_packed(batch, kv_heads, size, width, fmt)
+    words = [jax.lax.bitcast_convert_type(jax.random.bits(key, x.shape, jnp.uint32), jnp.int32)
+             for key, x in zip(keys, (packed.k_words, packed.v_words), strict=True)]
+    return packed._replace(k_words=words[0], v_words=words[1],
+                           k_scale=packed.k_scale + 0.1, v_scale=packed.v_scale + 0.1)
+
+
+def row_bytes(config: ModelConfig, kind: CacheKind) -> int:
+    """Bytes of one row's caches in the paper's lengths."""
+    layers = range(config.num_layers)
+    specs = tuple(config.attention(i) for i in layers)
+    return nbytes(jax.eval_shape(lambda: init_caches(
+        (kind,) * len(layers), specs, 1, PROMPT + OUTPUT, jnp.bfloat16)))
+
+
+def throughput(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of a whole random Llama-2-7B at equal memory, prompt 160 and output 338,
+    each cache at the largest batch that leaves RESERVE of 80 GB (never above ROWS)."""
+    small = args.smoke or jax.default_backend() == "cpu"
+    config = ModelConfig(vocab_size=128, dim=64, num_layers=2, num_heads=4, num_kv_heads=4,
+                         head_dim=16, ffn_dim=128, max_len=512) if small else preset("llama-2-7b")
+    lm = LM(config)
+    shapes = lm.shapes(jnp.bfloat16)
+    leaves, tree = jax.tree.flatten(shapes)
+    draw = jax.jit(lambda key, like: 0.02 * jax.random.normal(key, like.shape, like.dtype),
+                   static_argnums=1)
+    keys = jax.random.split(jax.random.key(args.seed), len(leaves))
+    params = jax.tree.unflatten(tree, [draw(key, jax.ShapeDtypeStruct(x.shape, x.dtype))
+                                       for key, x in zip(keys, leaves, strict=True)])
+    room, found = HELD - RESERVE - nbytes(params), {}
+    for name, kind in (("bf16", Dense()), ("2-bit", Squat())):
+        fits = int(room // row_bytes(config, kind)) // 8 * 8
+        rows = 2 if small else min(fits, ROWS)
+        wall = generation_seconds(lm, params, kind, rows, 16 if small else OUTPUT)
+        found[name] = {"rows": rows, "rows_that_fit": fits, "seconds": wall,
+                       "tokens_per_s": rows * (16 if small else OUTPUT) / wall}
+    ratio = found["2-bit"]["tokens_per_s"] / found["bf16"]["tokens_per_s"]
+    return found | {"throughput_ratio": ratio}
+
+
+def generation_seconds(lm: LM, params: Any, kind: CacheKind, rows: int, output: int) -> float:
+    """Reading the prompts and drawing `output` tokens, compiled before; the better of two."""
+    keys = jax.random.split(jax.random.key(0), rows)
+    prompts = jax.random.randint(keys[0], (rows, PROMPT), 0, lm.config.vocab_size)
+    read = jax.jit(partial(prefill, lm, cache=kind, slots=PROMPT + OUTPUT))
+    draw = jax.jit(partial(decode, lm), donate_argnums=2)
+
+    def once():
+        state = read(params, Greedy(), prompts, jnp.full(rows, PROMPT), keys_B=keys)
+        return draw(params, Greedy(), state, max_new=output).length_B
+
+    seconds(once)
+    return min(seconds(once) for _ in range(2))

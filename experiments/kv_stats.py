@@ -1,0 +1,68 @@
+"""Paired statistics of the cache experiments."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def drop(exact: Sequence[Sequence[bool]], rough: Sequence[Sequence[bool]],
+         resamplings: int = 2000) -> dict[str, Any]:
+    """Points of accuracy lost, paired question by question.
+
+    Args: exact, rough: right or wrong by document and question; documents are resampled whole.
+    Returns: points; low and high, a 95% interval by bootstrap; lost and won questions; p of the
+      two being equally likely, exact and two-sided (McNemar); questions in all.
+    """
+    a, b = (np.asarray(x, float).reshape(len(x), -1) for x in (exact, rough))
+    by_document = 100 * (a - b).mean(1)
+    drawn = np.random.default_rng(0).integers(0, len(a), (resamplings, len(a)))
+    low, high = np.quantile(by_document[drawn].mean(1), [0.025, 0.975])
+    lost, won = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    return {"points": float(by_document.mean()), "low": float(low), "high": float(high),
+            "lost": lost, "won": won, "p": mcnemar(lost, won), "problems": a.size}
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Two-sided exact p that of `lost + won` changes each direction was as likely.
+
+    >>> mcnemar(3, 3), round(mcnemar(10, 0), 4)
+    (1.0, 0.002)
+    """
+    total, most = lost + won, max(lost, won)
+    tail = sum(math.comb(total, n) for n in range(most, total + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def best_share(rows: Sequence[dict[str, Any]], bits: Sequence[int]) -> tuple[float, list]:
+    """How often SQuat's divergence is least, or its difference from the least is within noise.
+
+    Of kinds `method + bits`, in every (text, seed). Noise: 1.96 standard errors of the paired
+    difference over the rows of text.
+    """
+    cells: dict[tuple, dict[str, np.ndarray]] = {}
+    for row in rows:
+        if row["kind"][-1].isdigit() and ":" not in row["kind"]:
+            key = (row["text"], row["seed"], int(row["kind"][-1]))
+            cells.setdefault(key, {})[row["kind"]] = np.asarray(row["by_row"])
+    found = []
+    for (text, seed, width), cell in cells.items():
+        if width not in bits or f"squat{width}" not in cell or len(cell) < 2:
+            continue
+        ours = cell[f"squat{width}"]
+        best = min(cell, key=lambda name: cell[name].mean())
+        gap = ours - cell[best]
+        noise = 1.96 * gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
+        found.append({"text": text, "seed": seed, "bits": width, "best": best,
+                      "rivals": len(cell) - 1, "over_best": float(ours.mean() / cell[best].mean()),
+                      "won": bool(gap.mean() <= noise)})
+    return (sum(cell["won"] for cell in found) / len(found) if found else 0.0), found
+
+
+def reached(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The headline figures of a table of drops: squat2, and squat4 as `_4bit`."""
+    names = {"arithmetic medium": "arithmetic", "arithmetic hard": "arithmetic_hard"}
+    return {f"{names.get(row['task'], row['task'])}_drop_points{tail}": row["points"]
+            for row in answers for kind, tail in (("squat2", ""), ("squat4", "_4bit"))
+            if row["kind"] == kind}

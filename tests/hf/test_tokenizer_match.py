@@ -1,0 +1,63 @@
+"""The tokenizer of another model: refused as far as sizes and the begin token tell."""
+
+import json
+import shutil
+
+import pytest
+
+from jaxlm.core.errors import TokenizerError
+from jaxlm.hf.bundle import BUNDLED, is_padding, load
+from tests.tiny import tokenizer_json, write_folder
+
+
+def fails(folder, *words):
+    """Loading says all the words."""
+    with pytest.raises(TokenizerError) as caught:
+        load(folder)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def sized_tokenizer(path, size):
+    """A tokenizer.json of so many ids, in place of what was there."""
+    made = tokenizer_json()
+    made["model"]["vocab"] = {f"t{i}": i for i in range(size)}
+    made["added_tokens"] = []
+    path.write_text(json.dumps(made))
+
+
+@pytest.mark.parametrize("vocab, size", [(512, 105), (512, 100), (105, 100), (200, 150), (64, 65)])
+def test_a_tokenizer_of_another_size_is_another_model_s(tmp_path, vocab, size):
+    folder = write_folder(tmp_path / "m", vocab_size=vocab, bos_token_id=None, eos_token_id=None)
+    sized_tokenizer(folder / "tokenizer.json", size)
+    fails(folder, f"ids up to {size - 1}", f"vocabulary is {vocab}", "another model",
+          "check_tokenizer=False")
+    assert load(folder, check_tokenizer=False).tokenizer.size == size
+
+
+@pytest.mark.parametrize("vocab, size", [(128, 105), (104, 100), (320, 300), (320, 319), (7, 7)])
+def test_a_padded_vocabulary_loads(tmp_path, vocab, size):
+    folder = write_folder(tmp_path / "m", vocab_size=vocab, bos_token_id=None, eos_token_id=None)
+    sized_tokenizer(folder / "tokenizer.json", size)
+    assert load(folder).lm.config.vocab_size == vocab
+
+
+def test_published_paddings_are_allowed():
+    """Sizes of published tokenizers, added tokens included, and of their models."""
+    for size, vocab in ((151_665, 151_936), (151_665, 152_064), (151_669, 151_936),
+                        (128_256, 128_256), (32_000, 32_000), (32_000, 32_001),
+                        (256_000, 256_000), (262_145, 262_144), (49_152, 49_152)):
+        assert is_padding(size, vocab), (size, vocab)
+    assert not is_padding(32_000, 128_256) and not is_padding(49_152, 151_936)
+
+
+@pytest.mark.parametrize("model, other", [
+    ("stories260K", "babyllama-1M-tok105"), ("stories260K", "tiny"),
+    ("babyllama-1M-tok105", "tiny"), ("babyllama-1M-tok105", "stories260K"),
+    ("tiny", "stories260K"), ("tiny", "babyllama-1M-tok105"),
+])
+def test_real_tokenizers_swapped(models_dir, tmp_path, model, other):
+    home = lambda name: BUNDLED[name] if name in BUNDLED else models_dir / name
+    assert load(home(model)).params
+    folder = shutil.copytree(home(model), tmp_path / "m", copy_function=shutil.copyfile)
+    shutil.copyfile(home(other) / "tokenizer.json", folder / "tokenizer.json")
+    fails(folder, "another model")
