@@ -107,7 +107,7 @@ def test_swaps_leave_every_chain_its_law():
     joint = jax.tree.map(lambda *x: jnp.stack(x, 1), *chains)  # CHAINS runs of 3 chains
     for odd in (False, True):
         keys = jax.random.split(jax.random.key(20 + odd), CHAINS)
-        joint, swapped = jax.vmap(lambda key, s: swap(key, s, powers, odd))(keys, joint)  # noqa: B023
+        joint, swapped = jax.vmap(swap, (0, 0, None, None))(keys, joint, powers, odd)
         assert 0.1 < float(swapped.mean()) < 1
     for i, power in enumerate(powers):
         assert worst(jax.tree.map(lambda x: x[:, i], joint), float(power)) < 4  # noqa: B023
