@@ -27,7 +27,7 @@ def normalise(log_weights_P: jax.Array) -> Normalised:
     Args: log_weights_P: (..., P).
 
     Example:
-      >>> normalise(jnp.log(jnp.array([1.0, 3.0]))).probs_P.tolist()
+      >>> normalise(jnp.log(jnp.array([1.0, 3.0]))).probs_P.round(3).tolist()
       [0.25, 0.75]
     """
     logw = log_weights_P.astype(jnp.float32)
