@@ -27,8 +27,8 @@ def normalise(log_weights_P: jax.Array) -> Normalised:
     Args: log_weights_P: (..., P).
 
     Example:
-      >>> normalise(jnp.log(jnp.array([1.0, 3.0]))).probs_P.round(3).tolist()
-      [0.25, 0.75]
+      >>> normalise(jnp.log(jnp.array([1.0, 0.0]))).probs_P.tolist()
+      [1.0, 0.0]
     """
     logw = log_weights_P.astype(jnp.float32)
     strange = jnp.isnan(logw) | (logw == jnp.inf)
