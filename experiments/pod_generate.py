@@ -126,17 +126,23 @@ def start(processes: int, devices: int, *more: str) -> list[subprocess.Popen]:
     ]
 
 
-def finish(running: list[subprocess.Popen], timeout: float = TIMEOUT_S) -> list[str]:
-    """Wait for every process; its messages, and an error if one failed or none came to an end."""
+def ended(running: list[subprocess.Popen], timeout: float) -> tuple[list[int], list[str]]:
+    """Exit codes and messages of all, within the time; none is left behind."""
     end = time.monotonic() + timeout
     try:
         said = [p.communicate(timeout=max(end - time.monotonic(), 1))[1] for p in running]
     finally:
         for process in running:
             process.kill()
-    for process, text in zip(running, said, strict=True):
-        if process.returncode:
-            raise RuntimeError(f"a process ended with {process.returncode}: {text[-3000:]}")
+    return [process.returncode for process in running], said
+
+
+def finish(running: list[subprocess.Popen], timeout: float = TIMEOUT_S) -> list[str]:
+    """Wait for every process; its messages, and an error if one failed or none came to an end."""
+    codes, said = ended(running, timeout)
+    for code, text in zip(codes, said, strict=True):
+        if code:
+            raise RuntimeError(f"a process ended with {code}: {text[-3000:]}")
     return said
 
 

@@ -107,13 +107,7 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
     q = [q_ref[:, lanes] for lanes in spans]
     rows = q[0].shape[0]
 
-    def absorb(state, logits, index, keep, values_of):
-        logits = cap(_both_halves(logits), softcap)
-        inner = Softmax(state[0], state[1], jnp.zeros((rows, 1), jnp.float32))
-        inner, weights = weigh(inner, logits, keep & (index >= first))
-        shrink = jnp.exp(state[0] - inner.top)
-        return (inner.top, inner.total,
-                tuple(acc * shrink + values_of(weights, c) for c, acc in enumerate(state[2])))
+    absorb = functools.partial(_absorb, first=first, softcap=softcap)
 
     def body(step, state):
         base = step * unroll  # token groups of one word tile, so that its words are read once
@@ -168,6 +162,16 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
         out_ref[:, lanes] = acc
     top_ref[...] = jnp.sum(top, 1)
     total_ref[...] = jnp.sum(total, 1)
+
+
+def _absorb(state, logits, index, keep, values_of, *, first, softcap):
+    """Online softmax over new logits; `values_of(weights, c)` is channel group c's sum."""
+    logits = cap(_both_halves(logits), softcap)
+    inner = Softmax(state[0], state[1], jnp.zeros((logits.shape[0], 1), jnp.float32))
+    inner, weights = weigh(inner, logits, keep & (index >= first))
+    shrink = jnp.exp(state[0] - inner.top)
+    return (inner.top, inner.total,
+            tuple(acc * shrink + values_of(weights, c) for c, acc in enumerate(state[2])))
 
 
 def _power_of_two_spans(size: int) -> list:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.pod_generate import PROMPTS, finish, start
+from experiments.pod_generate import PROMPTS, ended, finish, start
 from jaxlm.cache.parse import parse_cache
 from jaxlm.core.errors import ConfigError, DeviceError
 from jaxlm.core.hosts import is_writer, spans_processes, to_host, together
@@ -58,17 +58,6 @@ def test_two_processes_give_what_one_gives(tiny_folder, bundle, tmp_path, cache,
     np.testing.assert_allclose(found["logprobs"], expected, rtol=1e-5)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two", "two.json"]
-
-
-def ended(running, timeout):
-    """Exit codes and messages, within the time."""
-    end = time.monotonic() + timeout
-    try:
-        said = [p.communicate(timeout=max(end - time.monotonic(), 1))[1] for p in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [p.returncode for p in running], said
 
 
 @pytest.mark.slow
