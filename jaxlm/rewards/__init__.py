@@ -1,0 +1,1 @@
+"""Rewards of growing texts: checkers, outcome and process reward models, any Python callable."""

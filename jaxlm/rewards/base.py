@@ -1,0 +1,51 @@
+"""What a reward is: a score from 0 to 1 for every row of a batch of growing texts."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Carry = Any  # what a reward keeps between steps; leaves lead with B = R P, shared prompts with R
+
+
+class Prompts(NamedTuple):
+    """R prompts: int32 ids (R, T), right-padded, their lengths (R,), and their texts."""
+
+    tokens_RT: jax.Array
+    length_R: jax.Array
+    texts: Sequence[str]
+
+
+class Rows(NamedTuple):
+    """B = R P rows after a step.
+
+    tokens_BS: int32, prompt and answer so far. start_B: where the answer begins. length_B: tokens
+    in all. ended_B: bool, rows that will not change any more. texts: the answers so far, for
+    rewards on the host; None on the device.
+    """
+
+    tokens_BS: jax.Array
+    start_B: jax.Array
+    length_B: jax.Array
+    ended_B: jax.Array
+    texts: Sequence[str] | None = None
+
+
+class Reward(Protocol):
+    """Scores rows step by step, and goes with them when they are resampled.
+
+    `on_device`: `score` and `gather` are traced inside the search's own program, and the reward is
+    a pytree that is passed to it, so that another reward of the same shapes compiles nothing;
+    otherwise they are called on the host between steps, with numpy arrays and texts.
+    """
+
+    on_device: bool
+
+    def init(self, prompts: Prompts, particles: int, slots: int) -> Carry:
+        """Read the prompts, once each; `slots` bounds the tokens a row adds to its prompt."""
+
+    def score(self, carry: Carry, rows: Rows) -> tuple[jax.Array, Carry]:
+        """float32 (B,) of the answers so far. A row that did not grow keeps the score it had."""
+
+    def gather(self, carry: Carry, ancestors_RP: jax.Array) -> Carry:
+        """Row p of prompt r goes on from row `ancestors_RP[r, p]` of that prompt."""
