@@ -29,8 +29,10 @@ from jaxlm.core.mesh import shardings
 from jaxlm.core.tree import flatten, map_with_path, unflatten
 from jaxlm.models.axes import axes_of
 from jaxlm.train import ranks
-from jaxlm.train.matrices import PROJECTIONS
-from jaxlm.train.protect import part_axes
+from jaxlm.train.bases import Parts as Basis
+from jaxlm.train.bases import bases_of, columns, find_bases, matrix, part_axes, wide
+from jaxlm.train.leak import leaks
+from jaxlm.train.matrices import PROJECTIONS, as_matrix
 from jaxlm.train.subspace import dot, reflect, transpose, unreflect
 
 
@@ -203,7 +205,7 @@ class Osft:
         """
         flat = flatten(params)
         kept = self.kept(lm, params, importance, batches)
-        least = {path: min(asmatrix(path, flat[path].shape)[1:]) for path in kept}
+        least = {path: min(as_matrix(path, flat[path].shape)[1:]) for path in kept}
         held = {path for path, k in kept.items() if min(k) == least[path]}
         held |= set() if self.others == "train" else set(flat) - set(kept)
         split = {path: k for path, k in kept.items() if max(k) and path not in held}
