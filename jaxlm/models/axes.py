@@ -2,6 +2,7 @@
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.models.stack import STACK
+from jaxlm.models.stack import STACK
 
 AXES: dict[str, tuple[str, ...]] = {
     "embed/table": ("vocab", "embed"),
@@ -27,6 +28,8 @@ def axes_of(path: str) -> tuple[str, ...]:
     >>> axes_of("layers_0/attn/q/kernel")
     ('embed', 'heads', 'head_dim')
     """
+    if path.startswith(f"{STACK}/"):
+        return ("layers", *axes_of(path.removeprefix(f"{STACK}/")))
     if path.startswith(f"{STACK}/"):
         return ("layers", *axes_of(path.removeprefix(f"{STACK}/")))
     tail = "/".join(path.split("/")[-2:])
