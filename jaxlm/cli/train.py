@@ -10,7 +10,7 @@ from jaxlm.cli.options import note
 from jaxlm.core.device import enable_compilation_cache
 from jaxlm.core.errors import ConfigError, NumericsError
 from jaxlm.train.config import Config, read_config
-from jaxlm.train.run import run as train
+from jaxlm.train.runs import run as train
 
 STOPPED, DIVERGED = 75, 3
 

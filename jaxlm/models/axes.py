@@ -2,7 +2,6 @@
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.models.stack import STACK
-from jaxlm.models.stack import STACK
 
 AXES: dict[str, tuple[str, ...]] = {
     "embed/table": ("vocab", "embed"),

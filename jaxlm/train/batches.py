@@ -66,7 +66,7 @@ class Batches:
       mine: the rows of a batch that this process reads; default all.
       noise: `(tokens (T,), weights (T,), generator) -> tokens (T,)`: the inputs that a row shows
         the model instead of its tokens.
-      steps: how many; None where the passes decide.
+      steps: how many; 0 where the passes decide.
     """
 
     examples: Examples
@@ -75,12 +75,12 @@ class Batches:
     packed: bool = True
     mine: np.ndarray | None = None
     noise: Callable[..., np.ndarray] | None = None
-    steps: int | None = None
+    steps: int = 0
     rows: list[tuple[int, ...]] = field(default_factory=list)
 
     def __post_init__(self):
         self._passes = self.order.passes()
-        if self.steps is None:
+        if not self.steps:
             self._plan(None)
             self.steps = -(-len(self.rows) // self.size)
 
@@ -93,7 +93,7 @@ class Batches:
             if (order := next(self._passes, None)) is None:
                 return
             width = self.examples.limit
-            self.rows += (pack(self.examples.lengths, order, width) if self.packed
+            self.rows += (pack(self.examples.lengths.tolist(), order.tolist(), width) if self.packed
                           else [(int(i),) for i in order])
 
     def samples(self, step: int) -> list[tuple[int, ...]]:
@@ -202,7 +202,7 @@ def place(batch: dict[str, np.ndarray], size: int, mesh: Mesh | None) -> dict[st
         return jax.device_put(batch, where)
 
     def whole(rows: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             return rows[np.searchsorted(mine, np.arange(size)[index[0]])]
 
         return jax.make_array_from_callback((size, *rows.shape[1:]), where, part)

@@ -44,7 +44,10 @@ class Checkpoints:
         self.frozen_digest: dict[str, int] = {}
         try:
             self.manager = ocp.CheckpointManager(
-                self.out / "checkpoints", item_names=("trained", "optimizer", "meta"),
+                self.out / "checkpoints", item_handlers={
+                    "trained": ocp.StandardCheckpointHandler(),
+                    "optimizer": ocp.StandardCheckpointHandler(),
+                    "meta": ocp.JsonCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep))
         except OSError as error:
             raise CheckpointError(f"{out} cannot hold checkpoints: {error}") from error
@@ -103,10 +106,11 @@ class Checkpoints:
         """
         ocp, meta = self.ocp, self.meta(step)
         self.frozen_digest = meta["digest"]["frozen"]
+        with self._read(step):
+            trained = _shapes(self.manager.item_metadata(step).trained)
         with self._read(step, "frozen"), ocp.StandardCheckpointer() as reader:
             held = self.out / "frozen"
             frozen = _shapes(reader.metadata(held)) if self.frozen_digest else {}
-            trained = _shapes(self.manager.item_metadata(step).trained)
             where, where_frozen = place(trained, frozen)
             if frozen:
                 frozen = reader.restore(held, _with(frozen, where_frozen))

@@ -210,8 +210,10 @@ def find_lines(
 ) -> tuple[list[tuple[pathlib.Path, int, int]], list[int], str]:
     """Where each line that is not blank begins, its file's number, and a digest of all files."""
     if not files:
-        raise ConfigError("no data file is named; expected at least one, as in data.train: [a.jsonl]")
-    places, group, digest = [], [], hashlib.sha256()
+        raise ConfigError("no data file is named; expected one or more, as in [a.jsonl]")
+    places: list[tuple[pathlib.Path, int, int]] = []
+    group: list[int] = []
+    digest = hashlib.sha256()
     for number, name in enumerate(files):
         path, offset, before = pathlib.Path(name).expanduser(), 0, len(places)
         try:

@@ -27,7 +27,7 @@ from jaxlm.train import setup
 from jaxlm.train.batches import place, stream
 from jaxlm.train.checkpoint import Checkpoints, everywhere, place_state
 from jaxlm.train.config import Config, Optimizer, hash_of, settings
-from jaxlm.train.evaluate import evaluate
+from jaxlm.train.evaluation import evaluate
 from jaxlm.train.flops import flops_per_token, peak_flops
 from jaxlm.train.log import Log
 from jaxlm.train.optimizers import make_optimizer, rate_of
@@ -259,6 +259,7 @@ class Run:
 
     def _evaluate(self, step: int, state: TrainState, frozen: Any) -> None:
         tuning, lm = self.config.tuning, setup.training_lm(self.bundle, self.config, self.mesh)
+        assert self.data.held_out is not None
         params = tuning.materialise(state.params, frozen)
         found = evaluate(lm, params, self.data.held_out, self.mesh, jnp.dtype(self.config.dtype))
         found |= {k: float(v) for k, v in tuning.metrics(state.params, frozen).items()}

@@ -85,7 +85,8 @@ class Lora:
         base = map_with_path(lambda path, _: axes_of(path), frozen["base"])
         kept = {path: _factor_axes(f"{path}/a", None)
                 for path in flatten(frozen.get("earlier", {}))}
-        return map_with_path(_factor_axes, trained), {"base": base} | ({"earlier": unflatten(kept)} if kept else {})
+        names = {"base": base} | ({"earlier": unflatten(kept)} if kept else {})
+        return map_with_path(_factor_axes, trained), names
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Matrix(NamedTuple):
-    """A kernel `(lead..., inputs..., outputs...)` as matrices (n, m); `lead` is of stacked layers."""
+    """A kernel of axes `(lead, inputs, outputs)` as matrices (n, m); stacked layers lead."""
 
     lead: tuple[int, ...]
     n: int

@@ -17,17 +17,18 @@ TABLES = ("table",)  # rows looked up, not a map
 class Rate(NamedTuple):
     """The state of a schedule: updates made, and what may be swept."""
 
-    count: jax.Array
+    updates: jax.Array
     peak: jax.Array
     warmup: jax.Array
     total: jax.Array
 
     def value(self, schedule: str) -> jax.Array:
         """The rate of the next update: up from 0 over `warmup`, then down to 0 at `total`."""
-        up = jnp.minimum((self.count + 1) / jnp.maximum(self.warmup, 1), 1.0)
+        up = jnp.minimum((self.updates + 1) / jnp.maximum(self.warmup, 1), 1.0)
         span = jnp.maximum(self.total - self.warmup, 1)
-        done = jnp.clip((self.count - self.warmup) / span, 0.0, 1.0)
-        down = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}
+        done = jnp.clip((self.updates - self.warmup) / span, 0.0, 1.0)
+        down = {"constant": jnp.ones(()), "linear": 1 - done,
+                "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}
         return self.peak * up * down[schedule]
 
 
@@ -40,7 +41,7 @@ def scale_by_rate(settings: Optimizer, total: int) -> optax.GradientTransformati
     def update(updates, state, params=None):
         rate = -state.value(settings.schedule)
         return (jax.tree.map(lambda u: rate * u, updates),
-                state._replace(count=state.count + 1))
+                state._replace(updates=state.updates + 1))
 
     return optax.GradientTransformation(init, update)
 

@@ -66,11 +66,10 @@ def sources(bundle: Bundle, config: Config, mesh: Mesh | None) -> Sources:
     old = np.concatenate([np.zeros(0, np.int64), *groups[len(data.train):]])
     order = Order(tuple(groups[:len(data.train)]), config.epochs, config.seed, data.phased, old,
                   data.replay_share if len(old) else 0.0)
-    steps = config.steps if config.epochs is None else None
-    if steps is None and config.epochs is None:
+    if config.steps is None and config.epochs is None:
         raise ConfigError("neither steps nor epochs is given; expected one, the run's length")
     train = Batches(examples, order, config.rows, data.pack, my_rows(config.rows, mesh),
-                    noise(bundle, config), steps)
+                    noise(bundle, config), config.steps or 0)
     held = None
     if data.eval:
         held = plain(open_examples(data.eval, read, data.window, data.long), config, mesh,
@@ -152,9 +151,8 @@ def placer(tuning: Tuning, mesh: Mesh | None) -> Any:
         if mesh is None:
             here = SingleDeviceSharding(jax.devices()[0])
             return jax.tree.map(lambda _: here, (trained, frozen))
-        names = tuning.axes(trained, frozen)
-        return tuple(shardings(axes, tree, mesh) if jax.tree.leaves(tree) else tree
-                     for axes, tree in zip(names, (trained, frozen), strict=True))
+        axes, axes_frozen = tuning.axes(trained, frozen)
+        return shardings(axes, trained, mesh), shardings(axes_frozen, frozen, mesh)
 
     return where
 

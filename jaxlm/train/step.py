@@ -12,7 +12,7 @@ from jaxlm.core.tree import Params
 from jaxlm.models.lm import LM
 from jaxlm.train.tuning import Frozen, Tuning
 
-Objective = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Objective = Callable[[Params, Any, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @struct.dataclass
