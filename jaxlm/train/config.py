@@ -15,10 +15,12 @@ from jaxlm.core.errors import ConfigError, whole
 from jaxlm.core.tree import flatten
 from jaxlm.train.ewc import Ewc
 from jaxlm.train.lora import Lora, OLora
+from jaxlm.train.osft import Osft
 from jaxlm.train.tuning import Full
 
-TUNINGS: dict[str, type] = {"full": Full, "lora": Lora, "olora": OLora, "ewc": Ewc}
-AnyTuning = Full | Lora | OLora | Ewc
+TUNINGS: dict[str, type] = {"full": Full, "lora": Lora, "olora": OLora, "ewc": Ewc,
+                            "osft": Osft}
+AnyTuning = Full | Lora | OLora | Ewc | Osft
 
 
 def number(name: str, value: Any, low: float = 0.0) -> None:

@@ -71,6 +71,7 @@ def test_collectives_are_counted_by_what_they_produce():
     ("a = f32[8]{0} all-gather-done(b)", 0),
     ("a = f32[8] all-gather(b), channel_id=3\nc = f32[8] all-gather(d), channel_id=3", 32),
     ("a = f32[8] all-gather(b), channel_id=3\nc = f32[8] all-gather(d), channel_id=4", 64),
+    ("a = (f32[1], f32[1], f32[1], f32[1], f32[1], /*index=5*/f32[1]) all-reduce(b)", 24),
 ])
 def test_of_an_asynchronous_collective_only_the_result_counts(line, expected):
     assert collective_bytes(line) == expected
