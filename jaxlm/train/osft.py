@@ -33,7 +33,7 @@ from jaxlm.train.bases import Parts as Basis
 from jaxlm.train.bases import bases_of, columns, find_bases, matrix, part_axes, wide
 from jaxlm.train.leak import leaks
 from jaxlm.train.matrices import PROJECTIONS, as_matrix
-from jaxlm.train.subspace import dot, reflect, transpose, unreflect
+from jaxlm.train.subspace import decompose, dot, reflect, transpose, unreflect
 
 
 def project(x: jax.Array, basis: Basis) -> jax.Array:
@@ -196,12 +196,16 @@ class Osft:
             raise ConfigError(f"tuning.constraint 'corner' is for form 'update'; form {self.form!r}"
                               " has both sides built in")
 
-    def start(self, lm, params, key, *, importance=None, batches=None, **calibration):
+    def start(
+        self, lm, params, key, *, importance=None, batches=None, decompose=decompose,
+        **calibration,
+    ):
         """SVD of every protected matrix, and the bases that the form needs.
 
         Args:
           importance: by module (`jaxlm.train.ranks.importance`), or `batches` to find it from, as
             the objective takes them; of the task before.
+          decompose: `jaxlm.train.subspace.blank` to know shapes alone.
         """
         flat = flatten(params)
         kept = self.kept(lm, params, importance, batches)
@@ -212,8 +216,9 @@ class Osft:
         trained = {p: wide(leaf) for p, leaf in flat.items() if p not in held | set(split)}
         base = {path: flat[path] for path in flat if path in held or path in split}
         parts: dict[str, jax.Array] = {}
-        for path, found in find_bases(flat, split, self.form, self.constraint, lm.mesh).items():
-            own, basis = self._begin(path, flat[path], found)
+        found = find_bases(flat, split, self.form, self.constraint, lm.mesh, decompose)
+        for path, named in found.items():
+            own, basis = self._begin(path, flat[path], named)
             trained |= {f"{path}/{name}" if name else path: leaf for name, leaf in own.items()}
             parts |= {f"{path}/{name}": leaf for name, leaf in basis.items()}
         frozen = {"base": unflatten(base), "bases": unflatten(parts)}
