@@ -179,6 +179,7 @@ def _said(error: Exception) -> str:
 
 def _shapes(metadata: Any) -> Any:
     """orbax's description of a tree of dicts as shapes."""
+    metadata = getattr(metadata, "item_metadata", metadata)
     tree = getattr(metadata, "tree", metadata)
     is_dict = lambda x: isinstance(x, dict)
     if is_dict(tree):
