@@ -221,7 +221,7 @@ def place_state(state: Any, trained: Any, places: Any) -> Any:
 def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
     """The bits of each array, added up as whole numbers modulo 2^32."""
     def one(x):
-        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
         bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, width)
         return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
 
