@@ -90,13 +90,16 @@ def mesh_sizes(
 ) -> dict[str, int]:
     """Mesh axes for a number of devices; given ones are kept.
 
+    OSFT has a tensor axis up to the root of all, for its right bases lie along that alone.
+
     >>> mesh_sizes(16, 8, "decode")
     {'data': 2, 'fsdp': 1, 'tensor': 8}
     """
     given = (data or 1) * (fsdp or 1)
     if tensor is None:
         tensor = max(n for n in range(1, kv_heads + 1)
-                     if kv_heads % n == 0 and devices % (n * given) == 0) if job not in TRAIN else 1
+                     if kv_heads % n == 0 and devices % (n * given) == 0
+                     and (job != "osft" or n * n <= devices)) if job != "train" else 1
     sizes = {"data": data, "fsdp": fsdp}
     rest = max(devices // (given * tensor), 1)
     for name in ("fsdp", "data") if job in TRAIN else ("data", "fsdp"):

@@ -14,6 +14,7 @@ from jaxlm.train.loop import Fitted as Fitted
 from jaxlm.train.loop import fit as fit
 from jaxlm.train.lora import Lora as Lora
 from jaxlm.train.lora import OLora as OLora
+from jaxlm.train.osft import Osft as Osft
 from jaxlm.train.ranking import Ranking as Ranking
 from jaxlm.train.ranking import rank_runs as rank_runs
 from jaxlm.train.runs import run as run

@@ -116,7 +116,7 @@ class Checkpoints:
                 frozen = reader.restore(held, _with(frozen, where_frozen))
         with self._read(step):
             moments = jax.eval_shape(optimizer.init, trained)
-            places = place_state(optimizer, moments, where)
+            places = place_state(moments, trained, where)
             found = self.manager.restore(step, args=ocp.args.Composite(
                 trained=ocp.args.StandardRestore(_with(trained, where)),
                 optimizer=ocp.args.StandardRestore(_with(moments, places))))
@@ -179,6 +179,7 @@ def _said(error: Exception) -> str:
 
 def _shapes(metadata: Any) -> Any:
     """orbax's description of a tree of dicts as shapes."""
+    metadata = getattr(metadata, "item_metadata", metadata)
     tree = getattr(metadata, "tree", metadata)
     is_dict = lambda x: isinstance(x, dict)
     if is_dict(tree):
@@ -200,18 +201,27 @@ def everywhere(places: Any) -> jax.sharding.Sharding:
     return first
 
 
-def place_state(optimizer: optax.GradientTransformation, state: Any, places: Any) -> Any:
-    """Where an optimiser's state goes: what is shaped like the parameters, with them."""
-    return optax.tree.map_params(
-        optimizer, lambda _, where: where, state, places,
-        transform_non_params=lambda _: everywhere(places))
+def place_state(state: Any, trained: Any, places: Any) -> Any:
+    """Where an optimiser's state goes: what has the path and shape of a parameter, with it."""
+    names = lambda path: tuple(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+    known = {names(path): (leaf.shape, where) for (path, leaf), where in zip(
+        jax.tree_util.tree_leaves_with_path(trained), jax.tree.leaves(places), strict=True)}
+    rest = everywhere(places)
+
+    def where(path: Any, leaf: Any) -> Any:
+        path = names(path)
+        ends = (known[path[i:]] for i in range(len(path)) if path[i:] in known)
+        shape, place = next(ends, (None, rest))
+        return place if shape == leaf.shape else rest
+
+    return jax.tree_util.tree_map_with_path(where, state)
 
 
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
     """The bits of each array, added up as whole numbers modulo 2^32."""
     def one(x):
-        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
         bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, width)
         return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
 

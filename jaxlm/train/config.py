@@ -18,9 +18,8 @@ from jaxlm.train.lora import Lora, OLora
 from jaxlm.train.osft import Osft
 from jaxlm.train.tuning import Full
 
-TUNINGS: dict[str, type] = {"full": Full, "lora": Lora, "olora": OLora, "ewc": Ewc,
-                            "osft": Osft}
-AnyTuning = Full | Lora | OLora | Ewc | Osft
+TUNINGS: dict[str, type] = {"full": Full, "osft": Osft, "lora": Lora, "olora": OLora, "ewc": Ewc}
+AnyTuning = Full | Osft | Lora | OLora | Ewc
 
 
 def number(name: str, value: Any, low: float = 0.0) -> None:
@@ -239,7 +238,7 @@ def from_dict(kind: Any, tree: Any, at: str = "") -> Any:
 
 def _pick(name: Any, table: dict[str, Any], at: str, what: str = "") -> Any:
     """An entry by its name, or an error with the closest one."""
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
     near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""

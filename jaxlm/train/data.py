@@ -57,6 +57,10 @@ class Reader:
     def __call__(self, record: Any) -> Example:
         """Tokens and weights of one parsed line. Raises: DataError, without the place."""
         text, answers, whole = self.span(record)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"has half of a surrogate pair in it: {error}") from error
         found = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=whole)
         tokens, offsets = list(found.ids), list(found.offsets)
         if whole and self.end_id is not None and tokens[-1:] != [self.end_id]:

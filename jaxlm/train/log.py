@@ -85,7 +85,7 @@ def _board(folder: pathlib.Path, step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ConfigError("tensorboard: true needs tensorboardX: pip install 'jaxlm[train]', or "
+        raise ConfigError("tensorboard: true needs tensorboardX: pip install tensorboardX, or "
                           "leave it false; log.jsonl has the same") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

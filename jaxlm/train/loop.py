@@ -99,7 +99,7 @@ def fit(
 def first_state(optimizer: Any, trained: Any, places: Any) -> TrainState:
     """Nothing done yet; the optimiser's arrays lie with what they belong to."""
     shapes = jax.eval_shape(optimizer.init, trained)
-    there = place_state(optimizer, shapes, places)
+    there = place_state(shapes, trained, places)
     opt_state = jax.jit(optimizer.init, out_shardings=there)(trained)
     return TrainState(trained, opt_state,
                       jax.device_put(jnp.zeros((), jnp.int32), everywhere(places)))

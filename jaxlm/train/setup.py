@@ -142,7 +142,8 @@ def training_lm(bundle: Bundle, config: Config, mesh: Mesh | None) -> LM:
 
 def start_params(bundle: Bundle, config: Config) -> Any:
     """The bundle's parameters in the layout of training."""
-    return stack(bundle.params, bundle.lm.config) if config.stack else bundle.params
+    lm = bundle.lm
+    return stack(bundle.params, lm.config, lm.plan) if config.stack else bundle.params
 
 
 def placer(tuning: Tuning, mesh: Mesh | None) -> Any:

@@ -170,7 +170,8 @@ def _of_task(
     """The settings of one task."""
     earlier = tuple(file for task in tasks[:number] for file in task.train) if replay else ()
     task = tasks[number]
-    data = replace(config.data, train=task.train, eval=task.eval, replay=earlier, calibration=())
+    data = replace(config.data, train=task.train, eval=task.eval, replay=earlier,
+                   calibration=() if number else config.data.calibration)
     tuning = config.tuning if tunings is None else tunings[number]
     return config.replace(data=data, tuning=tuning,
                           out=str(pathlib.Path(config.out) / f"{number:02}_{task.name}"))
@@ -207,10 +208,12 @@ class Judge:
                               for name, batches in found.items()}
         return {"tasks": each(self.tasks), "others": each(self.others)}
 
-    def calibration(self, earlier: Sequence[Task], config: Config) -> list[dict[str, Any]]:
-        """Samples of the task before, one a row; none before the first."""
+    def calibration(
+        self, earlier: Sequence[Task], config: Config
+    ) -> list[dict[str, Any]] | None:
+        """Samples of the task before, one a row; before the first those that the settings name."""
         if not earlier:
-            return []
+            return None if config.data.calibration else []
         found = self._open(earlier[-1].train, packed=False, most=config.data.calibration_samples)
         return [place(found[i], config.rows, self.mesh) for i in range(len(found))]
 

@@ -34,7 +34,8 @@ needs_libtpu = pytest.mark.skipif(
     (8, 8, "train", {}, (1, 8, 1)),
     (8, 2, "decode", {"data": 2}, (2, 2, 2)),
     (8, 8, "train", {"tensor": 4}, (1, 2, 4)),
-    (8, 8, "osft", {}, (1, 8, 1)),
+    (16, 8, "osft", {}, (1, 4, 4)),
+    (512, 8, "osft", {}, (1, 64, 8)),
 ])
 def test_mesh_sizes(devices, kv_heads, job, given, expected):
     assert tuple(mesh_sizes(devices, kv_heads, job, **given).values()) == expected
@@ -149,7 +150,7 @@ def test_what_osft_adds_to_an_8b_step():
         assert low < ratio < high
 
 
-@pytest.mark.parametrize("form", ["update", "coordinates"])
+@pytest.mark.parametrize("form", ["update", pytest.param("coordinates", marks=pytest.mark.slow)])
 def test_an_osft_job_compiles_what_the_trainer_runs(form):
     mesh = make_mesh(fsdp=4, tensor=2)
     program, held, _ = _tuned(Osft(form), SMALL, mesh, 8, 64, Dense(), jnp.float32)
