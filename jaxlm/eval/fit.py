@@ -219,7 +219,7 @@ def tuned_program(
     places, frozen_places = (shardings(axes, tree, mesh) for axes, tree in
                              zip(tuning.axes(trained, frozen), (trained, frozen), strict=True))
     moments = jax.eval_shape(tuning.wrap(optimizer).init, trained)
-    where = TrainState(places, place_state(tuning.wrap(optimizer), moments, places),
+    where = TrainState(places, place_state(moments, trained, places),
                        NamedSharding(mesh, PartitionSpec()))
     state = TrainState(trained, moments, jax.ShapeDtypeStruct((), jnp.int32))
 
