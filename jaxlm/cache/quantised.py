@@ -125,7 +125,6 @@ def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.
     One group of every ready row at a time, written in place by
     `write(packed, k_BKSH, v_BKSH, lengths_B, ready_B)`.
     """
-    width = state["k"].shape[2]
     short = max(group - k_BKSH.shape[2], 0)
     fit = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0)))
     keys, values = fit(k_BKSH), fit(v_BKSH)
@@ -136,11 +135,32 @@ def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.
 
     packed = jax.lax.fori_loop(0, jnp.max(ready_B), put, state["packed"])
     gone_B = ready_B * group
-    return state | {
-        "packed": packed, "packed_B": state["packed_B"] + gone_B,
-        "k": leftover(k_BKSH, gone_B, count_B, width).astype(state["k"].dtype),
-        "v": leftover(v_BKSH, gone_B, count_B, width).astype(state["v"].dtype),
-    }
+    state = state | {"packed": packed, "packed_B": state["packed_B"] + gone_B}
+    return keep_tail(state, k_BKSH, v_BKSH, gone_B, count_B)
+
+
+def keep_tail(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, gone_B: jax.Array,
+              count_B: jax.Array) -> State:
+    """The tail becomes what `count_B` tokens leave when their first `gone_B` are taken."""
+    kept = lambda new, old: leftover(new, gone_B, count_B, old.shape[2]).astype(old.dtype)
+    return state | {"k": kept(k_BKSH, state["k"]), "v": kept(v_BKSH, state["v"])}
+
+
+def once_if(wanted: jax.Array, function: Callable[[State], State], state: State) -> State:
+    """`function(state)` where `wanted`, else the state, by a loop of one turn or none.
+
+    A `cond` would copy the codes. A loop writes in place, and what it works with is gone before
+    the next layer's begins: else the matrices of all layers would be held at once.
+    """
+    large = ("packed", "k", "v")
+
+    def turn(i, state):
+        # what does not change in a loop may be computed ahead of it, wanted or not: tie it here
+        small = {name: x for name, x in state.items() if name not in large}
+        small, _ = jax.lax.optimization_barrier((small, i))
+        return function(state | small)
+
+    return jax.lax.fori_loop(0, wanted.astype(jnp.int32), turn, state)
 
 
 def attend_one(spec: AttentionSpec, state: State, q_B1NH: jax.Array, pos_B: jax.Array,

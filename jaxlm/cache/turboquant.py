@@ -97,7 +97,7 @@ class TurboQuant(RotatedKivi):
 
         return jax.lax.fori_loop(0, pieces, put, packed)
 
-    def writer(self, state, any_ready) -> quantised.Write:
+    def writer(self, state) -> quantised.Write:
         """A loop of slice updates over rows, in place."""
         group = self.group
 
