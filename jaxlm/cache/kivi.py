@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from jaxlm.cache import quantised
 from jaxlm.cache.base import Attended, State
-from jaxlm.cache.local import implementations, per_head
+from jaxlm.cache.local import implementations, local_heads, per_head
 from jaxlm.core.errors import ConfigError
 from jaxlm.models.attention import Mask, attention
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
+from pallas_kernels.lanes import side_by_side
 from pallas_kernels.quant import QuantFormat, key_center, quantise_keys
 from pallas_kernels.squat import Compensation
 
@@ -95,7 +96,14 @@ class Kivi:
     def init(self, spec: AttentionSpec, batch: int, slots: int, dtype: Any) -> State:
         """No tokens yet; room for `slots` a row."""
         capacity = max(slots - self.keep, 1)
-        return quantised.empty(spec, batch, capacity, self.tail, self.format, dtype)
+        return quantised.empty(spec, batch, capacity, self.tail, self.format, dtype,
+                               self.side_by_side(spec))
+
+    def side_by_side(self, spec: AttentionSpec) -> int:
+        """kv heads that share the lanes of a TPU, those of one device; elsewhere 1."""
+        if self.rope == "before" or "tpu" not in implementations(self.implementation, self.mesh):
+            return 1
+        return side_by_side(spec.head_dim, local_heads(spec.num_kv_heads, self.mesh), self.format)
 
     def prefill(self, spec, state, q_BTNH, k_BTKH, v_BTKH, pos_BT, count_B) -> Attended:
         """Tokens attend among themselves in full precision; then whole groups are coded."""
@@ -166,9 +174,9 @@ class Kivi:
     def read_prompt(self, spec, state, q_BTNH, k_BKTH, valid_BT):
         """What a prompt tells the coder of keys: the state, and how to code this prompt's."""
         if self.scales == "int8":
-            center = key_center(k_BKTH, valid_BT)
-            state = state | {"packed": state["packed"]._replace(k_center=center)}
-        return state, lambda k: quantise_keys(k, self.format, state["packed"].k_center)
+            state = quantised.with_center(state, key_center(k_BKTH, valid_BT))
+        center = quantised.center_of(state)
+        return state, lambda k: quantise_keys(k, self.format, center)
 
     def read_queries(self, spec, state, q_BTNH, start_B, count_B) -> State:
         """What later queries tell the coder of keys: nothing."""
