@@ -188,7 +188,7 @@ class Kivi:
 
     @partial(jax.jit, static_argnums=0)  # traced and lowered once for all layers
     def _pack(self, state, new, count_B, ready_B):
-        """Of `count_B` uncoded tokens a row, in `new` (None: in the tail), code `ready_B` groups."""
+        """Of `count_B` uncoded tokens a row, `new` or (None) the tail, code `ready_B` groups."""
         def pack(state, new, count_B, ready_B):
             def code(state):
                 k_BKSH, v_BKSH = (state["k"], state["v"]) if new is None else new

@@ -3,8 +3,8 @@
 One layer's state is a dict. `packed`: codes and scales of each row's first `packed_B` tokens.
 `k`, `v`: the tail (B, K, W, H), the tokens behind them in full precision, oldest first, zeros
 where unused. On a TPU heads narrower than its lanes lie side by side in `packed`
-(`pallas_kernels.lanes`); shapes say how many. `bad` (B, K, 1): a NaN or an infinity came in with keys or values, which codes could
-hide; every later output of that kv head is NaN.
+(`pallas_kernels.lanes`); shapes say how many. `bad` (B, K, 1): a NaN or an infinity came in with
+keys or values, which codes could hide; every later output of that kv head is NaN.
 """
 
 from collections.abc import Callable
