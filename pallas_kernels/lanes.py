@@ -10,22 +10,19 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quant import Grid, QuantFormat
+from pallas_kernels.quant import Grid
 
 LANES = 128
 
 
-def side_by_side(head_dim: int, kv_heads: int, fmt: QuantFormat) -> int:
+def side_by_side(head_dim: int, kv_heads: int) -> int:
     """Heads that fill whole lanes together; 1 where they do alone, or cannot.
 
-    >>> [side_by_side(width, 8, QuantFormat()) for width in (64, 96, 128, 256)]
-    [2, 4, 1, 1]
-    >>> side_by_side(64, 3, QuantFormat())
-    1
+    >>> [side_by_side(width, 8) for width in (64, 96, 128, 256)], side_by_side(64, 3)
+    ([2, 4, 1, 1], 1)
     """
     many = LANES // math.gcd(LANES, head_dim)
-    fits = kv_heads % many == 0 and fmt.channels(head_dim) == fmt.channels(many * head_dim)
-    return many if fits else 1
+    return many if kv_heads % many == 0 else 1
 
 
 def beside(x: jax.Array, many: int) -> jax.Array:

@@ -103,7 +103,7 @@ class Kivi:
         """kv heads that share the lanes of a TPU, those of one device; elsewhere 1."""
         if self.rope == "before" or "tpu" not in implementations(self.implementation, self.mesh):
             return 1
-        return side_by_side(spec.head_dim, local_heads(spec.num_kv_heads, self.mesh), self.format)
+        return side_by_side(spec.head_dim, local_heads(spec.num_kv_heads, self.mesh))
 
     def prefill(self, spec, state, q_BTNH, k_BTKH, v_BTKH, pos_BT, count_B) -> Attended:
         """Tokens attend among themselves in full precision; then whole groups are coded."""

@@ -41,7 +41,7 @@ def empty(spec: AttentionSpec, batch: int, capacity: int, tail: int, fmt: QuantF
     """No tokens; room for `capacity` coded ones (rounded up to whole tiles) and `tail` others.
 
     `many` kv heads lie side by side."""
-    packed = init_packed(batch, spec.num_kv_heads // many, capacity, many * spec.head_dim, fmt)
+    packed = init_packed(batch, spec.num_kv_heads, capacity, spec.head_dim, fmt, many)
     packed = packed._replace(  # donated buffers must not be one and the same
         k_min=jnp.zeros_like(packed.k_scale), v_min=jnp.zeros_like(packed.v_scale))
     shape = (batch, spec.num_kv_heads, tail, spec.head_dim)

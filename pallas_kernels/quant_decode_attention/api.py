@@ -85,15 +85,13 @@ def _check(q, packed, lengths, fmt, k_tail, v_tail, tail_lengths) -> None:
                          f"got {q.shape}")
     head_dim, many = q.shape[2], across // q.shape[2]
     kv_heads = stored * many
-    width = fmt.channels(across)
-    if q.shape[1] % kv_heads or width != fmt.channels(head_dim):
-        raise ValueError(f"packed holds {many} heads of {head_dim} side by side, {kv_heads} in all,"
-                         f" and {width} channels a value scale; got {q.shape[1]} query heads, "
-                         f"{fmt}")
+    if q.shape[1] % kv_heads:
+        raise ValueError(f"packed holds {many} heads of {head_dim} side by side, {kv_heads} in all;"
+                         f" got {q.shape[1]} query heads")
     size = rows * 32 // fmt.k_bits
     want = {"k_scale": (batch, stored, size // fmt.group, across),
             "v_words": (batch, stored, size * fmt.v_bits // 32, across),
-            "v_scale": (batch, stored, across // width, size)}
+            "v_scale": (batch, stored, across // fmt.channels(head_dim), size)}
     for name, shape in want.items():
         if getattr(packed, name).shape != shape:
             raise ValueError(f"packed.{name} is {shape} under {fmt}, got "

@@ -32,8 +32,7 @@ class Spec:
         tail = jax.ShapeDtypeStruct((*lead, self.window, self.head_dim), dtype)
         rows = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
         packed = jax.eval_shape(
-            lambda: init_packed(self.batch, self.kv_heads // many, self.capacity,
-                                many * self.head_dim, self.fmt))
+            lambda: init_packed(*lead, self.capacity, self.head_dim, self.fmt, many))
         q = jax.ShapeDtypeStruct((self.batch, self.heads, self.head_dim), dtype)
         return q, packed, rows, tail, tail, rows
 

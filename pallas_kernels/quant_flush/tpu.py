@@ -93,7 +93,7 @@ def _kernel(rows_ref, k_ref, v_ref, center_ref, *refs, fmt, guard, compensated, 
 
 def _write(token_group, k, v, center, queries, old, new, fmt, guard, compensated, blocks):
     by_channel = lambda reduce, y: reduce(y, axis=0, keepdims=True)
-    by_part = functools.partial(_reduce_parts, width=fmt.channels(v.shape[1]))
+    by_part = functools.partial(_reduce_parts, width=v.shape[1] // old[4].shape[0])
     plain = lambda x: quantise_by(by_channel, x, fmt.k_bits, fmt.scales, fmt.shrinks, center)
     keys = _compensated(k, queries, plain, blocks, guard) if compensated else plain(k)
     values = quantise_by(by_part, v, fmt.v_bits, fmt.scales, fmt.shrinks)

@@ -216,7 +216,7 @@ def test_compiles_for_tpu(chip, spec):
     topology = tpu(chip)
     run = lambda q, packed, *rows: quant_decode_attention(
         q, packed, rows[0], spec.fmt, *rows[1:], implementation="tpu")
-    many = side_by_side(spec.head_dim, spec.kv_heads, spec.fmt)
+    many = side_by_side(spec.head_dim, spec.kv_heads)
     arguments = spec.shapes(many)
     compiled = compile_for(topology, run, *arguments)
     memory = compiled.memory_analysis()

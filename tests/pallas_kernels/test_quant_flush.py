@@ -100,9 +100,8 @@ def test_bad_shapes_are_refused():
 
 
 def shapes(fmt, head_dim, capacity=8192, batch=8, kv_heads=8):
-    many = side_by_side(head_dim, kv_heads, fmt)  # as caches on a TPU keep them
-    packed = jax.eval_shape(
-        lambda: init_packed(batch, kv_heads // many, capacity, many * head_dim, fmt))
+    many = side_by_side(head_dim, kv_heads)  # as caches on a TPU keep them
+    packed = jax.eval_shape(lambda: init_packed(batch, kv_heads, capacity, head_dim, fmt, many))
     new = jax.ShapeDtypeStruct((batch, kv_heads, fmt.group, head_dim), jnp.bfloat16)
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
     gram = jax.ShapeDtypeStruct((batch, kv_heads, head_dim, head_dim), jnp.float32)
