@@ -18,6 +18,7 @@ from jaxlm.decode.generate import decode_jit, prefill_jit, prepare
 from jaxlm.decode.samplers import Greedy
 from jaxlm.decode.score import score
 from jaxlm.eval import arithmetic
+from jaxlm.eval.second_skill import WAYS, Taught, teach
 from jaxlm.eval.skills import (
     ArithmeticResult,
     Attempt,
@@ -32,7 +33,8 @@ from jaxlm.hf.bundle import Bundle
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is asked. `batches`: of the decoding speed; `tokens`: timed in each row."""
+    """How much is asked. `batches`: of the decoding speed; `tokens`: timed in each row.
+    `lessons`: steps of training in a second skill."""
 
     problems: int = 64
     samples: int = 4
@@ -41,17 +43,19 @@ class Plan:
     documents: int = 24
     batches: tuple[int, ...] = (1, 4, 16, 64)
     tokens: int = 64
+    lessons: int = 60
 
     @property
     def parts(self) -> int:
         """Ticks in all."""
         rounds = len(arithmetic.LEVELS) * (1 + self.samples)
-        return rounds + len(self.lengths) + len(self.batches) + 1 + COMPARED_PARTS
+        return rounds + len(self.lengths) + len(self.batches) + 1 + COMPARED_PARTS + len(WAYS)
 
 
 COMPARED = "medium"  # the level that caches are compared on
 COMPARED_PARTS = 3  # two rounds of arithmetic and one of recall
-QUICK = Plan(problems=4, samples=2, lengths=(64,), documents=4, batches=(4,), tokens=8)
+QUICK = Plan(problems=4, samples=2, lengths=(64,), documents=4, batches=(4,), tokens=8,
+             lessons=2)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Findings:
     caches: list[CacheRow]
     speed: list[tuple[int, float]]
     surprise: Surprise
+    taught: list[Taught]
     device: dict[str, Any]
     seconds: float
 
@@ -127,8 +132,10 @@ def measure(
         stage(f"speed at batch {batch}")
         speed.append((batch, decode_speed(bundle, batch, plan.tokens)))
         tick()
+    stage("a second skill")
+    taught = teach(bundle, plan.lessons, plan.problems, seed, tick)
     return Findings(card(bundle, name), plan, seed, solved, recalled, caches, speed, surprise,
-                    device_report(), time.perf_counter() - began)
+                    taught, device_report(), time.perf_counter() - began)
 
 
 def card(bundle: Bundle, name: str) -> dict[str, Any]:
@@ -225,6 +232,7 @@ def record(findings: Findings) -> dict[str, Any]:
         ],
         "recall": [{"length": r.length, **asdict(r.accuracy)} for r in findings.recall],
         "caches": [asdict(row) for row in findings.caches],
+        "taught": [asdict(row) for row in findings.taught],
         "speed": [{"batch": b, "tokens_per_s": rate} for b, rate in findings.speed],
         "seconds": findings.seconds, "versions": findings.device["versions"],
         "system": findings.device["system"], "backend": findings.device["backend"],

@@ -8,6 +8,7 @@ from jaxlm.eval.skills import Attempt, Share
 
 HEAD = ("arithmetic", "greedy", "one sample", "majority", "any right", "steps right")
 RECALL_HEAD = ("recall", "greedy")
+TAUGHT_HEAD = ("a second skill", "sums before", "sums after", "words before", "words after")
 CACHE_HEAD = ("cache", "bytes of a text", "share", f"arithmetic, {COMPARED}", "recall")
 
 
@@ -49,6 +50,23 @@ def cache_rows(findings: Findings) -> list[list[str]]:
     whole = findings.caches[0].bytes
     return [[row.name, f"{row.bytes:,}", f"{100 * row.bytes / whole:.0f} %",
              percent(row.arithmetic), percent(row.recall)] for row in findings.caches]
+
+
+def taught_rows(findings: Findings) -> list[list[str]]:
+    """The table of a second skill, one row a way of tuning, under `TAUGHT_HEAD`."""
+    return [[row.way, *map(percent, (*row.first, *row.second))] for row in findings.taught]
+
+
+def taught_section(findings: Findings) -> str:
+    """What is left of the first skill; nothing where none was taught."""
+    if not findings.taught:
+        return ""
+    return f"""<h2>A second skill, and what is left of the first</h2>
+<div class="row">{report.table(TAUGHT_HEAD, taught_rows(findings))}</div>
+<p class="soft">The model is taught to write words backwards, in {findings.plan.lessons} steps of
+AdamW at one rate for both ways, and is asked for easy sums again: held-out problems, the whole
+worked answer right. OSFT moves each matrix only outside of its leading singular subspaces, and
+leaves all else as it is.</p>"""
 
 
 def draw(findings: Findings) -> dict[str, plots.Plot]:
@@ -119,6 +137,7 @@ precision. Recall over {findings.caches[0].length:,} tokens; the prompt attends 
 precision and is then coded.</p>
 {show("surprise", "−log p of each token given all before it, by jaxlm.score. The digits of the "
       "question cannot be guessed; those of a step can be worked out.")}
+{taught_section(findings)}
 <h2>Answers</h2>
 <p class="soft">Greedy, the first of each level, each step checked by a program:
 <span class="good">✓</span> follows, <span class="bad">✗</span> does not.</p>

@@ -23,6 +23,7 @@ class Tokenizer:
     def __init__(self, folder: str | pathlib.Path):
         self.folder = pathlib.Path(folder)
         self.settings: dict[str, Any] = {}
+        self._slow: Any = None
         if (self.folder / "tokenizer_config.json").exists():
             self.settings = read_json(self.folder / "tokenizer_config.json")
         self._backend = self._open()
@@ -48,9 +49,11 @@ class Tokenizer:
             ) from error
 
     def _transformers(self) -> Any:
-        from transformers import AutoTokenizer
+        if self._slow is None:  # opening it takes seconds
+            from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+            self._slow = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+        return self._slow
 
     @property
     def backend_tokenizer(self) -> Any:
@@ -90,4 +93,22 @@ class Tokenizer:
                 continue_final_message=not answer,
             )
         except ValueError as error:
+            raise TokenizerError(f"{self.folder}: no usable chat template: {error}") from error
+
+    def render(
+        self, messages: list[dict[str, str]], prompt: bool = False, template: str | None = None
+    ) -> str:
+        """The chat template over whole messages, as a text to be trained on.
+
+        Args:
+          prompt: end with what begins an answer.
+          template: Jinja, in place of the folder's own.
+        Raises: TokenizerError where there is no template, or it refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self._transformers().apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+        except (ValueError, TemplateError) as error:
             raise TokenizerError(f"{self.folder}: no usable chat template: {error}") from error
