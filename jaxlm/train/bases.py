@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ def wide(leaf: jax.Array) -> jax.Array:
 
 def find_bases(
     flat: dict[str, jax.Array], kept: dict[str, tuple[int, ...]], form: str, constraint: str,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, decompose: Callable[..., Iterator[Svd]] = decompose,
 ) -> dict[str, Parts]:
     """The bases of some kernels, path -> name -> array, and what the form trains besides.
 

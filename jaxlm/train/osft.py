@@ -33,7 +33,7 @@ from jaxlm.train.bases import Parts as Basis
 from jaxlm.train.bases import bases_of, columns, find_bases, matrix, part_axes, wide
 from jaxlm.train.leak import leaks
 from jaxlm.train.matrices import PROJECTIONS, as_matrix
-from jaxlm.train.subspace import dot, reflect, transpose, unreflect
+from jaxlm.train.subspace import decompose, dot, reflect, transpose, unreflect
 
 
 def project(x: jax.Array, basis: Basis) -> jax.Array:
@@ -196,12 +196,16 @@ class Osft:
             raise ConfigError(f"tuning.constraint 'corner' is for form 'update'; form {self.form!r}"
                               " has both sides built in")
 
-    def start(self, lm, params, key, *, importance=None, batches=None, **calibration):
+    def start(
+        self, lm, params, key, *, importance=None, batches=None, decompose=decompose,
+        **calibration,
+    ):
         """SVD of every protected matrix, and the bases that the form needs.
 
         Args:
           importance: by module (`jaxlm.train.ranks.importance`), or `batches` to find it from, as
             the objective takes them; of the task before.
+          decompose: `jaxlm.train.subspace.blank` to know shapes alone.
         """
         flat = flatten(params)
         kept = self.kept(lm, params, importance, batches)
@@ -211,9 +215,10 @@ class Osft:
         split = {path: k for path, k in kept.items() if max(k) and path not in held}
         trained = {p: wide(leaf) for p, leaf in flat.items() if p not in held | set(split)}
         base = {path: flat[path] for path in flat if path in held or path in split}
-        parts = {}
-        for path, found in find_bases(flat, split, self.form, self.constraint, lm.mesh).items():
-            own, basis = self._begin(path, flat[path], found)
+        parts: dict[str, jax.Array] = {}
+        found = find_bases(flat, split, self.form, self.constraint, lm.mesh, decompose)
+        for path, named in found.items():
+            own, basis = self._begin(path, flat[path], named)
             trained |= {f"{path}/{name}" if name else path: leaf for name, leaf in own.items()}
             parts |= {f"{path}/{name}": leaf for name, leaf in basis.items()}
         frozen = {"base": unflatten(base), "bases": unflatten(parts)}
@@ -228,10 +233,13 @@ class Osft:
                                   "`batches` or `importance` to start, or take 'uniform'")
             importance = ranks.importance(lm, params, batches)
 
+        used = set()
+
         def share(module):
-            for pattern, ratio in self.patterns:
-                if ranks.matches(module, pattern):
-                    return 1 - ratio
+            hits = [(p, ratio) for p, ratio in self.patterns if ranks.matches(module, p)]
+            used.update(pattern for pattern, _ in hits)
+            if hits:
+                return 1 - hits[0][1]
             if self.ranks == "scheduled":
                 return (self.task - 1) / self.tasks
             if self.ranks == "uniform":
@@ -242,7 +250,11 @@ class Osft:
             span = self.target_retention - self.min_retention
             return self.min_retention + importance[module] * span
 
-        return ranks.plan(params, self.targets, share, float(self.others == "freeze"))
+        found = ranks.plan(params, self.targets, share, float(self.others == "freeze"))
+        if unused := [pattern for pattern, _ in self.patterns if pattern not in used]:
+            raise ConfigError(f"tuning.patterns has {unused[0]!r}, which no target is called; "
+                              "expected a name as 'q', or a glob as 'layers_3/*'")
+        return found
 
     def _begin(self, path: str, kernel: jax.Array, found: Basis) -> tuple[Basis, Basis]:
         """What is trained of a kernel ("" is in its own place and shape), and its bases."""

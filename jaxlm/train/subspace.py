@@ -137,6 +137,17 @@ def decompose(
             yield found
 
 
+def blank(
+    matrices: Iterable[jax.Array], ranks: Iterable[int], mesh: Mesh | None = None,
+    whole: bool = False,
+) -> Iterator[Svd]:
+    """As `decompose`, of zeros: to know shapes without any work, under `jax.eval_shape`."""
+    for w in matrices:
+        zeros = lambda *shape, w=w: jnp.zeros(shape, jnp.promote_types(w.dtype, jnp.float32))
+        r = min(w.shape)
+        yield Svd(zeros(w.shape[0], r), zeros(r), zeros(w.shape[1], r))
+
+
 def _several(
     matrices: list[jax.Array], count: int, k: int, mesh: Mesh | None, whole: bool
 ) -> list[Svd]:
