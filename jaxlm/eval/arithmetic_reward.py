@@ -4,6 +4,7 @@ import re
 
 from jaxlm.core.errors import ShapeError
 from jaxlm.eval.arithmetic import Problem, check_steps
+from jaxlm.rewards.check import StepChecker
 
 _QUESTION = re.compile(r"Q:([0-9]+(?:\*[0-9]+)?(?:[-+][0-9]+(?:\*[0-9]+)?)*)=\n")
 _TERM = re.compile(r"([-+]?)([0-9]+)(?:\*([0-9]+))?")
@@ -35,3 +36,11 @@ def step_verdicts(prompt: str, answer: str) -> tuple[bool, ...]:
     """
     verdict = check_steps(problem_of(prompt), answer)
     return (*verdict.steps, verdict.sound) if verdict.answered else verdict.steps
+
+
+def arithmetic_reward(noise: float = 0.0, *, margin: float = 0.01, key: int = 0) -> StepChecker:
+    """The exact checker as a reward of growing answers: `StepChecker` over `step_verdicts`.
+
+    Args: as of `StepChecker`; with `noise`, so many of its verdicts are wrong.
+    """
+    return StepChecker(step_verdicts, margin, noise, key)
