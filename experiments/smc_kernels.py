@@ -143,6 +143,7 @@ def measure(key: jax.Array, chains: int) -> dict[str, dict[str, Any]]:
     found = {f"Gibbs{', ancestors sampled' * flag}: {name}": rows(next(keys), name, chains, flag)
              for name in CHAINS for flag in (False, True)}
     plain = CHAINS["texts of one length"]
-    found["swaps"] = swaps(next(keys), plain, chains)
-    found["swaps without a test (wrong)"] = swaps(next(keys), plain, chains, wrong=True)
+    many = 10 * chains  # cheap, and spread over many pairs
+    found["swaps"] = swaps(next(keys), plain, many)
+    found["swaps without a test (wrong)"] = swaps(next(keys), plain, many, wrong=True)
     return found
