@@ -108,7 +108,7 @@ class Filter:
 
 
 def filter_of(
-    weight: str = "odds", tau: Any = 1.0, threshold: Any = 0.5, scheme: str = "systematic",
+    weight: str, tau: Any, threshold: Any, scheme: str,
     temper: str | None = None, early: Any = 0.5, forget: bool = False, compat: str | None = None,
 ) -> Filter:
     """A checked rule; ConfigError for a name or a number that is none."""

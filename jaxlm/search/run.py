@@ -29,6 +29,7 @@ loop_jit = jax.jit(loop, static_argnames=("lm", "steps"), donate_argnames="pop")
 move_jit = jax.jit(move, static_argnames=("lm", "steps"), donate_argnames="pop")
 absorb_jit = jax.jit(absorb, static_argnames="steps", donate_argnames="pop")
 view_jit = jax.jit(view)
+final_jit = jax.jit(lambda method, held: method.final(held))
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ def search(task: Task) -> list[SearchResult]:
     pop, carry = start(task, slots)
     while len(found) < total:
         pop, carry = grow(task, pop, carry, slots, 1 if waiting else len(slots))
-        host = readable(pop)
+        host, final = readable(pop), to_host(final_jit(task.tools.method, pop.held))
         for slot in np.flatnonzero(host.over_R):
             if slots[slot] in found:
                 continue
-            found[slots[slot]] = read(task, host, int(slot), slots[slot])
+            found[slots[slot]] = read(task, host, final, int(slot), slots[slot])
             if waiting:
                 slots[slot] = waiting.pop(0)
                 new, new_carry = start(task, [slots[slot]])
@@ -185,16 +186,16 @@ def readable(pop: Population) -> Population:
     return to_host(pop.replace(rows=rows, carry=None, keys_R=None))
 
 
-def read(task: Task, host: Population, slot: int, which: int) -> SearchResult:
+def read(
+    task: Task, host: Population, final: tuple[Any, Any, Any], slot: int, which: int
+) -> SearchResult:
     """One prompt's result."""
-    prompt, method = task.job.prompts[which], task.tools.method
-    weights_RP, evidence_R, broken_R = to_host(method.final(host.held))
+    prompt, (weights_RP, evidence_R, broken_R) = task.job.prompts[which], final
     log_weights, steps = weights_RP[slot], int(host.step_R[slot])
     first = slot * task.particles
     answers = [read_row(task, host, prompt, first + p, float(log_weights[p]))
                for p in range(task.particles)]
-    key = jax.random.fold_in(task.job.keys_B[which], steps)
-    answers, chosen = pick(answers, log_weights, task.choose, key)
+    answers, chosen = pick(answers, log_weights, task.choose, task.job.keys_B, which)
     line = lambda x: x[slot, :steps]
     size, resampled, ancestors, roots = map(line, host.trail)
     return SearchResult(
@@ -223,14 +224,15 @@ def read_row(
 
 
 def pick(
-    answers: list[Answer], log_weights: np.ndarray, choose: str, key: jax.Array
+    answers: list[Answer], log_weights: np.ndarray, choose: str, keys_R: jax.Array, which: int
 ) -> tuple[list[Answer], int]:
     """The answers, and which is chosen: the best, a draw, or the best after one resampling."""
-    if choose == "draw":
-        return answers, int(jax.random.categorical(key, _known(log_weights)))
-    if choose == "resampled":
-        drawn = jax.random.categorical(key, _known(log_weights), shape=(len(answers),))
-        answers = [answers[i] for i in drawn.tolist()]
+    if choose != "best":
+        key = jax.random.fold_in(keys_R[which], 0)
+        drawn = jax.random.categorical(key, _known(log_weights), shape=(len(answers),)).tolist()
+        if choose == "draw":
+            return answers, drawn[0]
+        answers = [answers[i] for i in drawn]
     return answers, int(np.argmax([answer.score for answer in answers]))
 
 
