@@ -162,8 +162,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         args.work = Path(tempfile.mkdtemp())
         args.folder = args.work / "prm"
     bundle = jaxlm.load(args.model, dtype=jnp.float32)
-    settings = {"model": str(args.model), "problems": args.problems, "test": args.test,
-                "samples": args.samples, "seed": args.seed}
+    settings = {"model": str(args.model), "samples": args.samples, "seed": args.seed}
     args.work.mkdir(parents=True, exist_ok=True)
     keep = _harness.Resumable(args.work / "rollouts.json", settings)
     draw = partial(rollouts, bundle, seed=args.seed, keep=keep)
