@@ -207,9 +207,10 @@ def budget_plot(rows: Sequence[Row]) -> bytes | None:
         palette = (*LIGHT["series"], "#c92a2a", "#868e96", "#364fc7", "#d6336c")
         for i, name in enumerate(dict.fromkeys(row.method for row in judged)):
             mine = sorted((row for row in judged if row.method == name), key=lambda r: r.particles)
-            axes.errorbar([row.particles for row in mine], [r.accuracy.value for r in mine],
-                          [row.accuracy.error for row in mine], label=name, marker="o",
-                          markersize=3.5, capsize=2, color=palette[i % len(palette)])
+            shares = [row.accuracy for row in mine if row.accuracy is not None]
+            axes.errorbar([row.particles for row in mine], [s.value for s in shares],
+                          [s.error for s in shares], label=name, marker="o", markersize=3.5,
+                          capsize=2, color=palette[i % len(palette)])
         ticks = sorted({row.particles for row in judged})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])

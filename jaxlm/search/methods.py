@@ -19,9 +19,12 @@ from jaxlm.rewards.answers import Same, extract, same
 from jaxlm.rewards.base import Reward, Stateless
 from jaxlm.search import perplexity, select
 from jaxlm.search.base import SearchResult, Steps
+from jaxlm.search.beam import beam_search, dvts
+from jaxlm.search.gibbs import particle_gibbs
 from jaxlm.search.particles import particle_filter
 from jaxlm.search.select import Choice, Rollouts, rollouts
 
+WIDTH, SWEEPS = 4, 2
 SPREAD = (0.6, 0.8, 1.0, 1.2)  # temperatures of the vote, as multiples of the one that is asked for
 
 
@@ -44,7 +47,7 @@ class Request:
     bundle: Bundle
     reward: Reward | None = None
     particles: int = 16
-    steps: Steps = Steps("\n")
+    steps: Steps = Steps(("\n",))
     temperature: float = 0.8
     cache: Any = "dense"
     extract: Callable[[str], str | None] = extract
@@ -61,7 +64,7 @@ class Solution:
 
     text: as written. answer: taken out of it, or None. score: the reward's, of that text, or what
     the vote gave its answer. log_evidence: of a particle method, else NaN. ess: by step. tokens:
-    that the model computed, losers included.
+    that the model computed, losers included; of chains, those of the last sweep times the sweeps.
     """
 
     text: str
@@ -101,14 +104,45 @@ def as_rollouts(
         temperatures=np.repeat(at, [len(result.answers) for result in results]).tolist())
 
 
-def by_search(name: str, **options: Any) -> Run:
-    """A method that steers while it draws: its own choice is the answer."""
+def by_search(search: Callable[..., Any], budget: str = "particles", **options: Any) -> Run:
+    """A method that steers while it draws: its own choice is the answer.
+
+    budget: the search's name for it.
+    """
     def run(request, prompts, keys_R):
-        found = particle_filter(
-            request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
-            particles=request.particles, steps=request.steps, sampler=request.sampler(),
-            cache=request.cache, **options)
+        found = search(request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
+                       steps=request.steps, sampler=request.sampler(), cache=request.cache,
+                       **{budget: request.particles}, **options)
         return [solution(request, result) for result in found]
+
+    return run
+
+
+def by_width(search: Callable[..., Any]) -> Run:
+    """A search of the width that its authors take, 4, or the budget where that is less."""
+    def run(request, prompts, keys_R):
+        width = min(WIDTH, request.particles)
+        return by_search(search, "budget", width=width)(request, prompts, keys_R)
+
+    return run
+
+
+def by_chains(temperatures: Sequence[float] = (1.0,)) -> Run:
+    """Particle Gibbs at the same number of answers: sweeps, particles and chains share it."""
+    def run(request, prompts, keys_R):
+        each, rest = divmod(request.particles, SWEEPS * len(temperatures))
+        if each < 2 or rest:
+            least = 2 * SWEEPS * len(temperatures)
+            raise ConfigError(f"a budget of {request.particles} answers is shared by {SWEEPS} "
+                              f"sweeps of {len(temperatures)} chains; expected a multiple of "
+                              f"{least // 2}, at least {least}")
+        found = particle_gibbs(
+            request.bundle, list(prompts), request.reward or EVEN, key=keys_R, particles=each,
+            sweeps=SWEEPS, temperatures=temperatures, steps=request.steps,
+            sampler=request.sampler(), cache=request.cache)
+        share = SWEEPS * len(temperatures)  # of which only one is reported; all draw about as much
+        return [replace(solution(request, chain.last), log_evidence=float("nan"),
+                        tokens=share * chain.last.tokens_drawn) for chain in found]
 
     return run
 
@@ -174,8 +208,12 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "greedy": Method(greedy, False, single=True),
-    "particle-filter": Method(by_search("particle-filter"), True),
-    "entropic-filter": Method(by_search("entropic-filter", temper="size"), True),
+    "particle-filter": Method(by_search(particle_filter), True),
+    "entropic-filter": Method(by_search(particle_filter, temper="size"), True),
+    "particle-gibbs": Method(by_chains(), True),
+    "parallel-tempering": Method(by_chains((1.0, 2.0)), True),
+    "beam": Method(by_width(beam_search), True),
+    "dvts": Method(by_width(dvts), True),
     "best-of-n": Method(by_choice(select.best_of_n, True), True),
     "weighted-best-of-n": Method(by_choice(select.weighted_best_of_n, False), True),
     "calibrated-best-of-n": Method(by_choice(select.calibrated_best_of_n, False), True),
