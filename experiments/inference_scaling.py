@@ -1,6 +1,6 @@
 """Accuracy against the budget of answers: particles, beams, trees and votes over one model.
 
-Command: python experiments/inference_scaling.py --out experiments/results/inference_scaling/cpu.json
+Command: python experiments/inference_scaling.py --out FILE, see docs/experiments.md
 Hardware: 2 CPU cores.
 Minutes: 360 for everything, 35 with --quick; a stopped run goes on where it was (--parts)
 Expected: the particle filter above best-of-n and DVTS at 8 to 64 answers; `budget_ratio_vs_bon` and
@@ -66,6 +66,7 @@ def in_batches(
 ) -> list[Any]:
     """`run` over all problems; the last batch is filled up, so that one program serves all."""
     out: list[Any] = []
+    batch = min(max(batch, 1), len(problems))
     for at in range(0, len(problems), batch):
         part = problems[at: at + batch]
         full = part + [part[-1]] * (batch - len(part))
@@ -78,7 +79,7 @@ def searched(request: Request, name: str, budget: int, problems: list[Problem], 
              rows: int) -> dict[str, Any]:
     """One cell of a method that steers: which problems were right, and the tokens of each."""
     request, began = replace(request, particles=budget), time.perf_counter()
-    found = in_batches(problems, seed, max(rows // budget, 1), lambda prompts, keys:
+    found = in_batches(problems, seed, rows // budget, lambda prompts, keys:
                        METHODS[name].run(request, prompts, keys))
     right = [one.answer == problem.gold for one, problem in zip(found, problems, strict=True)]
     return {"right": right, "tokens": float(np.mean([one.tokens for one in found])),
@@ -89,7 +90,7 @@ def selected(request: Request, budgets: list[int], problems: list[Problem], seed
              rows: int, names: tuple[str, ...]) -> dict[str, Any]:
     """All cells of the methods that select: one set of rollouts, its first ones for less."""
     most, began = max(budgets), time.perf_counter()
-    found = in_batches(problems, seed, max(rows // most, 1), lambda prompts, keys: [
+    found = in_batches(problems, seed, rows // most, lambda prompts, keys: [
         (as_rollouts(request, [one]), one.tokens_drawn)
         for one in draw(request, prompts, keys, most)])
     cells: dict[str, Any] = {}
