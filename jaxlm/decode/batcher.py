@@ -65,11 +65,13 @@ class Request:
 
 class Progress(NamedTuple):
     """What is new of an answer: text, and once it is over, why ("stop", "string", "length", or
-    "error": the model gave a number that is not finite). The request holds all tokens so far."""
+    "error": the model gave a number that is not finite). The first `count` of the request's tokens
+    are settled."""
 
     request: Request
     text: str
     finish: str | None
+    count: int
 
 
 class Batcher:
@@ -144,6 +146,15 @@ class Batcher:
         seed_words(seed), whole("choice", choice, 0)
         return Request(ids, new, asked, seed, choice, strings, bool(include_stop), self.stop,
                        stream)
+
+    def warm(self) -> None:
+        """Compile all programs now, on requests of no one's."""
+        ids = [0] * min(self.reader.piece + 1, self.max_len - 1)
+        for prompt in (ids, ids, ids[: self.reader.piece] + [1]):  # read, kept whole, kept in part
+            self.add(self.request(prompt, max_new_tokens=1))
+            for _ in self.run():
+                pass
+        self.reader.forget()
 
     def add(self, request: Request) -> None:
         """Let a request wait for a row."""
@@ -269,15 +280,15 @@ class Batcher:
             request.alternatives += [list(zip(tokens[i, :tops].tolist(), values[i, :tops].tolist(),
                                               strict=True)) for i in range(count)]
         if not np.isfinite(logprobs).all():
-            return Progress(request, "", "error")
+            return Progress(request, "", "error", len(request.drawn))
         over = bool(chunk.done_B[row])
         if request.strings:
             over |= self._cut(request, count)
         if not (over or request.stream):
-            return Progress(request, "", None)
+            return Progress(request, "", None, len(request.drawn))
         finish, _, text = continuation(self.bundle, request, request.prompt, request.drawn, over)
         new, request.shown = text[request.shown:], len(text)
-        return Progress(request, new, finish if over else None)
+        return Progress(request, new, finish if over else None, len(request.drawn))
 
     def _cut(self, request: Request, count: int) -> bool:
         """Drop what was drawn behind a stop string; whether there was one.

@@ -105,9 +105,14 @@ class Reader:
         self.bundle, self.sampler, self.kinds = bundle, sampler, kinds
         self.slots, self.rows, self.piece = slots, rows, piece
         cuttable = all(kind is None or kind.flush_every is None for kind in kinds)
-        self.kept = PromptCache(limit, piece, cuttable)
-        self.tokens_read = self.tokens_reused = 0
+        self._limits = limit, piece, cuttable
+        self.forget()
         self._keys = jax.random.split(jax.random.key(0), rows)
+
+    def forget(self) -> None:
+        """Keep nothing, and count anew."""
+        self.kept = PromptCache(*self._limits)
+        self.tokens_read = self.tokens_reused = 0
 
     def read(self, prompts: Sequence[Ids]) -> Iterator[DecodeState | None]:
         """Read prompts, at most `rows`.
