@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +12,7 @@ from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
 from jaxlm.core.device import backend
 from jaxlm.core.errors import ConfigError, ShapeError, whole
-from jaxlm.decode.generate import (
-    check_strings,
-    continuation,
-    placed,
-    to_ids,
-)
+from jaxlm.decode.generate import check_strings, continuation, placed, to_ids
 from jaxlm.decode.pool import (
     NEUTRAL,
     TOPS,
@@ -84,7 +79,8 @@ class Batcher:
       cache: a cache kind, or one a layer, or a name such as "kivi2".
       chunk: steps between two moments at which rows join and leave.
       piece: tokens of a prompt read at once; default 32 on a CPU, 256 elsewhere.
-      readers: prompts read together. prompt_bytes: of kept prompts; 0 keeps none.
+      readers: prompts read together; default 1 on a CPU, whose time is in the arithmetic, and 8
+        elsewhere, where it is in reading the weights. prompt_bytes: of kept prompts; 0 keeps none.
     Raises: ConfigError, ShapeError.
 
     Example:
@@ -98,18 +94,20 @@ class Batcher:
     def __init__(
         self, bundle: Bundle, *, rows: int = 32, max_len: int = 1024,
         cache: CacheKind | Kinds | str = Dense(), chunk: int = 8, piece: int | None = None,
-        readers: int = 8, prompt_bytes: int = 256 << 20,
+        readers: int | None = None, prompt_bytes: int = 256 << 20,
     ):
         check_bundle(bundle)
         if bundle.lm.labels is not None:
             raise ConfigError("this model gives labels, not text; use bundle.lm.classify")
         self.bundle, self.rows = bundle, whole("rows", rows)
         self.max_len = whole("max_len", max_len, 2, bundle.lm.config.max_len)
-        piece = (32 if backend() == "cpu" else 256) if piece is None else whole("piece", piece)
+        cpu = backend() == "cpu"
+        piece = (32 if cpu else 256) if piece is None else whole("piece", piece)
+        readers = (1 if cpu else 8) if readers is None else whole("readers", readers)
         self.sampler = RowSampler(whole("chunk", chunk))
-        kinds = placed(bundle, self.sampler, cache)
-        width = min(whole("readers", readers), self.rows)
-        self.reader = Reader(bundle, self.sampler, kinds, self.max_len, width,
+        kinds = tuple(replace(kind, steady=True) if isinstance(kind, Dense) else kind
+                      for kind in placed(bundle, self.sampler, cache))
+        self.reader = Reader(bundle, self.sampler, kinds, self.max_len, min(readers, self.rows),
                              min(piece, self.max_len), whole("prompt_bytes", prompt_bytes, 0))
         self.stop = Stop(bundle.stop_ids)
         self.waiting: deque[Request] = deque()
