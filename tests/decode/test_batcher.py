@@ -49,7 +49,7 @@ def some_requests(batcher, count=14):
             prompt=prompt, max_new_tokens=int(rng.integers(1, 25)), seed=i, choice=i % 2,
             temperature=[0.0, 0.7, 1.3][i % 3], top_p=[1.0, 0.8][i % 2],
             top_k=[None, 5, 40][i // 2 % 3], min_p=[0.0, 0.05][i // 3 % 2],
-            tops=[0, 3][i // 4 % 2], stop=[[], ["e", "th"], ["\n"]][i % 3], stream=bool(i % 2)))
+            tops=[0, 3][i // 4 % 2], stop=[[], list("etaoinsh0123<"), ["q"]][i % 3], stream=bool(i % 2)))
     return made
 
 
@@ -92,11 +92,11 @@ def test_the_comparison_sees_another_seed(batcher, mixed):
 
 
 def test_answers_are_those_of_generate(bundle, mixed):
-    for one, (drawn, _, _, text, end) in zip(*mixed, strict=True):
-        sampler = Categorical(one["temperature"], one["top_k"], one["top_p"], one["min_p"])
+    for one, (drawn, _, _, text, end) in list(zip(*mixed, strict=True))[:8]:
+        sampler = Categorical(one["temperature"], one["top_k"] or 258, one["top_p"], one["min_p"])
         keys = jax.random.split(jax.random.key(one["seed"]), 2)[one["choice"]][None]
         found = generate(bundle, one["prompt"], max_new_tokens=one["max_new_tokens"], key=keys,
-                         sampler=sampler, stop=one["stop"])
+                         sampler=sampler, stop=[*one["stop"], "\0never"], max_len=96)
         assert (list(found.tokens), found.text, found.finish) == (drawn, text, end)
 
 
@@ -134,11 +134,13 @@ def test_nothing_is_compiled_after_the_start(bundle):
     assert batcher.reader.tokens_reused > 0
 
 
-def test_log_probabilities_are_the_models_own(bundle, batcher, mixed):
-    for one, (drawn, logprobs, tops, _, _) in zip(*mixed, strict=True):
-        ids = jnp.asarray([one["prompt"] + drawn])
-        table = jax.nn.log_softmax(bundle.lm.apply(bundle.params, ids[:, :-1]).logits[0], -1)
-        table = np.asarray(table)[len(one["prompt"]) - 1:]
+def test_log_probabilities_are_the_models_own(bundle, mixed):
+    tokens = np.zeros((len(mixed[0]), 96), np.int32)
+    for row, (one, (drawn, *_)) in enumerate(zip(*mixed, strict=True)):
+        tokens[row, : len(one["prompt"] + drawn)] = one["prompt"] + drawn
+    logits = jax.jit(lambda params, x: bundle.lm.apply(params, x).logits)(bundle.params, tokens)
+    for one, (drawn, logprobs, tops, _, _), line in zip(*mixed, np.asarray(logits), strict=True):
+        table = np.asarray(jax.nn.log_softmax(line, -1))[len(one["prompt"]) - 1:]
         np.testing.assert_allclose(logprobs, table[np.arange(len(drawn)), drawn], atol=2e-5)
         for step, others in enumerate(tops):
             assert len(others) == one["tops"]
@@ -152,8 +154,8 @@ def test_a_cancelled_row_is_free_and_harms_nobody(batcher, mixed):
     victims = [batcher.request(**{**one, "max_new_tokens": 40, "stop": []}) for one in asked[:3]]
     for victim in victims:
         batcher.add(victim)
-    batcher.step()
-    assert len(batcher.live) >= 1
+    while not batcher.live:
+        batcher.step()
     for victim in victims:
         victim.cancelled = True
     assert answer(batcher, asked) == together
@@ -170,10 +172,8 @@ def test_several_answers_read_their_prompt_once(batcher):
     assert batcher.reader.tokens_read == 20 and len({tuple(drawn) for drawn in ends}) > 1
 
 
-@pytest.mark.parametrize("cache", [
-    "kivi2:group=8,window=8",
-    pytest.param("squat2:group=8,window=8", marks=pytest.mark.slow),
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["kivi2:group=8,window=8", "squat2:group=8,window=8"])
 def test_quantised_rows_are_flushed_at_their_own_steps(bundle, cache):
     batcher = Batcher(bundle, rows=3, max_len=96, chunk=4, piece=8, readers=2, cache=cache)
     asked = some_requests(batcher, 7)
