@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from flax import struct
 
+from jaxlm.core.errors import JaxlmError
+
 Carry = Any  # what a reward keeps between steps; leaves lead with B = R P, shared prompts with R
 
 
@@ -79,3 +81,18 @@ class Stateless:
     def gather(self, carry, ancestors_RP):
         """Nothing moves."""
         return carry
+
+
+class RewardError(JaxlmError):
+    """A reward on the host that failed for some prompts, after all retries.
+
+    A search can record these problems as failed and go on: `scores_B` and `carry` are what `score`
+    would have returned, with NaN in the rows of the failed.
+    prompts: indices of the failed ones. reasons: a message for each.
+    """
+
+    def __init__(self, message: str, prompts: Sequence[int], reasons: Sequence[str],
+                 scores_B: Any = None, carry: Carry = None):
+        super().__init__(message)
+        self.prompts, self.reasons = tuple(prompts), tuple(reasons)
+        self.scores_B, self.carry = scores_B, carry
