@@ -31,14 +31,16 @@ class BodyLimit:
 
         async def noted(message: dict) -> None:
             nonlocal begun
-            begun = True
-            await send(message)
+            if got <= self.limit or begun:  # else whatever the handlers make of it is not sent
+                begun = True
+                await send(message)
 
         try:
             await self.app(scope, counted, noted)
         except _TooLong:
-            if not begun:
-                await self._refuse(send)
+            pass
+        if got > self.limit and not begun:
+            await self._refuse(send)
 
     async def _refuse(self, send: Any) -> None:
         body = json.dumps(error(f"the body is longer than {self.limit} bytes", 413)).encode()

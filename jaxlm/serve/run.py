@@ -22,11 +22,15 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def config_of(app: FastAPI, grace: float) -> uvicorn.Config:
+    """What uvicorn is told."""
+    return uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
+                          timeout_graceful_shutdown=int(grace) + 5)
+
+
 def serve(app: FastAPI, engine: Engine, listener: socket.socket, grace: float) -> None:
     """Serve on a listening socket until a signal.
 
     Args: grace: seconds that answers in flight get at SIGTERM.
     """
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
-                            timeout_graceful_shutdown=int(grace) + 5)
-    Server(config, engine, grace).run(sockets=[listener])
+    Server(config_of(app, grace), engine, grace).run(sockets=[listener])
