@@ -22,7 +22,8 @@ def run(
 
     Args:
       model: a model folder, a hub id such as org/name, or "tiny", the bundled model.
-      prm: a reward, for the methods that need one.
+      prm: a process reward model for the methods that need one, as a folder or a hub id; or
+        "arithmetic", the exact checker of the problems that the bundled model was taught.
       host: where to listen; anything but loopback lets others use the model.
       port: 0 takes any that is free.
       rows: answers that grow together in one compiled batch.
@@ -49,23 +50,29 @@ def run(
         raise ConfigError(f"{error}; install the extra: pip install 'jaxlm[serve]'") from error
     from jaxlm.decode.batcher import Batcher
     from jaxlm.serve.engine import Engine
-    from jaxlm.serve.methods import Methods
+    from jaxlm.serve.methods import Methods, open_reward
 
     token = read_token(token_file)
     warn_of(host, token)
     bundle = open_model(model, device, dtype, revision)
+    kinds = open_cache(cache, bundle.lm.config)
+    reward = None if prm is None else open_reward(
+        prm, bundle, lambda source: open_model(source, device, dtype))
     batcher = Batcher(
         bundle, rows=rows, max_len=min(max_len, bundle.lm.config.max_len), chunk=chunk, piece=piece,
-        cache=open_cache(cache, bundle.lm.config), prompt_bytes=prompt_cache_mb << 20)
+        cache=kinds, prompt_bytes=prompt_cache_mb << 20)
     note("compiling")
     batcher.warm()
     engine = Engine(batcher, queue)
     settings = Settings(
         name or model, token, None if chat_template is None else read_text(chat_template),
-        max_body_kb << 10, max_budget)
+        max_body_kb << 10)
+    if settings.template or bundle.tokenizer.has_template:  # imports what renders it
+        bundle.tokenizer.chat([{"role": "user", "content": "x"}], template=settings.template)
+    methods = Methods(bundle, reward, kinds, max_budget)
     with listen(host, port) as listener:
         note(f"serving {settings.name!r} at http://{host}:{listener.getsockname()[1]}/v1")
-        serve(create_app(engine, settings, Methods(bundle, {})), engine, listener, grace)
+        serve(create_app(engine, settings, methods), engine, listener, grace)
     note("closed")
 
 

@@ -1,6 +1,7 @@
 """From a checked request to its answer, whole or in pieces."""
 
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,7 @@ from jaxlm.serve.schema import (
     usage,
 )
 
+FINISH_EARLY = ("stop", "string")
 FINISH = {"stop": "stop", "string": "stop", "length": "length"}
 
 
@@ -115,6 +117,26 @@ class Answer:
             return chat_logprobs(drawn)
         before = sum(len(names[t].decode(errors="replace")) for t in request.drawn[:first])
         return completion_logprobs(drawn, before)
+
+
+def search_body(given: Any, name: str, prompt_tokens: int, found: Any) -> dict:
+    """The body of a search's answer; `search` says what is not in the protocol.
+
+    Completion tokens are all that the model computed, those of losing answers included.
+    """
+    chat = isinstance(given, ChatRequest)
+    text = {"message": {"role": "assistant", "content": found.text}} if chat else {
+        "text": found.text}
+    number = lambda x: x if math.isfinite(x) else None
+    return {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+        "object": "chat.completion" if chat else "text_completion", "created": int(time.time()),
+        "model": name, "usage": usage(prompt_tokens, found.tokens),
+        "choices": [{"index": 0, **text, "logprobs": None,
+                     "finish_reason": "stop" if found.finish in FINISH_EARLY else "length"}],
+        "search": {"method": given.method, "answer": found.answer, "score": number(found.score),
+                   "log_evidence": number(found.log_evidence), "flags": list(found.flags)},
+    }
 
 
 async def collect(answer: Answer, ticket: Ticket, first: Callable[[], None]) -> dict:

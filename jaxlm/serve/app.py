@@ -16,13 +16,15 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from jaxlm.core.errors import JaxlmError
 from jaxlm.decode.batcher import Request as Wanted
+from jaxlm.decode.generate import to_ids
 from jaxlm.hf.bundle import Bundle
-from jaxlm.serve.answers import Answer, Choice, collect, events
+from jaxlm.serve.answers import Answer, Choice, collect, events, search_body
 from jaxlm.serve.body import BodyLimit
 from jaxlm.serve.engine import Engine, Refused
-from jaxlm.serve.methods import Methods
 from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.schema import ChatRequest, CompletionRequest, error
+
+SEARCH_TOKENS = 256  # of a search's answer, where the request does not say
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,16 @@ class Settings:
 
     name: of the model, as clients name it. token: a bearer token that every request but
     `/health` must carry. template: a chat template instead of the model's own. max_body: bytes.
-    max_budget: answers that one search may spend.
     """
 
     name: str
     token: str | None = field(default=None, repr=False)
     template: str | None = None
     max_body: int = 1 << 20
-    max_budget: int = 64
 
 
 def create_app(
-    engine: Engine, settings: Settings, methods: Methods | None = None
+    engine: Engine, settings: Settings, methods: Any = None
 ) -> FastAPI:
     """The application; the engine starts and closes with it."""
     @asynccontextmanager
@@ -51,8 +51,8 @@ def create_app(
         yield
         await asyncio.to_thread(engine.close)
 
-    app = FastAPI(title="jaxlm", lifespan=lifespan)
-    server = Server(engine, settings, methods or Methods(engine.batcher.bundle, {}))
+    app = FastAPI(title="jaxlm", lifespan=lifespan, docs_url=None, redoc_url=None)
+    server = Server(engine, settings, methods)
     app.add_middleware(BodyLimit, limit=settings.max_body)
     app.middleware("http")(server.count)
     for kind, handler in ((RequestValidationError, server.invalid), (JaxlmError, server.bad_input),
@@ -77,7 +77,7 @@ def create_app(
 class Server:
     """The handlers of one application."""
 
-    def __init__(self, engine: Engine, settings: Settings, methods: Methods):
+    def __init__(self, engine: Engine, settings: Settings, methods: Any):
         self.engine, self.settings, self.methods = engine, settings, methods
         self.metrics = Metrics(engine)
         self.created = int(time.time())
@@ -193,21 +193,18 @@ class Server:
 
     def _wanted(self, given: CompletionRequest | ChatRequest, prompts: list) -> list[Wanted]:
         """One checked request to the batcher for each answer."""
-        if given.budget is not None:
-            raise Refused("budget is for a search; give method too", 400)
-        limit = given.max_tokens
-        if isinstance(given, ChatRequest):
-            limit = given.max_completion_tokens or limit
-        elif limit is None:
-            limit = 16  # the protocol's default for completions
-        first = secrets.randbits(63) if given.seed is None else given.seed
+        if lone := [name for name in ("budget", "step", "max_steps") if getattr(given, name)]:
+            raise Refused(f"{', '.join(lone)}: for a search; give method too", 400)
+        limit = new_tokens(given)
+        if isinstance(given, CompletionRequest):
+            limit = limit or 16  # the protocol's default
         common: dict[str, Any] = {
             "max_new_tokens": limit, "stop": given.stops, "stream": bool(given.stream),
             "temperature": 1.0 if given.temperature is None else given.temperature,
             "top_p": 1.0 if given.top_p is None else given.top_p,
             "top_k": given.top_k if (given.top_k or 0) > 0 else None, "min_p": given.min_p or 0.0,
             "include_stop": bool(given.include_stop_str_in_output), "tops": given.tops or 0,
-            "seed": first,
+            "seed": seed_of(given),
         }
         n = given.n or 1
         return [self.engine.batcher.request(prompt, choice=number * n + i, **common)
@@ -217,8 +214,18 @@ class Server:
         self, given: CompletionRequest | ChatRequest, prompts: list
     ) -> Response:
         """A search over one prompt, as a whole job between chunks."""
-        job = self.methods.job(given, prompts, self.settings.max_budget)
-        return JSONResponse(await self.engine.call(job))
+        if self.methods is None:
+            raise Refused("this server has no methods; leave method out", 400)
+        ids, _ = to_ids(self.bundle, prompts)
+        room = self.engine.batcher.max_len - max(map(len, ids))
+        limit = new_tokens(given)
+        if room < 1 or (limit or 0) > room:
+            raise Refused(f"the prompt leaves room for {max(room, 0)} tokens; ask for less", 400)
+        job = self.methods.job(given, ids, min(limit or SEARCH_TOKENS, room), seed_of(given))
+        solution = await self.engine.call(job)
+        body = search_body(given, self.settings.name, len(ids[0]), solution)
+        self.metrics.tokens(body["usage"])
+        return JSONResponse(body)
 
     def _first(self) -> Callable[[], None]:
         """Records the time to the first token, once."""
@@ -233,9 +240,17 @@ class Server:
 
     def _ended(self, answer: Answer) -> None:
         """Count an answer's tokens."""
-        counts = answer.usage
-        self.metrics.prompt_tokens.inc(counts["prompt_tokens"])
-        self.metrics.drawn_tokens.inc(counts["completion_tokens"])
+        self.metrics.tokens(answer.usage)
+
+
+def new_tokens(given: CompletionRequest | ChatRequest) -> int | None:
+    """The most tokens of an answer, where the request says."""
+    return getattr(given, "max_completion_tokens", None) or given.max_tokens
+
+
+def seed_of(given: CompletionRequest | ChatRequest) -> int:
+    """The request's seed, or one by chance."""
+    return secrets.randbits(63) if given.seed is None else given.seed
 
 
 async def unless_gone(work: Any, request: Request) -> Any:

@@ -26,6 +26,11 @@ class Metrics:
                           buckets=SECONDS)
         self.registry.register(_Live(engine))  # type: ignore[arg-type]
 
+    def tokens(self, usage: dict) -> None:
+        """Count what an answer used."""
+        self.prompt_tokens.inc(usage["prompt_tokens"])
+        self.drawn_tokens.inc(usage["completion_tokens"])
+
     def text(self) -> bytes:
         """All of it."""
         return generate_latest(self.registry)

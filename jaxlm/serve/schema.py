@@ -60,6 +60,8 @@ class Request(Strict):
     stream_options: StreamOptions | None = None
     method: Text = "plain"
     budget: int | None = Field(None, ge=1)
+    step: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    max_steps: int | None = Field(None, ge=1, le=1024)
     user: Text | None = None
     frequency_penalty: Nothing | None = None
     presence_penalty: Nothing | None = None

@@ -19,10 +19,12 @@ def make_batcher(bundle, **changes) -> Batcher:
 
 
 @contextmanager
-def running(batcher: Batcher, waiting: int = 64, **settings) -> Iterator[tuple[str, Engine]]:
+def running(
+    batcher: Batcher, waiting: int = 64, methods=None, **settings
+) -> Iterator[tuple[str, Engine]]:
     """The address and the engine of a server that runs until the block ends."""
     engine = Engine(batcher, waiting)
-    app = create_app(engine, Settings("tiny-model", template=TEMPLATE, **settings))
+    app = create_app(engine, Settings("tiny-model", template=TEMPLATE, **settings), methods)
     with listen("127.0.0.1", 0) as listener:
         server = Server(config_of(app, 5.0), engine, 5.0)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
