@@ -103,8 +103,8 @@ class Server:
     async def authorise(self, request: Request) -> None:
         """401 without the token, where there is one."""
         token = self.settings.token
-        given = request.headers.get("authorization", "")
-        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        given = request.headers.get("authorization", "").encode()
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise HTTPException(401, "a bearer token is needed: Authorization: Bearer TOKEN",
                                 {"WWW-Authenticate": "Bearer"})
 

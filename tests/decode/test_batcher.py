@@ -49,7 +49,8 @@ def some_requests(batcher, count=14):
             prompt=prompt, max_new_tokens=int(rng.integers(1, 25)), seed=i, choice=i % 2,
             temperature=[0.0, 0.7, 1.3][i % 3], top_p=[1.0, 0.8][i % 2],
             top_k=[None, 5, 40][i // 2 % 3], min_p=[0.0, 0.05][i // 3 % 2],
-            tops=[0, 3][i // 4 % 2], stop=[[], list("etaoinsh0123<"), ["q"]][i % 3], stream=bool(i % 2)))
+            tops=[0, 3][i // 4 % 2], stop=[[], list("etaoinsh0123<"), ["q"]][i % 3],
+            stream=bool(i % 2)))
     return made
 
 
