@@ -56,7 +56,8 @@ def rollouts(
                             sampler=Temperature(temperature), key=key)
             return [answer.text for answer in done]
 
-        texts = keep(f"{level} {split} {first}", draw)
+        count = min(group, problems - first)  # of the last part: how many are not padding
+        texts = keep(f"{level} {split} {first} {count} {samples}", draw)
         for i, prompt in enumerate(asked[first: first + group]):
             found.append([Rollout(prompt, text) for text in texts[i * samples: (i + 1) * samples]])
     return found

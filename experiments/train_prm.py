@@ -55,11 +55,15 @@ def objective_of(lm: LM) -> Objective:
 
 def fit(
     lm: LM, params: Params, some: list[Rollout], epochs: int, rate: float, work: Path, seed: int,
-    save_every: int = 50,
+    stop: int | None = None, save_every: int = 50,
 ) -> tuple[Params, list[float]]:
-    """AdamW under a cosine schedule; goes on from the last checkpoint in `work`."""
+    """AdamW under a cosine schedule; goes on from the last checkpoint in `work`.
+
+    `stop`: end after so many steps, under the schedule of the whole.
+    Returns: parameters, and the mean losses of up to ten equal parts of the run.
+    """
     plan = [part for number in range(epochs) for part in epoch(some, ROWS, seed + number)]
-    steps = len(plan)
+    steps, last = len(plan), min(stop or len(plan), len(plan))
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(20, steps), max(steps, 21))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
     step = jax.jit(partial(train_step, objective_of(lm), optimizer), donate_argnums=0)
@@ -72,16 +76,17 @@ def fit(
             kept = {"state": state, "losses": losses}
             kept = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(kept))
             state, losses = kept["state"], np.array(kept["losses"])
-        for number in tqdm(range(int(state.step), steps), desc="training"):
+        for number in tqdm(range(int(state.step), last), desc="training"):
             width, indices = plan[number]
             batch = rows_of([some[i] for i in indices], width, ROWS)
             state, metrics = step(state, batch, None)
             losses[number] = float(metrics["loss"])
-            if (number + 1) % save_every == 0 or number + 1 == steps:
+            if (number + 1) % save_every == 0 or number + 1 == last:
                 kept = {"state": state, "losses": losses}
                 manager.save(number + 1, args=ocp.args.StandardSave(kept))
                 manager.wait_until_finished()
-    return state.params, [float(np.mean(part)) for part in np.array_split(losses, min(10, steps))]
+    parts = np.array_split(losses[:last], min(10, last))
+    return state.params, [float(np.mean(part)) for part in parts]
 
 
 def step_scores(lm: LM, params: Params, some: list[Rollout]) -> list[np.ndarray]:
@@ -162,8 +167,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         args.work = Path(tempfile.mkdtemp())
         args.folder = args.work / "prm"
     bundle = jaxlm.load(args.model, dtype=jnp.float32)
-    settings = {"model": str(args.model), "problems": args.problems, "test": args.test,
-                "samples": args.samples, "seed": args.seed}
+    settings = {"model": str(args.model), "samples": args.samples, "seed": args.seed}
     args.work.mkdir(parents=True, exist_ok=True)
     keep = _harness.Resumable(args.work / "rollouts.json", settings)
     draw = partial(rollouts, bundle, seed=args.seed, keep=keep)
@@ -173,11 +177,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     start = lm.init(jax.random.key(args.seed)) | {
         k: v for k, v in bundle.params.items() if k not in ("score", "head")}
     params, losses = fit(lm, start, some, args.epochs, args.rate, args.work / "checkpoints",
-                         args.seed)
+                         args.seed, args.stop)
     extra = bundle.extra | {"id2label": {"0": "wrong", "1": "right"},
                             "label2id": {"wrong": 0, "right": 1}}
     jaxlm.save(bundle.replace(lm=lm, params=params, extra=extra), args.folder, overwrite=True)
-    metrics: dict[str, Any] = {"rollouts": len(some), "epochs": args.epochs, "losses": losses}
+    metrics: dict[str, Any] = {"rollouts": len(some), "epochs": args.epochs, "stop": args.stop,
+                               "losses": losses}
     for level, problems, samples in (("hard", args.test, 16), ("medium", args.test // 2, 4)):
         groups = draw(level, "test", problems, samples)
         flat = [r for group in groups for r in group]
@@ -207,6 +212,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=4, help="rollouts a problem")
     parser.add_argument("--test", type=int, default=200, help="hard problems of the test side")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--stop", type=int, help="end after so many steps of the epochs' own")
     parser.add_argument("--rate", type=float, default=6e-4, help="peak learning rate")
 
 

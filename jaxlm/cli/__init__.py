@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "score": "log-probabilities and perplexity of texts",
     "convert": "a model folder in another dtype, checked against transformers",
+    "solve": "answer problems by a search (particles, best-of-n, votes); resumable",
     "fit": "whether a job fits a chip, by the chip's own compiler, without the chip",
     "tune-cache": "choose a cache kind for every layer, on a text",
     "serve": "an HTTP server in OpenAI's protocol",

@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
+from flax import struct
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.rewards.base import Prompts, RewardError, Rows
@@ -14,12 +14,12 @@ from jaxlm.rewards.base import Prompts, RewardError, Rows
 Failures = dict[int, str]  # number of a prompt -> why it has no score
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What goes with B rows: the prompts, the answers that were scored, and their scores."""
+class Seen(struct.PyTreeNode):
+    """What goes with B rows: the prompts (R,), the answers that were scored (B,), both numpy arrays
+    of texts, so that leaves lead with R or B as everywhere; and their scores, float32 (B,)."""
 
-    prompts: tuple[str, ...]
-    answers: tuple[str, ...]
+    prompts: np.ndarray
+    answers: np.ndarray
     scores_B: np.ndarray
 
 
@@ -34,7 +34,7 @@ class HostReward:
 
     def values(
         self, prompts: Sequence[str], answers: Sequence[str], numbers: Sequence[int]
-    ) -> tuple[Sequence[float], Failures]:
+    ) -> tuple[np.ndarray, Failures]:
         """A score for each pair; `numbers` says which prompt each belongs to."""
         raise NotImplementedError
 
@@ -46,7 +46,7 @@ class HostReward:
     def init(self, prompts: Prompts, particles: int, slots: int) -> Seen:
         """Remember the prompts; `slots` does not matter to texts."""
         B = len(prompts.texts) * particles
-        return Seen(tuple(prompts.texts), ("",) * B, np.full(B, self.before, np.float32))
+        return Seen(objects(prompts.texts), objects([""] * B), np.full(B, self.before, np.float32))
 
     def score(self, carry: Seen, rows: Rows) -> tuple[np.ndarray, Seen]:
         """Score what is new.
@@ -57,14 +57,14 @@ class HostReward:
         wanted = self.wanted(carry, rows)
         pairs = list(dict.fromkeys((row // P, texts[row]) for row in wanted))
         values, failed = self.values([carry.prompts[r] for r, _ in pairs], [t for _, t in pairs],
-                                     [r for r, _ in pairs]) if pairs else ((), {})
+                                     [r for r, _ in pairs]) if pairs else (np.zeros(0), {})
         found = dict(zip(pairs, within_unit(values), strict=True))
-        scores_B, answers = carry.scores_B.copy(), list(carry.answers)
+        scores_B, answers = carry.scores_B.copy(), carry.answers.copy()
         for row in wanted:
             scores_B[row] = found[row // P, texts[row]]
             if row // P not in failed:
                 answers[row] = texts[row]
-        carry = replace(carry, answers=tuple(answers), scores_B=scores_B)
+        carry = carry.replace(answers=answers, scores_B=scores_B)
         if failed:
             raise RewardError(
                 f"the reward failed for prompts {sorted(failed)}: {next(iter(failed.values()))}; "
@@ -74,11 +74,31 @@ class HostReward:
 
     def gather(self, carry: Seen, ancestors_RP: jax.Array) -> Seen:
         """Scores go with their rows."""
-        ancestors_RP = np.asarray(ancestors_RP)
-        R, P = ancestors_RP.shape
-        index = (np.arange(R)[:, None] * P + ancestors_RP).reshape(-1)
-        return replace(carry, answers=tuple(carry.answers[i] for i in index),
-                       scores_B=carry.scores_B[index])
+        index_B = flat(ancestors_RP)
+        return carry.replace(answers=carry.answers[index_B], scores_B=carry.scores_B[index_B])
+
+
+def flat(ancestors_RP: Any) -> np.ndarray:
+    """Indices of rows, (B,), from those within each prompt.
+
+    >>> flat([[1, 1], [0, 1]])
+    array([1, 1, 2, 3])
+    """
+    within_RP = np.asarray(ancestors_RP)
+    R, P = within_RP.shape
+    return (np.arange(R)[:, None] * P + within_RP).reshape(-1)
+
+
+def objects(values: Sequence[Any]) -> np.ndarray:
+    """Any values as a numpy array of one axis.
+
+    >>> objects(["a", ("b", "c")]).shape
+    (2,)
+    """
+    found = np.empty(len(values), object)
+    for i, value in enumerate(values):
+        found[i] = value
+    return found
 
 
 def as_texts(rows: Rows) -> Sequence[str]:

@@ -53,8 +53,8 @@ def qwen_layout(tokenizer: Tokenizer, system: str = QWEN_SYSTEM) -> Layout:
     """
     if tokenizer.backend_tokenizer.token_to_id(SEPARATOR) is None:
         raise TokenizerError(
-            f"{tokenizer.folder}: the tokenizer has no token {SEPARATOR!r}, at which this layout is "
-            "read; choose another layout, such as jaxlm.rewards.PLAIN"
+            f"{tokenizer.folder}: the tokenizer has no token {SEPARATOR!r}, at which this layout "
+            "is read; choose another layout, such as jaxlm.rewards.PLAIN"
         )
     chat = tokenizer.chat([{"role": "system", "content": system},
                            {"role": "user", "content": _FIRST}])

@@ -96,7 +96,8 @@ class ProcessReward(struct.PyTreeNode):
         if self.layout.prompt == PROBLEM:
             tokens_RT, length_R = jnp.asarray(prompts.tokens_RT), jnp.asarray(prompts.length_R)
         else:
-            tokens_RT, length_R = problem_ids(self.words, self.layout, prompts.texts)
+            width = prompts.tokens_RT.shape[1]
+            tokens_RT, length_R = problem_ids(self.words, self.layout, prompts.texts, width)
         extra = self.after_A.shape[0] + self.lead_2L.shape[1]
         room = slots + extra * min(self.steps, slots)
         state = read_problems(self.lm, self.params, tokens_RT, length_R, particles, room)
@@ -202,17 +203,18 @@ def read_problems(
 
 
 def problem_ids(
-    known: Words, layout: Layout, texts: Any
+    known: Words, layout: Layout, texts: Any, width: int
 ) -> tuple[jax.Array, jax.Array]:
     """The problems as the layout has them: int32 ids (R, T), right-padded, and lengths (R,).
 
-    A bare problem gets the tokenizer's begin mark; a chat has its own.
+    A bare problem gets the tokenizer's begin mark; a chat has its own. `width`: what the problems'
+    own tokens should fit, so that another problem of the job can take the place of one that is
+    done; T is larger only where they do not.
     """
     bare = layout.prompt == PROBLEM
-    ids = [known.tokenizer.encode(layout.prompt.replace(PROBLEM, text.strip() if layout.strip
-                                                        else text), special=bare)
-           for text in texts]
-    width = round_up(max(map(len, ids)), BUCKET)
+    form = lambda text: known.tokenizer.encode(layout.prompt.replace(PROBLEM, text), special=bare)
+    ids = [form(text.strip() if layout.strip else text) for text in texts]
+    width = round_up(max(len(form("")) + width, *map(len, ids)), BUCKET)
     tokens = np.zeros((len(ids), width), np.int32)
     for row, line in enumerate(ids):
         tokens[row, : len(line)] = line

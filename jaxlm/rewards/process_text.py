@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from jaxlm.core.errors import ConfigError
 from jaxlm.core.tree import Params
 from jaxlm.decode.generate import round_up
 from jaxlm.decode.rows import gather
 from jaxlm.decode.state import DecodeState, extend
 from jaxlm.models.lm import LM
 from jaxlm.rewards.base import Prompts, Rows
+from jaxlm.rewards.host import as_texts, flat, objects
 from jaxlm.rewards.layout import Layout, Words
 from jaxlm.rewards.process import probability, problem_ids, read_problems
 
@@ -37,14 +38,14 @@ class Reading:
     scores: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class TextCarry:
-    """What goes with B rows: the reward model's caches, what each row has read, and, by place,
-    tokens read in all (separators, and what is read again, included)."""
+class TextCarry(struct.PyTreeNode):
+    """What goes with B rows: the reward model's caches, the problems' lengths in tokens, what each
+    row has read (a numpy array of `Reading`), and, by place, tokens read in all (separators, and
+    what is read again, included)."""
 
     state: DecodeState
     problem_R: np.ndarray
-    rows: tuple[Reading, ...]
+    rows: np.ndarray
     appended_B: np.ndarray
 
 
@@ -71,21 +72,23 @@ class TextProcessReward:
 
     def init(self, prompts: Prompts, particles: int, slots: int) -> TextCarry:
         """Read the problems, once each."""
-        tokens_RT, length_R = problem_ids(self.words, self.layout, prompts.texts)
+        width = 2 * prompts.tokens_RT.shape[1]
+        tokens_RT, length_R = problem_ids(self.words, self.layout, prompts.texts, width)
         around = (self.layout.first, self.layout.before, self.layout.after)
         extra = sum(len(self._encode(text)) for text in around)
         room = 2 * slots + extra * min(self.steps, slots)
         state = read_problems(self.lm, self.params, tokens_RT, length_R, particles, room)
         B = len(state.length_B)
-        return TextCarry(state, np.asarray(length_R), (Reading(),) * B, np.zeros(B, np.int64))
+        return TextCarry(state, np.asarray(length_R), objects([Reading()] * B),
+                         np.zeros(B, np.int64))
 
     def score(self, carry: TextCarry, rows: Rows) -> tuple[np.ndarray, TextCarry]:
         """Read what each answer has gained, and score it."""
-        if rows.texts is None:
-            raise ConfigError("this reward reads texts; pass rows.texts, the answers so far")
-        P = len(rows.texts) // len(carry.problem_R)
-        now = [self._reading(old, text) for old, text in zip(carry.rows, rows.texts, strict=True)]
-        kept = np.array([shared(old.ids, new.ids) for old, new in zip(carry.rows, now, strict=True)])
+        texts = as_texts(rows)
+        P = len(texts) // len(carry.problem_R)
+        now = [self._reading(old, text) for old, text in zip(carry.rows, texts, strict=True)]
+        pairs = zip(carry.rows, now, strict=True)
+        kept = np.array([shared(old.ids, new.ids) for old, new in pairs])
         limit_B = np.asarray(carry.state.limit_B) - np.repeat(carry.problem_R, P)
         lost_B = np.array([len(new.ids) for new in now]) > limit_B
         kept = np.where(lost_B, [len(old.ids) for old in carry.rows], kept)
@@ -103,21 +106,18 @@ class TextProcessReward:
             for row in np.flatnonzero(goal_B > at_B):
                 found[row].append(float(scores_B[row]))
             at_B = goal_B
-        read = tuple(
+        read = objects([
             old if lost else replace(new, scores=tuple(scores))
-            for old, new, lost, scores in zip(carry.rows, now, lost_B, found, strict=True))
+            for old, new, lost, scores in zip(carry.rows, now, lost_B, found, strict=True)])
         totals = np.array([self._total(row.scores) for row in read], np.float32)
         totals = np.where(lost_B, np.float32(np.nan), totals)
-        return totals, replace(carry, state=state, rows=read,
-                               appended_B=carry.appended_B + at_B - kept)
+        return totals, carry.replace(state=state, rows=read,
+                                     appended_B=carry.appended_B + at_B - kept)
 
     def gather(self, carry: TextCarry, ancestors_RP: jax.Array) -> TextCarry:
         """Caches and texts go with their rows."""
-        ancestors_RP = np.asarray(ancestors_RP)
-        R, P = ancestors_RP.shape
-        index = (np.arange(R)[:, None] * P + ancestors_RP).reshape(-1)
-        return replace(carry, state=gather_jit(carry.state, jnp.asarray(ancestors_RP)),
-                       rows=tuple(carry.rows[i] for i in index))
+        return carry.replace(state=gather_jit(carry.state, jnp.asarray(ancestors_RP)),
+                             rows=carry.rows[flat(ancestors_RP)])
 
     def _reading(self, old: Reading, text: str) -> Reading:
         """The answer's steps and ids; a step ends where the answer ended at an earlier call."""
@@ -163,9 +163,9 @@ class TextProcessReward:
     def _total(self, scores: tuple[float, ...]) -> float:
         if not scores:
             return 1.0
-        values = np.asarray(scores)  # min and prod of numpy keep a NaN
-        return float({"prod": values.prod, "min": values.min}.get(
-            self.aggregate, lambda: values[-1])())
+        if self.aggregate == "prod":
+            return float(np.prod(scores))
+        return float(np.min(scores) if self.aggregate == "min" else scores[-1])  # a NaN stays
 
 
 def shared(old: Sequence[int], new: Sequence[int]) -> int:

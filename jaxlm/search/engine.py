@@ -178,7 +178,9 @@ def follow(pop: Population, ancestors_RP: jax.Array) -> Population:
     """Rows with all that belongs to their texts; the suffix alone moves, layer by layer."""
     names = ("start_B", "at_B", "score_B", "steps_B", "scores_BT", "ends_BT")
     moved = gather_rows({name: getattr(pop, name) for name in names}, ancestors_RP)
-    return pop.replace(rows=gather(pop.rows, ancestors_RP), **moved)
+    own_RP = jnp.arange(ancestors_RP.shape[1], dtype=ancestors_RP.dtype)
+    rows = gather(pop.rows, ancestors_RP, jnp.any(ancestors_RP != own_RP))
+    return pop.replace(rows=rows, **moved)
 
 
 def view(pop: Population) -> Rows:

@@ -1,11 +1,12 @@
-"""A process reward model that reads step by step scores as one that reads each text from scratch."""
+"""A process reward model that reads step by step scores as one that reads from scratch."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.core.errors import ConfigError, TokenizerError
-from jaxlm.rewards import PLAIN, Layout, process_reward, qwen_layout, rlhflow_layout
+from jaxlm.rewards import PLAIN, Layout, Prompts, process_reward, qwen_layout, rlhflow_layout
 from tests.rewards.twins import (
     PROBLEMS,
     SPECIAL,
@@ -283,3 +284,37 @@ def test_what_does_not_fit_is_refused(folder, labelled, answering):
     silent = twin(folder / "silent", 2, chat=None)
     with pytest.raises(TokenizerError, match="chat template"):
         qwen_layout(silent.tokenizer)
+
+
+def put(tree, new, slot):
+    """One prompt's part of a carry in place of another's: leaves lead with R or with B."""
+    def one(leaf, part):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or not leaf.ndim:
+            return leaf  # nothing is drawn
+        whole = np.array(leaf)
+        assert whole[: len(part)].shape == part.shape
+        whole[slot * len(part): (slot + 1) * len(part)] = part
+        return whole if isinstance(leaf, np.ndarray) else jnp.asarray(whole)
+
+    return jax.tree.map(one, tree, new)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_another_problem_takes_the_place_of_one_that_is_done(labelled, on_device):
+    reward = process_reward(labelled, labelled, on_device=on_device)
+    growing = Growing(labelled.tokenizer, PROBLEMS[:2], 2)
+    rng, given = np.random.default_rng(0), growing.given()
+    carry = reward.init(given, 2, 96)
+    score = SCORE if on_device else lambda reward, *args: reward.score(*args)
+    for steps in growing.steps:
+        steps.append(random_step(rng, 7))
+    _, carry = score(reward, carry, growing.rows(not on_device))
+    other = PROBLEMS[2]
+    new = reward.init(Prompts(given.tokens_RT[:1], given.length_R[:1], [other]), 2, 96)
+    carry = put(carry, new, 1)
+    growing.problems[1], growing.steps[2:] = other, [[], []]
+    for steps in growing.steps:
+        steps.append(random_step(rng, 4))
+    found, _ = score(reward, carry, growing.rows(not on_device))
+    want = all_expected(labelled, reward.layout, growing, "last")
+    np.testing.assert_allclose(found, want, atol=1e-4)

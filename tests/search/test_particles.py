@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.search.particles import particle_filter
 from jaxlm.smc.weights import normalise
-from tests.search.toy import HOST, PROMPT, REWARD, SAMPLER, STEPS, bundle, exact, model_law, z_score
+from tests.search.toy import PROMPT, REWARD, SAMPLER, STEPS, bundle, exact, model_law, z_score
 
 SEEDS, PARTICLES = 256, 8
 
