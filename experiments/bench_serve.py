@@ -115,10 +115,12 @@ def together(url: str, bodies: Sequence[dict], at_once: int) -> tuple[list[dict]
 
 
 def requests(count: int, tokens: int, model: str = "tiny", seed: int = 0) -> list[dict]:
-    """Plain requests, each with a prompt and a seed of its own."""
+    """Plain requests, each with a problem and a seed of its own."""
+    from jaxlm.eval.arithmetic import sample
+
     random = np.random.default_rng(seed)
     return [{"model": model, "max_tokens": tokens, "seed": seed + number, "temperature": 1.0,
-             "prompt": f"{random.integers(1, 10**9)}:{number}=\n"} for number in range(count)]
+             "prompt": sample(random, "hard", "test").prompt} for number in range(count)]
 
 
 def various(count: int, model: str, seed: int = 0) -> list[dict]:

@@ -13,7 +13,7 @@ from jaxlm.core.errors import ConfigError
 def run(
     model: str, prm: str | None = None, host: str = "127.0.0.1", port: int = 8000, rows: int = 32,
     max_len: int = 1024, cache: str = "dense", chunk: int = 8, piece: int | None = None,
-    prompt_cache_mb: int = 256, queue: int = 256, max_body_kb: int = 1024, max_budget: int = 64,
+    readers: int | None = None, prompt_cache_mb: int = 256, queue: int = 256, max_body_kb: int = 1024, max_budget: int = 64,
     chat_template: Path | None = None, name: str | None = None, token_file: Path | None = None,
     grace: float = 30.0, device: Device | None = None, dtype: Dtype | None = None,
     revision: str | None = None,
@@ -31,6 +31,7 @@ def run(
       cache: how keys and values are kept: dense, kivi2, squat2, ..., or a file of tune-cache.
       chunk: tokens drawn between two moments at which answers join and leave the batch.
       piece: tokens of a prompt read at once; default 32 on a CPU, 256 elsewhere.
+      readers: prompts read together; default 4 on a CPU, 8 elsewhere.
       prompt_cache_mb: memory for prompts that may come again; 0 keeps none.
       queue: answers that may wait for a row; beyond them, 429.
       max_body_kb: of a request; beyond it, 413.
@@ -60,7 +61,7 @@ def run(
         prm, bundle, lambda source: open_model(source, device, dtype))
     batcher = Batcher(
         bundle, rows=rows, max_len=min(max_len, bundle.lm.config.max_len), chunk=chunk, piece=piece,
-        cache=kinds, prompt_bytes=prompt_cache_mb << 20)
+        readers=readers, cache=kinds, prompt_bytes=prompt_cache_mb << 20)
     note("compiling")
     batcher.warm()
     engine = Engine(batcher, queue)

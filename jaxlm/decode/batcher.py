@@ -79,7 +79,7 @@ class Batcher:
       cache: a cache kind, or one a layer, or a name such as "kivi2".
       chunk: steps between two moments at which rows join and leave.
       piece: tokens of a prompt read at once; default 32 on a CPU, 256 elsewhere.
-      readers: prompts read together; default 1 on a CPU, whose time is in the arithmetic, and 8
+      readers: prompts read together; default 4 on a CPU, whose time is in the arithmetic, and 8
         elsewhere, where it is in reading the weights. prompt_bytes: of kept prompts; 0 keeps none.
     Raises: ConfigError, ShapeError.
 
@@ -103,7 +103,7 @@ class Batcher:
         self.max_len = whole("max_len", max_len, 2, bundle.lm.config.max_len)
         cpu = backend() == "cpu"
         piece = (32 if cpu else 256) if piece is None else whole("piece", piece)
-        readers = (1 if cpu else 8) if readers is None else whole("readers", readers)
+        readers = (4 if cpu else 8) if readers is None else whole("readers", readers)
         self.sampler = RowSampler(whole("chunk", chunk))
         kinds = tuple(replace(kind, steady=True) if isinstance(kind, Dense) else kind
                       for kind in placed(bundle, self.sampler, cache))
