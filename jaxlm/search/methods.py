@@ -74,6 +74,7 @@ class Solution:
     ess: tuple[float, ...]
     tokens: int
     flags: tuple[str, ...]
+    finish: str = "stop"  # as `Answer.finish`
 
 
 Run = Callable[[Request, Sequence[str], jax.Array], list[Solution]]
@@ -151,7 +152,8 @@ def solution(request: Request, result: SearchResult) -> Solution:
     """A search's chosen answer."""
     chosen = result.answers[result.chosen]
     return Solution(chosen.text, request.extract(chosen.text), chosen.score, result.log_evidence,
-                    tuple(map(float, result.ess)), result.tokens_drawn, result.flags)
+                    tuple(map(float, result.ess)), result.tokens_drawn, result.flags,
+                    chosen.finish)
 
 
 def by_choice(choose: Callable[[Rollouts], Choice], rewarded: bool) -> Run:
@@ -171,7 +173,7 @@ def chosen(
     score = answer.score if rewarded else float(choice.scores_P[choice.index])
     flags = tuple(sorted({flag for result in results for flag in result.flags}))
     return Solution(answer.text, request.extract(answer.text), score, float("nan"), (),
-                    sum(result.tokens_drawn for result in results), flags)
+                    sum(result.tokens_drawn for result in results), flags, answer.finish)
 
 
 def greedy(request: Request, prompts: Sequence[str], keys_R: jax.Array) -> list[Solution]:
