@@ -1,10 +1,10 @@
-"""Is orthogonal subspace fine-tuning exact? The references' numbers, and the leak after 1,000 steps.
+"""Is orthogonal subspace fine-tuning exact? The references' numbers; the leak of 1,000 steps.
 
 - `golden_max_error`: the factored form over five steps of SGD, momentum and AdamW, against
   mini_trainer 0.9.0 and peft 0.21.2 (arrays of the folder goldens beside the data sets).
 - `leak_left`, `leak_right`: ||U_h^T dW|| and ||dW V_h|| over ||W_0||, the worst matrix of a small
-  Llama after 1,000 steps of AdamW with weight decay and clipping, in every form; in float64, against
-  the subspaces that were protected.
+  Llama after 1,000 steps of AdamW with weight decay and clipping, in every form; in float64,
+  against the subspaces that were protected.
 - `control`: the same of a projected gradient before AdamW, as the references of before do it.
 - `bit_exact`: u = 1 gives full fine-tuning, u = 0 the weights that were there.
 
@@ -16,7 +16,7 @@ Expected: golden_max_error float32 below 1e-6 and float64 below 1e-12; leaks bel
 """
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -166,7 +166,7 @@ def goldens(folder: Any) -> dict[str, float]:
 def trajectory(tuning: Osft, W: Any, gradients: Any, chain: Any) -> Any:
     """One matrix after every step of given gradients."""
     tree = unflatten({ONE: jnp.asarray(W)})
-    trained, frozen = tuning.start(replace(MODEL), tree, jax.random.key(0))
+    trained, frozen = tuning.start(MODEL, tree, jax.random.key(0))
     wrapped = tuning.wrap(chain)
     state, rows = wrapped.init(trained), []
     for G in jnp.asarray(gradients):

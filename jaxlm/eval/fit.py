@@ -56,18 +56,18 @@ def fit(
     config: ModelConfig, job: str, target_name: str, *, batch: int = 1, context: int = 4096,
     cache: CacheKind | Kinds = Dense(), dtype: Any = jnp.bfloat16,
     data: int | None = None, fsdp: int | None = None, tensor: int | None = None,
-    tuning: Tuning = Osft(),
+    tuning: Tuning | None = None,
 ) -> Fit:
     """Compile one step of a job for a target and read the compiler's memory and cost analysis.
 
     Args:
       job: "decode" (the loop, over a full cache of `context` tokens), "prefill" (a prompt of
         `context`), "train" (AdamW in float32, bf16 compute, rematerialised), or "osft" (the same
-        by `tuning`).
+        by `tuning`, by default `Osft()`).
       target_name: as `jaxlm.core.targets.target`.
       batch: rows in all. context: tokens a row.
       data, fsdp, tensor: mesh axes; by default tensor takes what divides the kv heads, and the
-        rest goes to data (fsdp when training).
+        rest goes to data (fsdp when training; "train" has no tensor axis).
     Raises: ConfigError, DeviceError.
     """
     if job not in JOBS:
@@ -79,7 +79,7 @@ def fit(
     mesh = make_mesh(**sizes, devices=list(chips.devices))
     cache = place_kind(cache, mesh)
     build = {"decode": _decode, "prefill": _prefill, "train": _train,
-             "osft": partial(_tuned, tuning)}[job]
+             "osft": partial(_tuned, tuning or Osft())}[job]
     program, param_bytes, cache_bytes = build(config, mesh, batch, context, cache, dtype)
     return Fit(chips, sizes, job, program, param_bytes, cache_bytes)
 

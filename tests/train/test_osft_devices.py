@@ -124,7 +124,7 @@ def test_subspace_iteration_finds_the_leading_part(monkeypatch):
 
 
 def test_a_flat_spectrum_is_decomposed_whole(monkeypatch):
-    """Iteration does not converge where all singular values are nearly one; the residual says so."""
+    """Iteration does not converge where all values are nearly one; the residual says so."""
     key = jax.random.key(1)
     whole = svd(jax.random.normal(key, (96, 64)))
     w = (whole.u * (1 + 0.01 * jnp.linspace(1, 0, 64))) @ whole.v.T
