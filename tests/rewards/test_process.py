@@ -261,7 +261,7 @@ def test_a_scalar_head_is_a_logistic_score(folder):
 
 
 def test_other_ids_go_over_the_host(folder, labelled):
-    """The same model for a policy of another vocabulary gives the same scores, by texts."""
+    """A policy of another vocabulary is read by its texts; asking for the device is an error."""
     other = twin(folder / "other", None, special=("<pad>", *SPECIAL))
     reward = process_reward(labelled, other)
     assert not reward.on_device and reward.layout == qwen_layout(labelled.tokenizer)

@@ -32,7 +32,7 @@ def words(folder: Path, special: tuple[str, ...] = SPECIAL, chat: str | None = C
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens(list(special))
     made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 256)])
+        single="<s> $A", special_tokens=[("<s>", 256 + special.index("<s>"))])
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast",
@@ -56,8 +56,9 @@ def network(labels: int | None, family: str = "qwen2", seed: int = 0) -> tuple[L
 def twin(folder: Path, labels: int | None, **options: Any) -> Bundle:
     """A model as `jaxlm.load` gives it, after a round by way of a Hugging Face folder."""
     lm, params = network(labels)
-    bare = Bundle(lm, params, words(folder / "words", **options), (257,),
-                  {"bos_token_id": 256, "eos_token_id": 257})
+    made = words(folder / "words", **options)
+    bos, eos = made.id_of("bos_token"), made.id_of("eos_token")
+    bare = Bundle(lm, params, made, (eos,), {"bos_token_id": bos, "eos_token_id": eos})
     return load(save(bare, folder / "model"))
 
 
