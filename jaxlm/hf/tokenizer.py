@@ -49,7 +49,7 @@ class Tokenizer:
             ) from error
 
     def _transformers(self) -> Any:
-        if self._slow is None:
+        if self._slow is None:  # opening it takes seconds
             from transformers import AutoTokenizer
 
             self._slow = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
@@ -111,3 +111,15 @@ class Tokenizer:
             )
         except (ValueError, jinja2.TemplateError) as error:
             raise TokenizerError(f"{self.folder}: no usable chat template: {error}") from error
+
+    def render(
+        self, messages: list[dict[str, str]], prompt: bool = False, template: str | None = None
+    ) -> str:
+        """The chat template over whole messages, as a text to be trained on.
+
+        Args:
+          prompt: end with what begins an answer.
+          template: Jinja, in place of the folder's own.
+        Raises: TokenizerError where there is no template, or it refuses the messages.
+        """
+        return self.chat(messages, prompt, resume=False, template=template)

@@ -34,11 +34,11 @@ class Steps:
     ('\\n',)
     """
 
-    delimiters: tuple[str, ...] = ()
+    delimiters: str | tuple[str, ...] = ()
     tokens: int | None = None
     max_steps: int = 40
     max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
+    stop: str | tuple[str, ...] = ()
     stop_ids: tuple[int, ...] | None = None
 
     def __post_init__(self):

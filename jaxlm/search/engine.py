@@ -13,7 +13,6 @@ from flax import struct
 
 from jaxlm.core.tree import Params, gather_rows
 from jaxlm.decode.rows import fork, gather, release
-from jaxlm.decode.samplers import Sampler
 from jaxlm.decode.state import DecodeState, Kinds, decode, prefill
 from jaxlm.decode.stop import Stop
 from jaxlm.models.lm import LM
@@ -55,10 +54,10 @@ class Tools(NamedTuple):
     the round ends; 1: none waits for another."""
 
     params: Params
-    sampler: Sampler
+    sampler: Any
     stop: "StepStop"
     method: Any
-    quorum: jax.Array | int = 1
+    quorum: Any = 1
 
 
 @struct.dataclass
@@ -69,7 +68,7 @@ class StepStop:
     """
 
     rule: Stop
-    cap: jax.Array | int
+    cap: Any
 
     def step(self, match_B3, token_B):
         """As `Stop.step`."""

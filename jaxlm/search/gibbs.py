@@ -45,8 +45,8 @@ class Pinned:
     """
 
     inner: Any
-    tokens_BS: jax.Array
-    count_B: jax.Array
+    tokens_BS: Any
+    count_B: Any
 
     def init(self, batch: int, vocab: int) -> Any:
         """The inner state, and nothing drawn."""

@@ -81,7 +81,8 @@ def make_task(
 def search(task: Task) -> list[SearchResult]:
     """All prompts, `at_once` in the batch; one that ends makes room for the next."""
     total, slots = len(task.job.prompts), list(range(task.at_once))
-    waiting, found = list(range(task.at_once, total)), {}
+    waiting = list(range(task.at_once, total))
+    found: dict[int, SearchResult] = {}
     pop, carry = start(task, slots)
     while len(found) < total:
         pop, carry = grow(task, pop, carry, slots, 1 if waiting else len(slots))
@@ -117,20 +118,21 @@ def grow(
     task: Task, pop: Population, carry: Any, slots: Sequence[int], enough: int
 ) -> tuple[Population, Any]:
     """Rounds until `enough` prompts are over: one program, or one hop to the host a round."""
-    static, reward, known = (task.bundle.lm, task.steps, task.tools), task.reward, {}
+    static, reward = (task.bundle.lm, task.steps, task.tools), task.reward
+    known: dict[tuple, str] = {}
     if reward.on_device:
         return loop_jit(*static, reward, pop, np.int32(enough)), None
     while int(pop.over_R.sum()) < enough:
         pop, ancestors_RP = move_jit(*static, pop)
-        carry = reward.gather(carry, np.asarray(ancestors_RP))
+        carry = reward.gather(carry, to_host(ancestors_RP))
         seen = to_host(view_jit(pop))
-        score_B, carry = reward.score(carry, seen._replace(
+        given, carry = reward.score(carry, seen._replace(
             texts=[texts_of(task, slots, seen, row, known) for row in range(len(seen.start_B))]))
-        score_B = np.asarray(score_B, np.float32)
+        score_B = np.asarray(given, np.float32)
         if score_B.shape != seen.start_B.shape:
             raise ConfigError(f"the reward gave scores of shape {score_B.shape}; expected one for "
                               f"each of {len(seen.start_B)} rows")
-        pop = absorb_jit(task.steps, task.tools.method, pop, score_B)
+        pop = absorb_jit(task.steps, task.tools.method, pop, jnp.asarray(score_B))
     return pop, carry
 
 
@@ -155,7 +157,7 @@ def answer_text(task: Task, prompt: list[int], drawn: list[int]) -> tuple[str, s
     return finish, text.removeprefix(before)
 
 
-def put(tree: Any, new: Any, slot: int) -> Any:
+def put(tree: Any, new: Any, slot: Any) -> Any:
     """One prompt's leaves in place of those of `slot`; what leads with no axis stays."""
     def one(leaf, part):
         if leaf.ndim == 0:
