@@ -278,8 +278,20 @@ def banded(series: dict[str, dict[str, Any]]) -> Draw:
     return drawing
 
 
+def bench_serve(metrics: dict[str, Any]) -> Named:
+    """Speed and latency by the number of clients."""
+    clients = [row["clients"] for row in metrics["load"]]
+    column = lambda name: (clients, [row[name] for row in metrics["load"]])
+    return {"speed": ("The server's speed by clients", lines(
+                {"tokens": column("tokens_per_s")}, "clients", "tokens/s", log="x"), (5.4, 3.4)),
+            "latency": ("The server's latency by clients", lines(
+                {"median": column("latency_median_s"), "95 %": column("latency_95_s")},
+                "clients", "seconds an answer", log="x"), (6.4, 3.4))}
+
+
 PLOTS: dict[str, Callable[[dict[str, Any]], Named]] = {
     "bench_decode": bench_decode, "eval_tiny": eval_tiny, "train_tiny": train_tiny,
     "quant_ablation": quant_ablation, "kv_speed": kv_speed, "kv_capacity": kv_capacity,
     "kv_quality": kv_quality, "smc_exact": smc_exact, "inference_scaling": inference_scaling,
+    "bench_serve": bench_serve,
 }

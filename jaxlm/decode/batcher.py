@@ -148,7 +148,7 @@ class Batcher:
     def warm(self) -> None:
         """Compile all programs now, on requests of no one's."""
         ids = [0] * min(self.reader.piece + 1, self.max_len - 1)
-        for prompt in (ids, ids, ids[: self.reader.piece] + [1]):  # read, kept whole, kept in part
+        for prompt in (ids, ids, [*ids[:-1], 1]):  # read, kept whole, kept in part
             self.add(self.request(prompt, max_new_tokens=1))
             for _ in self.run():
                 pass

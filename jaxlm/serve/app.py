@@ -176,7 +176,7 @@ class Server:
         """The answer to a checked request, of whatever method."""
         self._check_model(given.model)
         if given.method != "plain":
-            return await self._search(given, prompts)
+            return await self._search(given, prompts, request)
         wanted = await asyncio.to_thread(self._wanted, given, prompts)
         count = sum(len(one.prompt) for one in wanted[:: given.n or 1])
         ticket = self.engine.submit(wanted)
@@ -211,7 +211,7 @@ class Server:
                 for number, prompt in enumerate(prompts) for i in range(n)]
 
     async def _search(
-        self, given: CompletionRequest | ChatRequest, prompts: list
+        self, given: CompletionRequest | ChatRequest, prompts: list, request: Request
     ) -> Response:
         """A search over one prompt, as a whole job between chunks."""
         if self.methods is None:
@@ -222,7 +222,7 @@ class Server:
         if room < 1 or (limit or 0) > room:
             raise Refused(f"the prompt leaves room for {max(room, 0)} tokens; ask for less", 400)
         job = self.methods.job(given, ids, min(limit or SEARCH_TOKENS, room), seed_of(given))
-        solution = await self.engine.call(job)
+        solution = await unless_gone(self.engine.call(job), request)
         body = search_body(given, self.settings.name, len(ids[0]), solution)
         self.metrics.tokens(body["usage"])
         return JSONResponse(body)
