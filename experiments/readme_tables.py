@@ -75,6 +75,16 @@ ROWS = (
       for tail, bits in (("", 2), ("_4bit", 4))),
     Row("kv_quality", "best_share",
         "2-, 4- and 8-bit caches: SQuat best or tied among all kinds of as many bits", PERCENT),
+    Row("smc_exact", "evidence_z_max",
+        "evidence of the Monte Carlo core over seeds, largest absolute z from enumeration"),
+    Row("smc_exact", "tv_over_floor",
+        "distance of its laws from the exact ones, over that of exact draws"),
+    Row("smc_exact", "its_hub_rejected_z",
+        "absolute z of the rule that weighs finished particles again, same test", "{:.0f}"),
+    Row("inference_scaling", "budget_ratio_vs_bon",
+        "answers best-of-n needs over the particle filter's, hard sums, reward", TIMES),
+    Row("inference_scaling", "budget_ratio_vs_dvts",
+        "answers DVTS needs over the particle filter's, hard sums, reward", TIMES),
 )
 
 WANTED = (("decode_b1_ratio", "15"), ("decode_b32_ratio", "2, better 4"),

@@ -17,8 +17,11 @@ COMMANDS = {
     "generate": "continue a prompt",
     "score": "log-probabilities and perplexity of texts",
     "convert": "a model folder in another dtype, checked against transformers",
+    "solve": "answer problems by a search (particles, best-of-n, votes); resumable",
     "fit": "whether a job fits a chip, by the chip's own compiler, without the chip",
+    "train": "fine-tune a model by a YAML file; goes on where it was stopped",
     "tune-cache": "choose a cache kind for every layer, on a text",
+    "serve": "an HTTP server in OpenAI's protocol",
     "demo": "run the bundled model on held-out problems and write a report",
 }
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -65,6 +68,8 @@ def call(name: str, arguments: list[str]) -> int:
     import tyro
 
     command = importlib.import_module(f"jaxlm.cli.{name.replace('-', '_')}")
+    if hasattr(command, "main"):  # its arguments depend on a file that one of them names
+        return command.main(arguments)
     code = tyro.cli(command.run, prog=f"jaxlm {name}", args=arguments)
     sys.stdout.flush()
     return code or 0

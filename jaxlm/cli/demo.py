@@ -33,7 +33,12 @@ def run(
     print()
     print(columns([list(demo_page.RECALL_HEAD), *demo_page.recall_rows(findings)]))
     print()
+    print(columns([list(demo_page.SEARCH_HEAD), *demo_page.search_rows(findings)]))
+    print()
     print(columns([list(demo_page.CACHE_HEAD), *demo_page.cache_rows(findings)]))
+    if findings.taught:
+        print()
+        print(columns([list(demo_page.TAUGHT_HEAD), *demo_page.taught_rows(findings)]))
     rates = ", ".join(f"{rate:,.0f} at batch {batch}" for batch, rate in findings.speed)
     print(f"\ngreedy decoding, tokens/s: {rates}")
     write_files(out, demo_page.files(findings))

@@ -16,16 +16,19 @@ from jaxlm.hf.config import from_hf, read_json
 from jaxlm.hf.hub import fetch
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.presets import preset
+from jaxlm.train.osft import Osft
 
 Target = Annotated[str, tyro.conf.arg(metavar="TARGET")]
 GIB = 2**30
 
 
 def run(
-    model: str, target: Target, job: Literal["decode", "prefill", "train"] = "decode",
+    model: str, target: Target, job: Literal["decode", "prefill", "train", "osft"] = "decode",
     batch: int = 1, context: int = 4096, cache: str = "dense", dtype: Dtype = "bfloat16",
     data: int | None = None, fsdp: int | None = None, tensor: int | None = None,
     revision: str | None = None,
+    unfreeze_ratio: float = 0.5,
+    form: Literal["update", "factored", "coordinates"] = "update",
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Compile a job's real program for a chip that need not be here; print what it takes.
@@ -34,7 +37,8 @@ def run(
       model: a preset such as llama-3.1-8b, a folder with a config.json, a hub id such as
         org/name (its config.json alone is fetched), or "tiny", the bundled model.
       target: v5e:2x2, v5p:4x4x4, v6e:1x1, h100, h100:8, a100, a100-80g, t4, and the like.
-      job: the decode loop over a full cache, the prefill of a prompt, or an AdamW step.
+      job: the decode loop over a full cache, the prefill of a prompt, an AdamW step, or one that
+        protects the leading singular directions (docs/osft.md).
       batch: rows in all.
       context: tokens a row.
       cache: dense, squat2, kivi4, ...; for decode and prefill.
@@ -43,13 +47,16 @@ def run(
       fsdp: mesh axis over batch and parameters.
       tensor: mesh axis over heads and the feed-forward.
       revision: of a hub id.
+      unfreeze_ratio: for osft, the share of singular directions that may change.
+      form: for osft, how the constraint is kept.
       json: print JSON instead of a table.
     """
     config = open_config(model, revision)
     note(f"compiling {job} for {target} ...")
     start = time.perf_counter()
     found = fit(config, job, target, batch=batch, context=context,
-                cache=parse_cache(cache), dtype=dtype, data=data, fsdp=fsdp, tensor=tensor)
+                cache=parse_cache(cache), dtype=dtype, data=data, fsdp=fsdp, tensor=tensor,
+                tuning=Osft(form, unfreeze_ratio))
     record = summary(found) | {"seconds": time.perf_counter() - start}
     print(json.dumps(record, indent=1) if json_ else as_table(found))
 

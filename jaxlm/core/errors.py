@@ -29,6 +29,10 @@ class DeviceError(JaxlmError):
     """A device or a mesh that is not there."""
 
 
+class DataError(JaxlmError):
+    """A data file that cannot be read; the message names the file and the line."""
+
+
 class NumericsError(JaxlmError):
     """A NaN or an infinity where a number was expected."""
 

@@ -8,6 +8,7 @@ COLLECTIVE = re.compile(
     r"= (\(?[^=]*?\)?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
     r"(-start)?\("
 )
+INDEX = re.compile(r"/\*index=\d+\*/")  # a long tuple's elements are numbered in comments
 CHANNEL = re.compile(r"channel_id=(\d+)")
 CALLED = re.compile(r"(body|condition|calls|to_apply)=%?([\w.\-]+)")
 KNOWN_TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
@@ -28,7 +29,7 @@ def collective_bytes(hlo: str) -> int:
     >>> collective_bytes("x = f32[4,8]{1,0} all-reduce(y), replica_groups={}")
     128
     """
-    parts = _computations(hlo)
+    parts = _computations(INDEX.sub("", hlo))
     callers = _callers(parts)
     total, seen = 0, set()
     for name, lines in parts.items():

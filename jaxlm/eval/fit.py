@@ -23,9 +23,14 @@ from jaxlm.decode.state import Kinds, decode, prefill
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.lm import LM
 from jaxlm.models.stack import stack, stack_axes
-from jaxlm.train.step import init_state, lm_objective, train_step
+from jaxlm.train.checkpoint import place_state
+from jaxlm.train.osft import Osft
+from jaxlm.train.step import TrainState, init_state, lm_objective, train_step, tuned_step
+from jaxlm.train.subspace import blank
+from jaxlm.train.tuning import Tuning
 
-JOBS = ("decode", "prefill", "train")
+JOBS = ("decode", "prefill", "train", "osft")
+TRAIN = ("train", "osft")
 RESERVE = 0.05  # of a device: the runtime's own, the program's code, fragments
 
 
@@ -51,16 +56,18 @@ def fit(
     config: ModelConfig, job: str, target_name: str, *, batch: int = 1, context: int = 4096,
     cache: CacheKind | Kinds = Dense(), dtype: Any = jnp.bfloat16,
     data: int | None = None, fsdp: int | None = None, tensor: int | None = None,
+    tuning: Tuning | None = None,
 ) -> Fit:
     """Compile one step of a job for a target and read the compiler's memory and cost analysis.
 
     Args:
       job: "decode" (the loop, over a full cache of `context` tokens), "prefill" (a prompt of
-        `context`), or "train" (AdamW in float32, bf16 compute, rematerialised).
+        `context`), "train" (AdamW in float32, bf16 compute, rematerialised), or "osft" (the same
+        by `tuning`, by default `Osft()`).
       target_name: as `jaxlm.core.targets.target`.
       batch: rows in all. context: tokens a row.
       data, fsdp, tensor: mesh axes; by default tensor takes what divides the kv heads, and the
-        rest goes to data (fsdp when training).
+        rest goes to data (fsdp when training; "train" has no tensor axis).
     Raises: ConfigError, DeviceError.
     """
     if job not in JOBS:
@@ -71,7 +78,8 @@ def fit(
     sizes = mesh_sizes(len(chips.devices), config.num_kv_heads, job, data, fsdp, tensor)
     mesh = make_mesh(**sizes, devices=list(chips.devices))
     cache = place_kind(cache, mesh)
-    build = {"decode": _decode, "prefill": _prefill, "train": _train}[job]
+    build = {"decode": _decode, "prefill": _prefill, "train": _train,
+             "osft": partial(_tuned, tuning or Osft())}[job]
     program, param_bytes, cache_bytes = build(config, mesh, batch, context, cache, dtype)
     return Fit(chips, sizes, job, program, param_bytes, cache_bytes)
 
@@ -82,16 +90,19 @@ def mesh_sizes(
 ) -> dict[str, int]:
     """Mesh axes for a number of devices; given ones are kept.
 
+    OSFT has a tensor axis up to the root of all, for its right bases lie along that alone.
+
     >>> mesh_sizes(16, 8, "decode")
     {'data': 2, 'fsdp': 1, 'tensor': 8}
     """
     given = (data or 1) * (fsdp or 1)
     if tensor is None:
         tensor = max(n for n in range(1, kv_heads + 1)
-                     if kv_heads % n == 0 and devices % (n * given) == 0) if job != "train" else 1
+                     if kv_heads % n == 0 and devices % (n * given) == 0
+                     and (job != "osft" or n * n <= devices)) if job != "train" else 1
     sizes = {"data": data, "fsdp": fsdp}
     rest = max(devices // (given * tensor), 1)
-    for name in ("fsdp", "data") if job == "train" else ("data", "fsdp"):
+    for name in ("fsdp", "data") if job in TRAIN else ("data", "fsdp"):
         if sizes[name] is None:
             sizes[name], rest = rest, 1
     return {**{name: size or 1 for name, size in sizes.items()}, "tensor": tensor}
@@ -180,3 +191,41 @@ def _train(config, mesh, batch, context, cache, dtype):
     tokens = _batch(mesh, jnp.int32, batch, context + 1)
     program = compile_program(step, _placed(state, where), {"tokens": tokens})
     return program, nbytes(shapes), 0
+
+
+def _tuned(tuning, config, mesh, batch, context, cache, dtype):
+    step, args, places = tuned_program(tuning, LM(config, remat=True, mesh=mesh), batch, context,
+                                       dtype)
+    state, frozen, _ = args
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+    return compile_program(jitted, *args), nbytes(state.params) + nbytes(frozen), 0
+
+
+def tuned_program(
+    tuning: Tuning, lm: LM, batch: int, context: int, dtype: Any = jnp.bfloat16
+) -> tuple[Any, tuple[Any, ...], Any]:
+    """A way of tuning's train step under AdamW with clipping, layers stacked, as shapes.
+
+    Returns: `step(state, frozen, batch)`, its arguments placed on `lm.mesh`, and where the state
+      that it returns goes.
+    """
+    mesh, config = lm.mesh, lm.config
+    shapes = jax.eval_shape(lambda tree: stack(tree, config), lm.shapes(dtype))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    trained, frozen = jax.eval_shape(
+        lambda tree, key: tuning.start(LM(config), tree, key, decompose=blank), shapes, key)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
+    places, frozen_places = (shardings(axes, tree, mesh) for axes, tree in
+                             zip(tuning.axes(trained, frozen), (trained, frozen), strict=True))
+    moments = jax.eval_shape(tuning.wrap(optimizer).init, trained)
+    where = TrainState(places, place_state(moments, trained, places),
+                       NamedSharding(mesh, PartitionSpec()))
+    state = TrainState(trained, moments, jax.ShapeDtypeStruct((), jnp.int32))
+
+    def step(state, frozen, batch):
+        return tuned_step(lm_objective(lm), tuning, optimizer, state, frozen, batch, dtype=dtype)
+
+    tokens = _batch(mesh, jnp.int32, batch, context + 1)
+    args = _placed(state, where), _placed(frozen, frozen_places), {"tokens": tokens}
+    return step, args, where

@@ -25,6 +25,7 @@ class Tokenizer:
         self.settings: dict[str, Any] = {}
         if (self.folder / "tokenizer_config.json").exists():
             self.settings = read_json(self.folder / "tokenizer_config.json")
+        self._slow: Any = None  # transformers' own, once it is needed
         self._backend = self._open()
 
     def _open(self) -> Any:
@@ -48,9 +49,11 @@ class Tokenizer:
             ) from error
 
     def _transformers(self) -> Any:
-        from transformers import AutoTokenizer
+        if self._slow is None:  # opening it takes seconds
+            from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+            self._slow = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+        return self._slow
 
     @property
     def backend_tokenizer(self) -> Any:
@@ -81,13 +84,42 @@ class Tokenizer:
         """Text of ids; special tokens are dropped unless `special`."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
-    def chat(self, messages: list[dict[str, str]], answer: bool = True) -> str:
+    @property
+    def has_template(self) -> bool:
+        """Whether the folder holds a chat template."""
+        return bool(self.settings.get("chat_template")) or (
+            self.folder / "chat_template.jinja").exists()
+
+    def chat(
+        self, messages: list[dict[str, str]], answer: bool = True, *, resume: bool | None = None,
+        template: str | None = None,
+    ) -> str:
         """The model's chat template over messages, ready for its answer, or else for more text of
-        the last message."""
+        the last message.
+
+        Args:
+          answer: begin the model's answer. resume: leave the last message open; default where no
+            answer is begun. template: a Jinja template instead of the model's own.
+        Raises: TokenizerError for a model without a template, or messages that it refuses.
+        """
+        import jinja2
+
         try:
             return self._transformers().apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer,
-                continue_final_message=not answer,
+                messages, tokenize=False, add_generation_prompt=answer, chat_template=template,
+                continue_final_message=not answer if resume is None else resume,
             )
-        except ValueError as error:
+        except (ValueError, jinja2.TemplateError) as error:
             raise TokenizerError(f"{self.folder}: no usable chat template: {error}") from error
+
+    def render(
+        self, messages: list[dict[str, str]], prompt: bool = False, template: str | None = None
+    ) -> str:
+        """The chat template over whole messages, as a text to be trained on.
+
+        Args:
+          prompt: end with what begins an answer.
+          template: Jinja, in place of the folder's own.
+        Raises: TokenizerError where there is no template, or it refuses the messages.
+        """
+        return self.chat(messages, prompt, resume=False, template=template)

@@ -1,12 +1,17 @@
 """The logical name of every parameter axis, by the last two parts of its path."""
 
 from jaxlm.core.errors import ConfigError
+from jaxlm.models.stack import STACK
 
 AXES: dict[str, tuple[str, ...]] = {
     "embed/table": ("vocab", "embed"),
     "head/table": ("vocab", "embed"),
     "score/table": ("labels", "embed"),
     "score/bias": ("labels",),
+    "inner/table": ("mlp", "embed"),
+    "inner/bias": ("mlp",),
+    "outer/table": ("labels", "mlp"),
+    "outer/bias": ("labels",),
     "q/kernel": ("embed", "heads", "head_dim"),
     "k/kernel": ("embed", "kv_heads", "head_dim"),
     "v/kernel": ("embed", "kv_heads", "head_dim"),
@@ -21,11 +26,15 @@ AXES: dict[str, tuple[str, ...]] = {
 
 
 def axes_of(path: str) -> tuple[str, ...]:
-    """Axis names of the parameter at `path`.
+    """Axis names of the parameter at `path`; those of stacked layers lead with `layers`.
 
     >>> axes_of("layers_0/attn/q/kernel")
     ('embed', 'heads', 'head_dim')
     """
+    if path.startswith(f"{STACK}/"):
+        return ("layers", *axes_of(path.removeprefix(f"{STACK}/")))
+    if path.startswith(f"{STACK}/"):
+        return ("layers", *axes_of(path.removeprefix(f"{STACK}/")))
     tail = "/".join(path.split("/")[-2:])
     if tail.endswith("/scale"):
         return ("norm",)

@@ -10,8 +10,9 @@ from flax import struct
 
 from jaxlm.core.tree import Params
 from jaxlm.models.lm import LM
+from jaxlm.train.tuning import Frozen, Tuning
 
-Objective = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Objective = Callable[[Params, Any, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @struct.dataclass
@@ -32,7 +33,8 @@ def lm_objective(lm: LM, chunk: int = 8192) -> Objective:
     """Next-token cross-entropy: `-sum_t w_t log p(x_t | x_<t) / sum_t w_t`.
 
     The batch is a dict: `tokens` int32 (B, T + 1); optional `weights` float32 (B, T), of the
-    targets, at least 0; optional `segments` and `positions` int32 (B, T), of packed documents.
+    targets, at least 0; optional `segments` and `positions` int32 (B, T), of packed documents;
+    optional `inputs` int32 (B, T), which the model reads in place of the tokens.
     Returns: the loss and metrics `loss`, `tokens` (the sum of weights). A batch without any
     weight gives 0.
     """
@@ -40,7 +42,7 @@ def lm_objective(lm: LM, chunk: int = 8192) -> Objective:
     def objective(params, batch, key):
         tokens = batch["tokens"]
         logprobs_BT = lm.logprobs(
-            params, tokens[:, :-1], tokens[:, 1:], chunk=chunk,
+            params, batch.get("inputs", tokens[:, :-1]), tokens[:, 1:], chunk=chunk,
             segments_BT=batch.get("segments"), positions_BT=batch.get("positions"),
         )
         weights_BT = batch.get("weights", jnp.ones_like(logprobs_BT))
@@ -70,3 +72,53 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
     return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def tuned_step(
+    objective: Objective, tuning: Tuning, optimizer: optax.GradientTransformation,
+    state: TrainState, frozen: Frozen, batch: Any, key: jax.Array | None = None,
+    parts: int = 1, dtype: Any = jnp.float32,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`train_step` on what a tuning trains (`state.params`), in the order that `Tuning` gives.
+
+    Args:
+      optimizer: not yet wrapped by the tuning; `state.opt_state` is of the wrapped one.
+      batch: arrays that lead with rows, a multiple of `parts`.
+      parts: row r is in part `r % parts`; gradients are summed over the parts, each weighted by
+        its tokens, which is the gradient of the whole batch.
+      dtype: of the compute; `state.params` stay float32.
+    Returns: the next state, and metrics: those of the objective, `penalty` and `grad_norm`.
+    """
+    def loss(trained, part):
+        params = tuning.materialise(trained, frozen)
+        value, metrics = objective(jax.tree.map(lambda x: x.astype(dtype), params), part, key)
+        return value * metrics["tokens"], metrics
+
+    trained = state.params
+    grads, metrics = _summed(jax.grad(loss, has_aux=True), trained, batch, parts)
+    penalty, tied = jax.value_and_grad(tuning.penalty)(trained, frozen)
+    total = jnp.maximum(metrics["tokens"], 1e-9)
+    grads = jax.tree.map(lambda g, p: g / total + p, grads, tied)
+    updates, opt_state = tuning.wrap(optimizer).update(
+        grads, state.opt_state, tuning.decayed(trained, frozen), frozen=frozen)
+    trained = tuning.settle(optax.apply_updates(trained, updates), frozen)
+    metrics |= {"penalty": penalty, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(trained, opt_state, state.step + 1), metrics
+
+
+def _summed(grad: Callable, trained: Any, batch: Any, parts: int) -> tuple[Any, dict]:
+    """Gradients and metrics over the parts of a batch, one part after another."""
+    if parts == 1:
+        return grad(trained, batch)
+    split = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch)
+
+    def add(total, part):
+        grads, metrics = grad(trained, part)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, trained)
+    grads, each = jax.lax.scan(add, zeros, split)
+    tokens = each["tokens"].sum()
+    weigh = lambda x: (x * each["tokens"]).sum() / jnp.maximum(tokens, 1e-9)
+    return grads, {name: weigh(x) for name, x in each.items()} | {"tokens": tokens}

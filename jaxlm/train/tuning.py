@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.core.tree import Params
+from jaxlm.core.tree import Params, map_with_path
+from jaxlm.models.axes import axes_of
 from jaxlm.models.lm import LM
 
 Trained = Any  # a pytree of float32 arrays, what the optimiser moves
@@ -49,6 +50,9 @@ class Tuning(Protocol):
     def metrics(self, trained: Trained, frozen: Frozen) -> dict[str, jax.Array]:
         """What this way of tuning promises, measured: float32 scalars for the log."""
 
+    def axes(self, trained: Trained, frozen: Frozen) -> tuple[Params, Params]:
+        """Axis names of every leaf of the two, for `core.mesh.shardings`; shapes will do."""
+
 
 @dataclass(frozen=True)
 class Full:
@@ -85,3 +89,7 @@ class Full:
     def metrics(self, trained, frozen):
         """None."""
         return {}
+
+    def axes(self, trained, frozen):
+        """Those of the parameters."""
+        return map_with_path(lambda path, _: axes_of(path), trained), {}

@@ -12,6 +12,7 @@ from jaxlm.cli import main
 from jaxlm.decode.generate import Generation
 from jaxlm.eval import demo, demo_page, plots, report
 from jaxlm.eval.arithmetic import Problem, check_steps
+from jaxlm.eval.second_skill import Taught
 from jaxlm.eval.skills import ArithmeticResult, Attempt, RecallResult, Share
 from jaxlm.hf.bundle import BUNDLED
 
@@ -36,10 +37,13 @@ def findings():
               "dtype": "float32", "kv bytes per token": 8192},
         plan=demo.Plan(problems=2), seed=0, arithmetic=solved,
         recall=[RecallResult(64, Share(0.5, 0.02)), RecallResult(128, Share(0.25, 0.02))],
+        searches=[demo.SearchRow("greedy", Share(0.5, 0.1), 90.0)],
         caches=[demo.CacheRow("dense", 4000, 512, Share(0.875, 0.02), Share(0.25, 0.02)),
                 demo.CacheRow("2 bits", 1000, 512, Share(0.75, 0.02), Share(0.125, 0.02))],
         speed=[(1, 10.0), (4, 30.0)],
         surprise=demo.Surprise(("Q", ":", "\n", "A"), -np.arange(4.0), 2),
+        taught=[Taught("OSFT", (Share(0.97, 0.01), Share(0.43, 0.01)),
+                       (Share(0.0, 0.01), Share(0.66, 0.01)))],
         device={"versions": {"jax": "1"}, "system": "s", "backend": "cpu"}, seconds=3.0,
     )
 
@@ -72,7 +76,7 @@ def test_files_of_the_report():
     assert not re.search(r"@import|url\(|<script|<link", files["index.html"])
     words = " ".join(links.words)
     for part in ("m<1>", "91 ± 1 %", "55 ± 1 %", "25 ± 2 %", "8,192 bytes", "2.50 million",
-                 "2 bits", "1,000", "12 ± 2 %"):
+                 "2 bits", "1,000", "12 ± 2 %", "43 ± 1 %", "66 ± 1 %"):
         assert part in words, part
     stored = json.loads(files["demo.json"])
     assert stored["arithmetic"][1]["any_of"] == {"value": 0.64, "error": 0.01}
@@ -136,6 +140,7 @@ def test_the_command(tmp_path, capsys):
     config = json.loads((BUNDLED["tiny"] / "config.json").read_text())
     per_token = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"]
     assert stored["card"]["kv bytes per token"] == per_token * config["head_dim"]
+    assert [row["way"][:4] for row in stored["taught"]] == ["full", "OSFT"]
     assert [r["level"] for r in stored["arithmetic"]] == ["easy", "medium", "hard"]
     assert all(rate["tokens_per_s"] > 0 for rate in stored["speed"])
     dense, coded = stored["caches"]

@@ -13,10 +13,12 @@ from jaxlm.core.errors import ConfigError, DeviceError
 from jaxlm.core.hlo import collective_bytes
 from jaxlm.core.mesh import make_mesh
 from jaxlm.core.targets import CARDS, describe, target
-from jaxlm.eval.fit import _decode, _prefill, _train, fit, mesh_sizes
+from jaxlm.eval.fit import _decode, _prefill, _train, _tuned, fit, mesh_sizes, tuned_program
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.lm import LM, count_params
 from jaxlm.models.presets import preset
+from jaxlm.train.osft import Osft
+from jaxlm.train.tuning import Full
 
 SMALL = ModelConfig(vocab_size=512, dim=256, num_layers=2, num_heads=8, num_kv_heads=4,
                     head_dim=64, ffn_dim=512)
@@ -32,6 +34,8 @@ needs_libtpu = pytest.mark.skipif(
     (8, 8, "train", {}, (1, 8, 1)),
     (8, 2, "decode", {"data": 2}, (2, 2, 2)),
     (8, 8, "train", {"tensor": 4}, (1, 2, 4)),
+    (16, 8, "osft", {}, (1, 4, 4)),
+    (512, 8, "osft", {}, (1, 64, 8)),
 ])
 def test_mesh_sizes(devices, kv_heads, job, given, expected):
     assert tuple(mesh_sizes(devices, kv_heads, job, **given).values()) == expected
@@ -71,6 +75,7 @@ def test_collectives_are_counted_by_what_they_produce():
     ("a = f32[8]{0} all-gather-done(b)", 0),
     ("a = f32[8] all-gather(b), channel_id=3\nc = f32[8] all-gather(d), channel_id=3", 32),
     ("a = f32[8] all-gather(b), channel_id=3\nc = f32[8] all-gather(d), channel_id=4", 64),
+    ("a = (f32[1], f32[1], f32[1], f32[1], f32[1], /*index=5*/f32[1]) all-reduce(b)", 24),
 ])
 def test_of_an_asynchronous_collective_only_the_result_counts(line, expected):
     assert collective_bytes(line) == expected
@@ -131,6 +136,28 @@ def test_the_work_of_a_job_follows_from_its_parameters(job, lowest, highest):
     assert program.flops_source == "compiler" and program.bytes_accessed > 0
 
 
+def flops_at_8b(tuning, rows):
+    """Of a train step of Llama 3.1 8B over rows of 2,048 tokens, by the traced program."""
+    lm = LM(preset("llama-3.1-8b"), remat=True, mesh=make_mesh(devices=jax.devices()[:1]))
+    step, args, _ = tuned_program(tuning, lm, rows, 2048)
+    return count(jax.jit(step).trace(*args).jaxpr, "tpu").flops
+
+
+def test_what_osft_adds_to_an_8b_step():
+    """Once a step, so little of 131,072 tokens, and eight times that of 16,384."""
+    for rows, low, high in ((64, 1.005, 1.05), (8, 1.04, 1.15)):
+        ratio = flops_at_8b(Osft(), rows) / flops_at_8b(Full(), rows)
+        assert low < ratio < high
+
+
+@pytest.mark.parametrize("form", ["update", pytest.param("coordinates", marks=pytest.mark.slow)])
+def test_an_osft_job_compiles_what_the_trainer_runs(form):
+    mesh = make_mesh(fsdp=4, tensor=2)
+    program, held, _ = _tuned(Osft(form), SMALL, mesh, 8, 64, Dense(), jnp.float32)
+    assert program.flops > 0 and program.collective_bytes > 0
+    assert held / 8 < program.arguments < 3.5 * held / 8  # the moments, and what is on every device
+
+
 def check_shared(devices):
     """A train step over fsdp takes a quarter of the work and room of one device's."""
     size = 64, 48  # rows, tokens
@@ -153,7 +180,7 @@ def test_a_train_step_over_fsdp_shares_the_rows_of_a_slice():
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["decode", "prefill", "train"])
+@pytest.mark.parametrize("job", ["decode", "prefill", "train", "osft"])
 def test_a_small_job_fits_a_tpu(job):
     found = fit(SMALL, job, "v5e:2x2", batch=4, context=256)
     assert found.fits and found.program.flops > 0
@@ -166,6 +193,15 @@ def test_8b_in_bf16_does_not_fit_16_gb():
     found = fit(preset("llama-3.1-8b"), "decode", "v5e:1x1", batch=1, context=4096)
     assert not found.fits
     assert found.program.total > 0.95 * found.target.bytes_per_device
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "chips", "rows"), [
+    ("llama-3.1-8b", "v5e:4x4", 16), ("llama-3.1-70b", "v5p:4x4x4", 64)])
+def test_osft_fits_slices(model, chips, rows):
+    found = fit(preset(model), "osft", chips, batch=rows, context=2048)
+    assert found.fits, found.program
 
 
 @needs_libtpu

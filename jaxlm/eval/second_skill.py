@@ -1,0 +1,92 @@
+"""A second skill is taught to a model: what is left of the first, by way of tuning."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.core.tree import size
+from jaxlm.eval import arithmetic
+from jaxlm.eval.skills import Share, share
+from jaxlm.hf.bundle import Bundle
+from jaxlm.train import Config, Data, Full, Optimizer, Osft, Tuning, fit
+from jaxlm.train.data import open_examples
+from jaxlm.train.evaluation import evaluate
+from jaxlm.train.setup import plain, reader
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LARGEST = 50_000_000  # parameters; a larger model would take more than a demo's time
+WINDOW, ROWS, RATE = 96, 8, 1e-3
+WAYS: tuple[tuple[str, Tuning], ...] = (
+    ("full fine-tuning", Full()), ("OSFT, half free", Osft(unfreeze_ratio=0.5, others="freeze")))
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Shares of whole answers right: the first skill before and after, the second before and
+    after."""
+
+    way: str
+    first: tuple[Share, Share]
+    second: tuple[Share, Share]
+
+
+def reversals(count: int, seed: int) -> list[dict[str, str]]:
+    """`R:abc=` is answered by `cba`: words of 2 to 4 letters.
+
+    >>> reversals(1, 0)
+    [{'prompt': 'R:qns=\\n', 'completion': 'snq\\n'}]
+    """
+    rng = np.random.default_rng([seed, 11])
+    words = ["".join(rng.choice(list(LETTERS), rng.integers(2, 5))) for _ in range(count)]
+    return [{"prompt": f"R:{word}=\n", "completion": f"{word[::-1]}\n"} for word in words]
+
+
+def sums(count: int, seed: int) -> list[dict[str, str]]:
+    """Held-out problems of the bundled model's first skill, with their worked solutions."""
+    rng = np.random.default_rng([seed, 12])
+    drawn = [arithmetic.sample(rng, "easy", "test") for _ in range(count)]
+    return [{"prompt": p.prompt, "completion": p.solution} for p in drawn]
+
+
+def teach(
+    bundle: Bundle, steps: int, problems: int, seed: int = 0, tick: Callable[[], Any] = lambda: None
+) -> list[Taught]:
+    """Teach words backwards in each of `WAYS`, and ask for sums again; [] for a large model.
+
+    Args: steps: of training. problems: held-out ones of each skill. tick: called after each way.
+    """
+    if size(bundle.params) > LARGEST:
+        return []
+    with tempfile.TemporaryDirectory() as name:
+        folder, found = Path(name), []
+        train = write(folder / "train.jsonl", reversals(50 * ROWS, seed))
+        files = [write(folder / "first.jsonl", sums(problems, seed)),
+                 write(folder / "second.jsonl", reversals(problems, seed + 1))]
+        config = Config(data=Data(train=(train,), window=WINDOW), batch=ROWS, steps=steps,
+                        optimizer=Optimizer(rate=RATE), export="none", seed=seed)
+        before = [judge(bundle, config, file, problems) for file in files]
+        for number, (way, tuning) in enumerate(WAYS):
+            own = config.replace(out=str(folder / str(number)), tuning=tuning)
+            taught = fit(bundle, own).bundle
+            after = [judge(taught, config, file, problems) for file in files]
+            found.append(Taught(way, (before[0], after[0]), (before[1], after[1])))
+            tick()
+    return found
+
+
+def judge(bundle: Bundle, config: Config, file: str, problems: int) -> Share:
+    """The share of a file's samples whose whole answer the model gives."""
+    examples = open_examples([file], reader(bundle, config), config.data.window)
+    found = evaluate(bundle.lm, bundle.params, plain(examples, config, None, packed=True))
+    return share(round(found["accuracy"] * problems), problems)
+
+
+def write(path: Path, records: Iterable[dict[str, str]]) -> str:
+    """Records as jsonl; the file's name."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)

@@ -1,0 +1,235 @@
+"""Samples from jsonl files: text to tokens, with a weight for every token that is to be learnt.
+
+A line is one of `{"messages": [{"role": ..., "content": ...}, ...]}` (through the chat template),
+`{"prompt": ..., "completion": ...}` and `{"text": ...}`.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlm.core.errors import ConfigError, DataError, TokenizerError
+from jaxlm.core.hosts import together
+from jaxlm.hf.tokenizer import Tokenizer
+
+FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})
+WANTED = 'expected {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
+CUT, SKIP, REFUSE = "cut", "skip", "error"
+
+
+class Example(NamedTuple):
+    """One sample: int32 tokens (n,), and the float32 weight of each as a target (n,)."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+class Span(NamedTuple):
+    """A text, and the ranges of characters that are the answers in it."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    whole: bool  # begin and end marks are the tokenizer's to add, not yet in the text
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a line becomes an example.
+
+    Args:
+      answers: weigh the assistant's tokens, or the completion's, alone; else every token.
+      template: Jinja of a chat template, in place of the tokenizer's own.
+      end_id: ends a completion and a text; None adds nothing.
+    """
+
+    tokenizer: Tokenizer
+    answers: bool = True
+    template: str | None = None
+    end_id: int | None = None
+
+    def __call__(self, record: Any) -> Example:
+        """Tokens and weights of one parsed line. Raises: DataError, without the place."""
+        text, answers, whole = self.span(record)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"has half of a surrogate pair in it: {error}") from error
+        found = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=whole)
+        tokens, offsets = list(found.ids), list(found.offsets)
+        if whole and self.end_id is not None and tokens[-1:] != [self.end_id]:
+            tokens.append(self.end_id)
+            offsets.append((len(text), len(text) + 1))
+        weights = np.ones(len(tokens), np.float32)
+        if self.answers:
+            inside = [any(low < end and start < high for low, high in answers)
+                      for start, end in offsets]
+            weights = np.asarray(inside, np.float32)
+        weights[:1] = 0  # nothing comes before it
+        if not weights.any():
+            raise DataError("nothing in it is to be learnt; expected an answer with some text")
+        return Example(np.asarray(tokens, np.int32), weights)
+
+    def span(self, record: Any) -> Span:
+        """The text of a record and where its answers lie."""
+        if not isinstance(record, dict) or set(record) not in FORMS:
+            got = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise DataError(f"is {got}; {WANTED}")
+        if "messages" in record:
+            return self._chat(record["messages"])
+        if wrong := [name for name, value in record.items() if not isinstance(value, str)]:
+            raise DataError(f"{wrong[0]!r} is {type(record[wrong[0]]).__name__}; expected a string")
+        if "text" in record:
+            return Span(record["text"], ((0, len(record["text"]) + 1),), True)
+        text = record["prompt"] + record["completion"]
+        return Span(text, ((len(record["prompt"]), len(text) + 1),), True)
+
+    def _chat(self, messages: Any) -> Span:
+        check_messages(messages)
+        try:
+            text = self.tokenizer.render(messages, template=self.template)
+            answers = []
+            for i, message in enumerate(messages):
+                if self.answers and message["role"] == "assistant":
+                    before = self.tokenizer.render(messages[:i], True, self.template)
+                    until = self.tokenizer.render(messages[:i + 1], False, self.template).rstrip()
+                    if not (text.startswith(until) and until.startswith(before)):
+                        raise DataError(
+                            f"the chat template writes the turns before message {i} otherwise "
+                            "when it follows, so the answer cannot be told apart; train on all "
+                            "tokens (loss_on: all), or give another chat_template")
+                    answers.append((len(before), len(until)))
+        except TokenizerError as error:
+            raise DataError(f"{error}; give one with chat_template: FILE.jinja") from error
+        return Span(text, tuple(answers), False)
+
+
+def check_messages(messages: Any) -> None:
+    """DataError unless these are messages with an answer among them."""
+    fine = isinstance(messages, list) and messages and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages)
+    if not fine:
+        raise DataError('"messages" is no list of {"role": ..., "content": ...} of strings')
+    if not any(m["role"] == "assistant" for m in messages):
+        raise DataError("no message has the role 'assistant', so there is nothing to learn")
+
+
+@dataclass
+class Examples:
+    """Samples of some files, tokenised when asked for and then kept.
+
+    `kept` are the numbers of the samples to use, `lengths` their tokens after cutting. `group`
+    tells the file of each. `counts`: what became of the lines.
+    """
+
+    read: Callable[[Any], Example]
+    places: list[tuple[pathlib.Path, int, int]]  # file, line, byte offset
+    group: np.ndarray
+    limit: int
+    digest: str
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    counts: dict[str, int] = field(default_factory=dict)
+    cache: dict[int, Example] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Example:
+        if i not in self.cache:
+            self.cache[i] = self._read(i)
+        tokens, weights = self.cache[i]
+        return Example(tokens[:self.limit], weights[:self.limit])
+
+    def where(self, i: int) -> str:
+        """`FILE:LINE` of a sample."""
+        return f"{self.places[i][0]}:{self.places[i][1]}"
+
+    def _read(self, i: int) -> Example:
+        path, _, offset = self.places[i]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            line = file.readline()
+        try:
+            return self.read(json.loads(line))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.where(i)} is not UTF-8 text: {error}") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{self.where(i)} is not JSON: {error.msg} at column "
+                            f"{error.colno}; {WANTED}, one a line") from error
+        except DataError as error:
+            raise DataError(f"{self.where(i)}: {error}") from error
+
+
+def open_examples(
+    files: Sequence[str | pathlib.Path], read: Callable[[Any], Example], window: int,
+    long: str = CUT, tick: Callable[[], Any] = lambda: None,
+) -> Examples:
+    """Find every line, tokenise all once, and count what is too long.
+
+    Several processes that run together tokenise a share of the lines each.
+
+    Args:
+      window: a row's inputs; a sample may have one token more, its last target.
+      long: what becomes of a longer sample: "cut" (its beginning is kept), "skip", or "error".
+      tick: called after each line.
+    Raises: DataError with file and line for what is empty or malformed.
+    """
+    shared = jax.process_count() > 1
+    with together(shared):
+        places, group, digest = find_lines(files)
+        found = Examples(read, places, np.asarray(group, np.int32), window + 1, digest)
+        lengths = np.zeros(len(places), np.int32)
+        useful = np.zeros(len(places), np.int32)
+        for i in range(jax.process_index(), len(places), jax.process_count()):
+            weights = found[i].weights
+            lengths[i], useful[i] = len(found.cache[i].tokens), bool(weights.any())
+            tick()
+    if shared:
+        lengths, useful = multihost_utils.process_allgather((lengths, useful))
+        lengths, useful = lengths.sum(0), useful.sum(0)
+    over = lengths > window + 1
+    if over.any() and long == REFUSE:
+        first = int(np.argmax(over))
+        raise DataError(f"{found.where(first)} has {lengths[first]} tokens; a row holds "
+                        f"{window + 1}: raise the window, or say long: cut or long: skip")
+    dropped = (over & (long == SKIP)) | (useful == 0)
+    if dropped.all():
+        raise DataError(f"all {len(places)} samples of {', '.join(map(str, files))} are longer "
+                        f"than a window of {window} allows; raise it")
+    found.lengths = np.where(dropped, 0, np.minimum(lengths, window + 1))
+    found.counts = {"samples": len(places), "cut": int((over & ~dropped).sum()),
+                    "skipped": int(dropped.sum()), "tokens": int(found.lengths.sum())}
+    return found
+
+
+def find_lines(
+    files: Sequence[str | pathlib.Path],
+) -> tuple[list[tuple[pathlib.Path, int, int]], list[int], str]:
+    """Where each line that is not blank begins, its file's number, and a digest of all files."""
+    if not files:
+        raise ConfigError("no data file is named; expected one or more, as in [a.jsonl]")
+    places: list[tuple[pathlib.Path, int, int]] = []
+    group: list[int] = []
+    digest = hashlib.sha256()
+    for number, name in enumerate(files):
+        path, offset, before = pathlib.Path(name).expanduser(), 0, len(places)
+        try:
+            with open(path, "rb") as file:
+                for line, text in enumerate(file, 1):
+                    digest.update(text)
+                    if text.strip():
+                        places.append((path, line, offset))
+                        group.append(number)
+                    offset += len(text)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        if len(places) == before:
+            raise DataError(f"{path}:1: the file is empty; {WANTED}, one a line")
+    return places, group, digest.hexdigest()

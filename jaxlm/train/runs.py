@@ -1,0 +1,47 @@
+"""A whole run from its settings: load, train, export, and check what was exported."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.core.errors import CheckpointError
+from jaxlm.core.hosts import to_host
+from jaxlm.hf.bundle import Bundle, load, save
+from jaxlm.train.config import Config
+from jaxlm.train.loop import Fitted, fit
+from jaxlm.train.setup import mesh_of
+
+
+def run(config: Config) -> Fitted:
+    """Train `config.model` on `config.data`, and write `config.out/model`.
+
+    A run that was killed goes on from its last checkpoint when it is called again; one that is
+    done only exports.
+
+    Returns: Fitted.
+    Raises: as `fit`; CheckpointError where the exported folder does not give the same logits.
+    """
+    bundle = load(config.model, revision=config.revision, mesh=mesh_of(config))
+    fitted = fit(bundle, config)
+    if not fitted.stopped and config.export != "none":
+        export(fitted.bundle, pathlib.Path(config.out) / "model", config.export)
+    return fitted
+
+
+def export(bundle: Bundle, folder: pathlib.Path, dtype: str = "float32") -> pathlib.Path:
+    """Write a Hugging Face folder, load it again, and compare logits to the bit.
+
+    Raises: CheckpointError where they differ; nothing is deleted then.
+    """
+    low = bundle.replace(params=jax.tree.map(lambda x: x.astype(dtype), bundle.params))
+    save(low, folder, overwrite=True)
+    again = load(folder, dtype="own", mesh=bundle.mesh)
+    tokens = jnp.arange(32, dtype=jnp.int32)[None] % bundle.lm.config.vocab_size
+    wanted, got = (to_host(x.lm.apply(x.params, tokens).logits) for x in (low, again))
+    if not np.array_equal(wanted, got):
+        raise CheckpointError(f"{folder} gives logits that differ by up to "
+                              f"{np.abs(wanted - got).max():.3g} from the trained model's; the "
+                              "checkpoint beside it is intact")
+    return folder

@@ -1,0 +1,238 @@
+"""Tasks learnt one after another, and how much of each is left at the end."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.core.errors import CheckpointError, ConfigError
+from jaxlm.hf.bundle import Bundle, load
+from jaxlm.train import setup
+from jaxlm.train.batches import Batches, place
+from jaxlm.train.config import Config, hash_of, settings
+from jaxlm.train.data import open_examples
+from jaxlm.train.evaluation import evaluate
+from jaxlm.train.log import write_json
+from jaxlm.train.loop import Fitted, fit
+from jaxlm.train.tuning import Tuning
+
+
+@dataclass(frozen=True)
+class Task:
+    """Files to learn from, and held-out ones to be judged by."""
+
+    name: str
+    train: tuple[str, ...]
+    eval: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What became of tasks learnt in turn.
+
+    Args:
+      accuracy: `a[i][j]` of task j after i tasks, from 0, the model as it came; whole answers.
+      losses: the same of the loss.
+      others: name of other held-out text -> perplexity after 0, 1, ... tasks.
+      notes: what the tuning measured of itself at the end of each task.
+    """
+
+    tasks: tuple[str, ...]
+    accuracy: list[list[float]]
+    losses: list[list[float]]
+    others: dict[str, list[float]]
+    notes: list[dict[str, float]]
+    stopped: bool = False
+    bundle: Bundle | None = field(default=None, repr=False)
+
+    @property
+    def average(self) -> float:
+        """`mean_j a[T][j]`."""
+        return average_accuracy(self.accuracy)
+
+    @property
+    def backward(self) -> float:
+        """Backward transfer."""
+        return backward_transfer(self.accuracy)
+
+    @property
+    def forward(self) -> float:
+        """Forward transfer."""
+        return forward_transfer(self.accuracy)
+
+    @property
+    def forgetting(self) -> float:
+        """Forgetting."""
+        return forgetting(self.accuracy)
+
+
+def average_accuracy(accuracy: Sequence[Sequence[float]]) -> float:
+    """`mean_j a[T][j]`, of a matrix (T + 1, T) whose row i is after i tasks.
+
+    >>> average_accuracy([[0, 0], [1.0, 0.5], [0.5, 1.0]])
+    0.75
+    """
+    return float(np.mean(accuracy[-1]))
+
+
+def backward_transfer(accuracy: Sequence[Sequence[float]]) -> float:
+    """`1 / (T - 1) sum_{j < T} a[T][j] - a[j][j]`; negative where something is forgotten.
+
+    Source: 1706.08840, equation 3.
+
+    >>> backward_transfer([[0, 0], [1.0, 0.5], [0.5, 1.0]])
+    -0.5
+    """
+    a = np.asarray(accuracy, float)
+    learnt = np.diagonal(a[1:])  # task j just after it was learnt
+    return float(np.mean((a[-1] - learnt)[:-1])) if len(learnt) > 1 else 0.0
+
+
+def forward_transfer(accuracy: Sequence[Sequence[float]]) -> float:
+    """`1 / (T - 1) sum_{j > 1} a[j - 1][j] - a[0][j]`: what the tasks before bring a new one.
+
+    >>> forward_transfer([[0, 0], [1.0, 0.5], [0.5, 1.0]])
+    0.5
+    """
+    a = np.asarray(accuracy, float)
+    before = np.diagonal(a)  # task j just before it is learnt
+    return float(np.mean((before - a[0])[1:])) if a.shape[1] > 1 else 0.0
+
+
+def forgetting(accuracy: Sequence[Sequence[float]]) -> float:
+    """`1 / (T - 1) sum_{j < T} max_{1 <= i < T} a[i][j] - a[T][j]`.
+
+    Source: 1801.10112, equation 3.
+
+    >>> forgetting([[0, 0], [1.0, 0.5], [0.5, 1.0]])
+    0.5
+    """
+    a = np.asarray(accuracy, float)
+    return float(np.mean((a[1:-1].max(0) - a[-1])[:-1])) if a.shape[1] > 1 else 0.0
+
+
+def continual(
+    config: Config, tasks: Sequence[Task], *, bundle: Bundle | None = None,
+    tunings: Sequence[Tuning] | None = None, replay: bool = False,
+    others: Mapping[str, Sequence[str]] | None = None,
+) -> Course:
+    """Learn tasks in turn, the tuning started anew at each, and judge every task after each.
+
+    Args:
+      config: of every task, but for its files; `config.out` gets a folder a task, and
+        `course.json`. `steps` or `epochs` are those of one task.
+      bundle: the model to begin with; default `config.model`.
+      tunings: one a task, where they differ; default `config.tuning` for all.
+      replay: mix `config.data.replay_share` of the earlier tasks' samples into each.
+      others: name -> jsonl files of held-out text whose perplexity is followed.
+    Returns: Course; `stopped` where a SIGTERM came, and the same call goes on.
+    Raises: as `fit`.
+    """
+    if len({task.name for task in tasks}) < len(tasks) or not tasks:
+        raise ConfigError(f"tasks are {[t.name for t in tasks]}; expected one or more, each with "
+                          "a name of its own")
+    if tunings is not None and len(tunings) != len(tasks):
+        raise ConfigError(f"got {len(tunings)} tunings for {len(tasks)} tasks; expected one each")
+    mesh = setup.mesh_of(config)
+    bundle = load(config.model, mesh=mesh) if bundle is None else bundle
+    judge = Judge(bundle, config, mesh, tasks, dict(others or {}))
+    out = pathlib.Path(config.out).expanduser()
+    judged = Judged(out / "course.json", hash_of([settings(config), [asdict(t) for t in tasks],
+                                                  [str(t) for t in tunings or ()], replay]))
+    judged.add(0, judge, bundle)
+    previous, notes, fitted = None, [], None
+    for number in range(len(tasks)):
+        own = _of_task(config, tasks, number, tunings, replay)
+        batches = judge.calibration(tasks[:number], own)
+        fitted = fit(bundle, own, previous=previous, batches=batches)
+        if fitted.stopped:
+            break
+        bundle, previous = fitted.bundle, fitted.tuned
+        notes.append(_notes(fitted))
+        judged.add(number + 1, judge, bundle)
+    rows = judged.rows
+    return Course(
+        tuple(task.name for task in tasks),
+        [[row["tasks"][task.name]["accuracy"] for task in tasks] for row in rows],
+        [[row["tasks"][task.name]["loss"] for task in tasks] for row in rows],
+        {name: [row["others"][name]["perplexity"] for row in rows] for name in others or {}},
+        notes, bool(fitted and fitted.stopped), bundle)
+
+
+def _of_task(
+    config: Config, tasks: Sequence[Task], number: int, tunings: Sequence[Tuning] | None,
+    replay: bool,
+) -> Config:
+    """The settings of one task."""
+    earlier = tuple(file for task in tasks[:number] for file in task.train) if replay else ()
+    task = tasks[number]
+    data = replace(config.data, train=task.train, eval=task.eval, replay=earlier,
+                   calibration=() if number else config.data.calibration)
+    tuning = config.tuning if tunings is None else tunings[number]
+    return config.replace(data=data, tuning=tuning,
+                          out=str(pathlib.Path(config.out) / f"{number:02}_{task.name}"))
+
+
+def _notes(fitted: Fitted) -> dict[str, float]:
+    """What the tuning measured, of the last evaluation."""
+    common = {"loss", "perplexity", "accuracy", "token_accuracy"}
+    return {name: value for name, value in fitted.evaluation.items() if name not in common}
+
+
+class Judge:
+    """Every task's held-out samples, tokenised once."""
+
+    def __init__(
+        self, bundle: Bundle, config: Config, mesh: Any, tasks: Sequence[Task],
+        others: dict[str, Sequence[str]],
+    ):
+        self.bundle, self.config, self.mesh = bundle, config, mesh
+        self.tasks = {task.name: self._open(task.eval) for task in tasks}
+        self.others = {name: self._open(files) for name, files in others.items()}
+
+    def _open(self, files: Sequence[str], **how: Any) -> Batches:
+        data = self.config.data
+        examples = open_examples(files, setup.reader(self.bundle, self.config), data.window,
+                                 data.long)
+        return setup.plain(examples, self.config, self.mesh, **{"packed": data.pack, **how})
+
+    def __call__(self, bundle: Bundle) -> dict[str, Any]:
+        """One row of the course."""
+        dtype = jnp.dtype(self.config.dtype)
+        lm = setup.training_lm(bundle, self.config, self.mesh)
+        each = lambda found: {name: evaluate(lm, bundle.params, batches, self.mesh, dtype)
+                              for name, batches in found.items()}
+        return {"tasks": each(self.tasks), "others": each(self.others)}
+
+    def calibration(
+        self, earlier: Sequence[Task], config: Config
+    ) -> list[dict[str, Any]] | None:
+        """Samples of the task before, one a row; before the first those that the settings name."""
+        if not earlier:
+            return None if config.data.calibration else []
+        found = self._open(earlier[-1].train, packed=False, most=config.data.calibration_samples)
+        return [place(found[i], config.rows, self.mesh) for i in range(len(found))]
+
+
+class Judged:
+    """Rows of a course on disk, so that a resumed one judges nothing twice."""
+
+    def __init__(self, path: pathlib.Path, digest: str):
+        self.path, self.digest = path, digest
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["digest"] != digest:
+                raise CheckpointError(f"{path} is of other tasks or settings; choose another "
+                                      "`out`, or remove the folder")
+            self.rows = found["rows"]
+
+    def add(self, number: int, judge: Judge, bundle: Bundle) -> None:
+        """Row `number`, unless it is there."""
+        if len(self.rows) <= number:
+            self.rows.append(judge(bundle))
+            write_json(self.path, {"digest": self.digest, "rows": self.rows})

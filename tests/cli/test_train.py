@@ -1,0 +1,59 @@
+"""`jaxlm train`: its file, its overrides, its refusals; whole runs are in tests/train."""
+
+import json
+
+import pytest
+
+from jaxlm.cli import main
+from tests.source_tree import ROOT
+from tests.train.small import sums
+
+
+def test_a_run_by_its_file_with_settings_overridden(tiny_folder, tmp_path, capsys):
+    train = sums(tmp_path / "train.jsonl", 16)
+    (tmp_path / "c.yaml").write_text(
+        f"model: {tiny_folder}\nout: {tmp_path}/out\nsteps: 50\nbatch: 4\n"
+        f"data: {{train: [{train}], eval: [{train}], window: 24}}\ntuning: {{kind: lora}}\n")
+    assert main(["train", f"{tmp_path}/c.yaml", "--steps", "2", "--optimizer.rate", "1e-3",
+                 "--tuning.rank", "2", "--data.window", "25"]) == 0
+    out, said = capsys.readouterr()
+    assert "step 2 of 2, done" in said and "perplexity" in out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    (None, "cannot read"), ("modle: tiny", "did you mean 'model'"),
+    ("steps: 3", "data.train names no file"),
+])
+def test_a_refusal_is_one_line_and_code_2(tmp_path, capsys, text, said):
+    if text is not None:
+        (tmp_path / "c.yaml").write_text(text)
+    assert main(["train", f"{tmp_path}/c.yaml", "--out", f"{tmp_path}/out"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+
+
+def test_without_a_config_it_says_what_it_wants(capsys):
+    assert main(["train"]) == 2
+    assert "jaxlm train CONFIG.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_code_3(tiny_folder, tmp_path, capsys):
+    train = sums(tmp_path / "train.jsonl", 16)
+    (tmp_path / "c.yaml").write_text(
+        f"model: {tiny_folder}\nout: {tmp_path}/out\nsteps: 50\nbatch: 4\n"
+        f"data: {{train: [{train}], window: 24}}\n"
+        "optimizer: {kind: sgd, rate: 1e30, clip: 0}\n")
+    assert main(["train", f"{tmp_path}/c.yaml"]) == 3
+    assert "loss" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_documented_config_runs_for_two_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["train", "docs/configs/sums.yaml", "--steps", "2", "--out", f"{tmp_path}/out",
+                 "--checkpoint-every", "0"]) == 0
+    assert "step 2 of 2, done" in capsys.readouterr().err

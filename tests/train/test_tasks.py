@@ -1,0 +1,115 @@
+"""Tasks in turn: the matrix and its figures, a stop in the middle, and the order of runs."""
+
+import json
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from jaxlm.core.errors import CheckpointError, ConfigError
+from jaxlm.train import Ewc, Full, OLora, Task, continual, loop, rank_runs
+from jaxlm.train.data import open_examples
+from jaxlm.train.evaluation import evaluate
+from jaxlm.train.setup import mesh_of, plain, reader
+from jaxlm.train.tasks import (
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+)
+from tests.train.small import settings, sums, write
+
+MATRIX = [[0.1, 0.2, 0.3], [0.9, 0.25, 0.1], [0.7, 0.8, 0.4], [0.8, 0.6, 1.0]]
+
+
+def test_the_figures_of_a_matrix():
+    assert average_accuracy(MATRIX) == pytest.approx((0.8 + 0.6 + 1.0) / 3)
+    assert backward_transfer(MATRIX) == pytest.approx(((0.8 - 0.9) + (0.6 - 0.8)) / 2)
+    assert forward_transfer(MATRIX) == pytest.approx(((0.25 - 0.2) + (0.4 - 0.3)) / 2)
+    assert forgetting(MATRIX) == pytest.approx(((0.9 - 0.8) + (0.8 - 0.6)) / 2)
+    for one in (backward_transfer, forward_transfer, forgetting):
+        assert one([[0.0], [1.0]]) == 0
+
+
+def tasks(folder):
+    """Sums and products."""
+    made = []
+    for name, sign in (("sums", "+"), ("products", "*")):
+        files = [str(sums(folder / f"{name}{i}.jsonl", n, i, sign)) for i, n in ((0, 48), (1, 16))]
+        made.append(Task(name, (files[0],), (files[1],)))
+    return made
+
+
+@pytest.mark.parametrize("tuning", [
+    Full(), pytest.param(OLora(rank=2), marks=pytest.mark.slow),
+    pytest.param(Ewc(weight=10.0), marks=pytest.mark.slow)], ids=lambda t: type(t).__name__)
+def test_a_course_that_was_stopped_goes_on_to_the_same_end(bundle, tmp_path, tuning, monkeypatch):
+    make = lambda out: settings(tmp_path, steps=6, out=str(tmp_path / out), tuning=tuning)
+    other = {"text": [str(write(tmp_path / "other.jsonl", [{"text": "hello"}] * 4))]}
+    whole = continual(make("one"), tasks(tmp_path), bundle=bundle, others=other)
+    assert np.shape(whole.accuracy) == (3, 2) and len(whole.others["text"]) == 3
+    assert whole.losses[1][0] < whole.losses[0][0] and whole.losses[2][1] < whole.losses[1][1]
+    assert whole.backward == backward_transfer(whole.accuracy)
+    stops = iter([3, 99, 4, 99, 99, 99, 99])
+
+    @contextmanager
+    def asked():
+        last = next(stops)
+        yield lambda step: step >= last
+
+    monkeypatch.setattr(loop, "asked_to_stop", asked)
+    for wanted in (True, True, False):
+        found = continual(make("two"), tasks(tmp_path), bundle=bundle, others=other)
+        assert found.stopped == wanted
+    assert (found.accuracy, found.losses, found.others, found.notes) == (
+        whole.accuracy, whole.losses, whole.others, whole.notes)
+    if type(tuning) is not Full:
+        assert found.notes[1] and not np.isnan(list(found.notes[1].values())).any()
+    with pytest.raises(CheckpointError, match="of other tasks or settings"):
+        continual(make("two").replace(seed=1), tasks(tmp_path), bundle=bundle, others=other)
+
+
+def test_tasks_need_names_of_their_own(bundle, tmp_path):
+    with pytest.raises(ConfigError, match="a name of its own"):
+        continual(settings(tmp_path), [*tasks(tmp_path), tasks(tmp_path)[0]], bundle=bundle)
+
+
+def test_accuracy_is_that_of_greedy_answers(bundle, tmp_path):
+    """Judged from one forward pass, as by decoding."""
+    import jaxlm
+    from jaxlm.decode.samplers import Temperature
+
+    rows = [{"prompt": f"{i}=", "completion": ""} for i in range(12)]
+    answers = jaxlm.generate(bundle, [row["prompt"] for row in rows], max_new_tokens=1,
+                             sampler=Temperature(0.0))
+    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        row["completion"] = answer.text if i % 3 else "~"
+    rows = [row for row in rows if row["completion"].isascii() and row["completion"]]
+    config = settings(tmp_path, batch=4)
+    read = reader(bundle, config)
+    path = write(tmp_path / "eval.jsonl", rows)
+    read = type(read)(read.tokenizer)  # without an end mark: the answer is one token
+    batches = plain(open_examples([path], read, 24), config, mesh_of(config), packed=True)
+    found = evaluate(bundle.lm, bundle.params, batches)
+    right = np.mean([row["completion"] != "~" for row in rows])
+    assert 0 < right < 1 and found["accuracy"] == pytest.approx(right)
+    assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+
+
+def test_runs_are_ordered_by_high_loss_and_low_norm():
+    def history(loss, norm, steps=20):
+        return [{"step": i, "loss": loss, "grad_norm": norm} for i in range(steps)]
+
+    runs = {"a": history(1.0, 9.0), "b": history(3.0, 1.0), "c": history(2.0, 2.0)}
+    runs["a"].append({"step": 19, "eval/loss": 0.5})
+    with pytest.warns(UserWarning, match="stops none"):
+        found = rank_runs(runs, window=10)
+    assert found.order == ("b", "c", "a") and found.window == 10
+    late = {"x": history(1.0, 1.0, 5) + history(9.0, 0.1), "y": history(2.0, 1.0)}
+    with pytest.warns(UserWarning):
+        assert rank_runs(late, window=5).order == ("y", "x")
+    for bad, said in (({}, "got 0 runs"), ({"a": []}, "the shortest of 0 steps"),
+                      ({"a": history(float("nan"), 1.0)}, "not finite")):
+        with pytest.raises(ConfigError, match=said):
+            rank_runs(bad)
+    assert json.loads(json.dumps(found.loss)) == {"a": 1.0, "b": 3.0, "c": 2.0}
