@@ -40,8 +40,10 @@ def test_the_toy_s_probabilities_sum_to_one():
 
 
 @pytest.mark.parametrize("options", [
-    {"threshold": 2.0}, {"threshold": 0.6, "scheme": "multinomial", "quorum": SEEDS},
-    {"threshold": 0.0}, {"temper": "size", "threshold": 2.0, "early": 0.9}], ids=str)
+    {"threshold": 2.0}, {"threshold": 0.0},
+    *(pytest.param(more, marks=pytest.mark.slow) for more in [
+        {"threshold": 0.6, "scheme": "multinomial", "quorum": SEEDS},
+        {"temper": "size", "threshold": 2.0, "early": 0.9}])], ids=str)
 def test_the_evidence_is_unbiased_and_the_law_right(options):
     results = run(**options)
     total, law = exact(bundle())
