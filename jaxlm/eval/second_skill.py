@@ -21,7 +21,7 @@ from jaxlm.train.setup import plain, reader
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LARGEST = 50_000_000  # parameters; a larger model would take more than a demo's time
 WINDOW, ROWS = 96, 8
-# Name, tuning, rate: a quarter of an update is left by OSFT's two projections, half of its norm.
+# Name, tuning, rate: OSFT's two projections leave a part of each update, so its rate is higher.
 WAYS: tuple[tuple[str, Tuning, float], ...] = (
     ("full fine-tuning", Full(), 1e-3),
     ("OSFT, half free", Osft(unfreeze_ratio=0.5, others="freeze"), 4e-3))
