@@ -69,8 +69,9 @@ def served(few: bool) -> Iterator[tuple[str, int]]:
         template.write_text(TEMPLATE)
         command = [
             sys.executable, "-m", "jaxlm", "serve", "--model", "tiny",
-            "--prm", f"arithmetic:{NOISE}", "--port", "0", "--rows", str(4 if few else ROWS), "--max-len", str(MAX_LEN),
-            "--queue", "2000", "--prompt-cache-mb", "64", "--chat-template", str(template)]
+            "--prm", f"arithmetic:{NOISE}", "--port", "0", "--rows", str(4 if few else ROWS),
+            "--max-len", str(MAX_LEN), "--queue", "2000", "--prompt-cache-mb", "64",
+            "--chat-template", str(template)]
         path = f"{_harness.ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
                                    env={**os.environ, "PYTHONPATH": path})

@@ -13,10 +13,10 @@ from jaxlm.core.errors import ConfigError
 def run(
     model: str, prm: str | None = None, host: str = "127.0.0.1", port: int = 8000, rows: int = 32,
     max_len: int = 1024, cache: str = "dense", chunk: int = 8, piece: int | None = None,
-    readers: int | None = None, prompt_cache_mb: int = 256, queue: int = 256, max_body_kb: int = 1024, max_budget: int = 64,
-    chat_template: Path | None = None, name: str | None = None, token_file: Path | None = None,
-    grace: float = 30.0, device: Device | None = None, dtype: Dtype | None = None,
-    revision: str | None = None,
+    readers: int | None = None, prompt_cache_mb: int = 256, queue: int = 256,
+    max_body_kb: int = 1024, max_budget: int = 64, chat_template: Path | None = None,
+    name: str | None = None, token_file: Path | None = None, grace: float = 30.0,
+    device: Device | None = None, dtype: Dtype | None = None, revision: str | None = None,
 ) -> None:
     """Serve a model: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics.
 
@@ -48,7 +48,8 @@ def run(
         from jaxlm.serve.app import Settings, create_app
         from jaxlm.serve.run import serve
     except ImportError as error:
-        raise ConfigError(f"{error}; install the extra: pip install 'jaxlm[serve]'") from error
+        raise ConfigError(f"{error}; install the extra `serve`, or fastapi, uvicorn and "
+                          "prometheus-client") from error
     from jaxlm.decode.batcher import Batcher
     from jaxlm.serve.engine import Engine
     from jaxlm.serve.methods import Methods, open_reward

@@ -182,7 +182,7 @@ class Judge:
         if not timeout > 0:
             raise ConfigError(f"timeout is {timeout}; expected seconds above 0")
         if command is None and importlib.util.find_spec("math_verify") is None:
-            raise ConfigError("math-verify is not installed; pip install 'jaxlm[eval]', or compare "
+            raise ConfigError("math-verify is not installed; pip install '.[eval]', or compare "
                               "answers by jaxlm.rewards.answers.same")
         worker = Path(__file__).with_name("math_worker.py")
         self.command = list(command or [sys.executable, "-P", str(worker)])

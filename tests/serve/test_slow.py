@@ -28,7 +28,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    with running(make_batcher(load(folder), rows=16), waiting=2000) as (found, _):
+    with running(make_batcher(load(folder), rows=16, prompt_bytes=8 << 20),
+                 waiting=2000) as (found, _):
         yield found
 
 
