@@ -71,7 +71,7 @@ def taught_section(findings: Findings) -> str:
     return f"""<h2>A second skill, and what is left of the first</h2>
 <div class="row">{report.table(TAUGHT_HEAD, taught_rows(findings))}</div>
 <p class="soft">The model is taught to write words backwards, in {findings.plan.lessons} steps of
-AdamW at one rate for both ways, and is asked for easy sums again: held-out problems, the whole
+AdamW, each way at a rate of its own, and is asked for easy sums again: held-out problems, the whole
 worked answer right. OSFT moves each matrix only outside of its leading singular subspaces, and
 leaves all else as it is.</p>"""
 
