@@ -39,7 +39,7 @@ from jaxlm.decode.generate import generate
 from jaxlm.decode.samplers import Greedy
 from jaxlm.decode.state import Kinds, extend, prefill
 from jaxlm.eval import arithmetic, recall
-from jaxlm.eval.tune_cache import layer_bytes, tune
+from jaxlm.eval.tune_cache import front, layer_bytes, tables
 from jaxlm.hf.bundle import Bundle, load
 from jaxlm.models.lm import LM
 
@@ -170,13 +170,17 @@ def compare(bundle: Bundle, tokens: jax.Array, kinds: dict[str, Kind], kept: Res
 def policies(bundle: Bundle, tokens: jax.Array) -> dict[str, Kinds]:
     """KIVI's bits chosen layer by layer within the bytes of squat4 and squat8, after KVTuner."""
     names = ("kivi2", "kivi2v4", "kivi4v2", "kivi4", "kivi8v4", "kivi4v8", "kivi8")
-    found = tune(bundle.lm, bundle.params, tokens, [parse_cache(n) for n in names], 4096, points=64)
+    kinds = [parse_cache(name) for name in names]
+    errors_CL, bytes_CL = tables(bundle.lm, bundle.params, tokens, kinds, 4096)
+    layers = range(bundle.lm.config.num_layers)
+    of = lambda table_CL, choice: sum(table_CL[c, i] for i, c in zip(layers, choice, strict=True))
     best = {}
     for bits in (4, 8):
         room = 4096 * token_bytes(bundle.lm, parse_cache(f"squat{bits}"))
-        fit = [policy for policy in found if policy.bytes <= room]
+        fit = [choice for choice in front(errors_CL, bytes_CL) if of(bytes_CL, choice) <= room]
         if fit:
-            best[f"policy{bits}"] = min(fit, key=lambda policy: policy.error).kinds
+            chosen = min(fit, key=partial(of, errors_CL))
+            best[f"policy{bits}"] = tuple(kinds[c] for c in chosen)
     return best
 
 

@@ -230,8 +230,72 @@ def dots(labels: list[str], values: list[float], spans: list[tuple[float, float]
     return drawing
 
 
+def smc_exact(metrics: dict[str, Any]) -> Named:
+    """By chain and scheme: the largest |z| of the evidence beside the bound; the distance of the
+    laws over that of exact draws."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, row in metrics["rows"].items():
+        groups.setdefault(name.split(",")[0], []).append(row)
+    size, rows = (6.4, 1.2 + 0.2 * len(groups)), groups.values()
+    ratios = [sum(r["tv"] / r["floor"] for r in group) / len(group) for group in rows]
+    return {"z": ("Evidence over seeds: standard errors from the exact number", beside(
+                list(groups), [max(abs(r["z"]) for r in group) for group in rows],
+                "largest |z|; line: the bound", mark=metrics["evidence_z_bound"]), size),
+            "law": ("Distance of the laws over that of as many exact draws", beside(
+                list(groups), ratios, "ratio (1: cannot be told from exact draws)", mark=1.0),
+                size)}
+
+
+def inference_scaling(metrics: dict[str, Any]) -> Named:
+    """Accuracy against the budget with its band, a plot for each reward."""
+    found: Named = {}
+    rewards = dict.fromkeys(name.split("|")[1] for name in metrics["accuracy"])
+    for reward in rewards:
+        mine = {name.split("|")[0]: by for name, by in metrics["accuracy"].items()
+                if name.endswith(f"|{reward}")}
+        suffix = reward.replace(", ", "-").replace(" ", "-")
+        found[suffix] = (f"Hard sums: share right against answers a problem ({reward})",
+                         banded(mine), (7.6, 4.0))
+    return found
+
+
+def banded(series: dict[str, dict[str, Any]]) -> Draw:
+    """Lines over budgets, each in its band."""
+
+    def drawing(axes, colours):
+        for i, (name, by) in enumerate(series.items()):
+            x = sorted(map(int, by))
+            cells = [by[str(budget)] for budget in x]
+            colour = PALETTE[i % len(PALETTE)]
+            axes.plot(x, [c["value"] for c in cells], label=name, color=colour, marker="o",
+                      markersize=3.5, linewidth=1.4, linestyle="-" if i < len(PALETTE) else "--")
+            axes.fill_between(x, [c["low"] for c in cells], [c["high"] for c in cells],
+                              color=colour, alpha=0.08, linewidth=0)
+        ticks = sorted({int(budget) for by in series.values() for budget in by})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("answers a problem")
+        axes.set_ylabel("share right")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return drawing
+
+
+def bench_serve(metrics: dict[str, Any]) -> Named:
+    """Speed and latency by the number of clients."""
+    clients = [row["clients"] for row in metrics["load"]]
+    column = lambda name: (clients, [row[name] for row in metrics["load"]])
+    return {"speed": ("The server's speed by clients", lines(
+                {"tokens": column("tokens_per_s")}, "clients", "tokens/s", log="x"), (5.4, 3.4)),
+            "latency": ("The server's latency by clients", lines(
+                {"median": column("latency_median_s"), "95 %": column("latency_95_s")},
+                "clients", "seconds an answer", log="x"), (6.4, 3.4))}
+
+
 PLOTS: dict[str, Callable[[dict[str, Any]], Named]] = {
     "bench_decode": bench_decode, "eval_tiny": eval_tiny, "train_tiny": train_tiny,
     "quant_ablation": quant_ablation, "kv_speed": kv_speed, "kv_capacity": kv_capacity,
-    "kv_quality": kv_quality,
+    "kv_quality": kv_quality, "smc_exact": smc_exact, "inference_scaling": inference_scaling,
+    "bench_serve": bench_serve,
 }

@@ -27,6 +27,10 @@ _HOMES = {
     "jaxlm.decode.text": ("text_rule",),
     "jaxlm.decode.generate": ("Generation", "generate", "stream"),
     "jaxlm.decode.score": ("Score", "perplexity", "score"),
+    "jaxlm.search.base": ("Steps",),
+    "jaxlm.search.beam": ("beam_search", "dvts"),
+    "jaxlm.search.gibbs": ("particle_gibbs",),
+    "jaxlm.search.particles": ("particle_filter",),
 }
 _PACKAGES = ("decode",)  # its function of that name is jaxlm.decode.decode
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}

@@ -85,20 +85,22 @@ class PackedKV(NamedTuple):
 
 
 def init_packed(batch: int, kv_heads: int, capacity: int, head_dim: int,
-                fmt: QuantFormat) -> PackedKV:
+                fmt: QuantFormat, many: int = 1) -> PackedKV:
     """Empty codes for `capacity` tokens a row, rounded up to whole tiles.
+
+    `many` kv heads lie side by side (`pallas_kernels.lanes`).
 
     >>> init_packed(1, 2, 600, 64, QuantFormat()).k_words.shape
     (1, 2, 64, 64)
     """
     size = -(-capacity // fmt.tile) * fmt.tile
     dtype = jnp.dtype(fmt.scales)
-    lead = (batch, kv_heads)
-    k_scale = jnp.zeros((*lead, size // fmt.group, head_dim), dtype)
-    v_scale = jnp.zeros((*lead, head_dim // fmt.channels(head_dim), size), dtype)
-    words = [jnp.zeros((*lead, size * bits // 32, head_dim), jnp.int32)
+    lead, across = (batch, kv_heads // many), many * head_dim
+    k_scale = jnp.zeros((*lead, size // fmt.group, across), dtype)
+    v_scale = jnp.zeros((*lead, across // fmt.channels(head_dim), size), dtype)
+    words = [jnp.zeros((*lead, size * bits // 32, across), jnp.int32)
              for bits in (fmt.k_bits, fmt.v_bits)]
-    center = jnp.zeros((*lead, head_dim), jnp.float32) if fmt.scales == "int8" else None
+    center = jnp.zeros((*lead, across), jnp.float32) if fmt.scales == "int8" else None
     return PackedKV(words[0], k_scale, k_scale, words[1], v_scale, v_scale, center)
 
 

@@ -36,7 +36,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FRONT_DOOR = {"jaxlm", "jaxlm.__main__"}
 KERNELS_MAY_IMPORT = {"pallas_kernels", "jax", "jaxlib", "numpy", *sys.stdlib_module_names}
 # Loaded only by what needs them: seconds of import time, or not installed at all.
-LAZY = ["torch", "transformers", "matplotlib", "orbax", "tyro", "huggingface_hub", "jinja2"]
+LAZY = ["torch", "transformers", "matplotlib", "orbax", "tyro", "huggingface_hub", "jinja2",
+        "fastapi", "uvicorn", "prometheus_client"]
 
 
 def layer_of(module: str) -> str | None:

@@ -9,6 +9,9 @@ from experiments import _harness, plots, report
 RESULTS = report.load(_harness.RESULTS)
 KINDS = [f"{kind}{bits}" for bits in (2, 4, 8) for kind in ("squat", "kivi", "turboquant")]
 MADE = {  # what scripts without a committed result write
+    "inference_scaling": {"accuracy": {
+        f"{method}|{reward}": {str(n): {"value": 0.5, "low": 0.4, "high": 0.6} for n in (1, 4, 16)}
+        for method in ("dvts", "best-of-n") for reward in ("checker", "checker, noise 0.1")}},
     "kv_speed": {"batch": 8, "rows": [{"kind": kind, "cached": n, "ms": 1e-3 * n * (i + 1)}
                                       for i, kind in enumerate(KINDS) for n in (1024, 4096)]},
     "kv_capacity": {"rows": [

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.cache.base import Attended, State
-from jaxlm.models.attention import Mask, attention
+from jaxlm.models.attention import Mask, attention, merge
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
 
@@ -20,10 +20,13 @@ SPARE = 8  # slots beyond the last: rows that are done go on stepping, and write
 class Dense:
     """Rotated keys as (B, K, H, S) and values as (B, K, S, H), as attention's products read them.
 
-    `dtype`: of storage; None: as computed.
+    `dtype`: of storage; None: as computed. `steady`: on a CPU, sums are over the same pieces of a
+    row whatever its neighbours hold, so that its numbers do not depend on them to the last bit;
+    costs a few operations a step. Elsewhere they never do.
     """
 
     dtype: str | None = None
+    steady: bool = False
 
     flush_every = None
 
@@ -60,11 +63,17 @@ class Dense:
         q, k = (apply_rope(x, pos_B1, spec.rope) for x in (q_B1NH, k_B1KH))
         state = append_one(state, k, v_B1KH, start_B)
 
-        def look(size):
-            part = {"k": state["k"][..., :size], "v": state["v"][:, :, :size]}
-            return self._look(spec, part, q, pos_B1, length_B, pos_B - start_B)
+        def look(size, start=0):
+            part = {"k": state["k"][..., start:size], "v": state["v"][:, :, start:size]}
+            return self._look(spec, part, q, pos_B1, length_B, pos_B - start_B, start)
 
-        out, lse = bounded(look, jnp.max(length_B), state["v"].shape[2])
+        def in_pieces(size):
+            ends = [end for end in sizes if end <= size]
+            return merge([look(end, start) for start, end in zip([0, *ends], ends, strict=False)])
+
+        sizes = read_sizes(state["v"].shape[2])
+        out, lse = bounded(in_pieces if self.steady else look, jnp.max(length_B), sizes,
+                           lambda: look(sizes[-1]))
         return out, lse, state
 
     def attend(self, spec, state, q_BTNH, pos_BT, length_B, first_B) -> tuple[jax.Array, jax.Array]:
@@ -72,9 +81,10 @@ class Dense:
         q = apply_rope(q_BTNH, pos_BT, spec.rope)
         return self._look(spec, state, q, pos_BT, length_B, first_B)
 
-    def _look(self, spec, state, q_BTNH, pos_BT, length_B, first_B):
-        """Rotated queries over the first `length_B` slots, the first of them at `first_B`."""
-        slot_1S = jnp.arange(state["v"].shape[2])[None]
+    def _look(self, spec, state, q_BTNH, pos_BT, length_B, first_B, start=0):
+        """Rotated queries over the first `length_B` slots, the first of them at `first_B`; the
+        state holds those from `start` on."""
+        slot_1S = start + jnp.arange(state["v"].shape[2])[None]
         keys, values = (state[name].astype(q_BTNH.dtype) for name in ("k", "v"))
         return attention(
             q_BTNH, keys, values, Mask(window=spec.window), pos_BT, slot_1S + first_B[:, None],
@@ -116,15 +126,20 @@ def append_one(state: State, k_B1KH: jax.Array, v_B1KH: jax.Array, start_B: jax.
     }
 
 
-def bounded(look: Callable[[int], Any], longest: jax.Array, slots: int) -> Any:
-    """`look(size)` for a static size that holds the longest row: 64, 128, 256, ..., `slots`.
+def read_sizes(slots: int) -> list[int]:
+    """64, 128, 256, ..., and `slots`: what a step may read."""
+    return [64 << i for i in range(slots.bit_length()) if 4 * (64 << i) <= 3 * slots] + [slots]
+
+
+def bounded(
+    look: Callable[[int], Any], longest: jax.Array, sizes: list[int], whole: Callable[[], Any]
+) -> Any:
+    """`look(size)` for the first of `sizes` that holds the longest row.
 
     On a CPU a step's time is what it reads. Cutting also keeps XLA:CPU from fusing the write into
-    the read, which copies the cache in every step. A GPU would stop for each branch.
+    the read, which copies the cache in every step. A GPU would stop for each branch: `whole()`.
     """
-    sizes = [64 << i for i in range(slots.bit_length()) if 4 * (64 << i) <= 3 * slots] + [slots]
     branch = jnp.sum(longest > jnp.asarray(sizes[:-1], jnp.int32))
     return jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.switch(branch, [partial(look, size) for size in sizes]),
-        default=lambda: look(slots),
+        cpu=lambda: jax.lax.switch(branch, [partial(look, size) for size in sizes]), default=whole,
     )

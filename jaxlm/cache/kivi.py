@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from jaxlm.cache import quantised
 from jaxlm.cache.base import Attended, State
-from jaxlm.cache.local import implementations, per_head
+from jaxlm.cache.local import implementations, local_heads, per_head
 from jaxlm.core.errors import ConfigError
 from jaxlm.models.attention import Mask, attention
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
+from pallas_kernels.lanes import side_by_side
 from pallas_kernels.quant import QuantFormat, key_center, quantise_keys
 from pallas_kernels.squat import Compensation
 
@@ -95,7 +96,14 @@ class Kivi:
     def init(self, spec: AttentionSpec, batch: int, slots: int, dtype: Any) -> State:
         """No tokens yet; room for `slots` a row."""
         capacity = max(slots - self.keep, 1)
-        return quantised.empty(spec, batch, capacity, self.tail, self.format, dtype)
+        return quantised.empty(spec, batch, capacity, self.tail, self.format, dtype,
+                               self.side_by_side(spec))
+
+    def side_by_side(self, spec: AttentionSpec) -> int:
+        """kv heads that share the lanes of a TPU, those of one device; elsewhere 1."""
+        if self.rope == "before" or "tpu" not in implementations(self.implementation, self.mesh):
+            return 1
+        return side_by_side(spec.head_dim, local_heads(spec.num_kv_heads, self.mesh))
 
     def prefill(self, spec, state, q_BTNH, k_BTKH, v_BTKH, pos_BT, count_B) -> Attended:
         """Tokens attend among themselves in full precision; then whole groups are coded."""
@@ -112,9 +120,8 @@ class Kivi:
         ready_B = quantised.ready_groups(count_B, self.keep, self.group)
         packed = self.fill(state["packed"], k, v, code_keys)
         gone_B = ready_B * self.group
-        left = lambda x, old: quantised.leftover(x, gone_B, count_B, self.tail).astype(old.dtype)
-        state |= {"packed": packed, "packed_B": gone_B, "k": left(k, state["k"]),
-                  "v": left(v, state["v"])}
+        state = quantised.keep_tail(state, k, v, gone_B, count_B)
+        state |= {"packed": packed, "packed_B": gone_B}
         return flagged(out, state), lse, state
 
     def extend(self, spec, state, q_BTNH, k_BTKH, v_BTKH, pos_BT, start_B, count_B) -> Attended:
@@ -132,7 +139,7 @@ class Kivi:
             spec, state, q, pos_BT, k, v, start_B + count_B, pos_BT[:, 0] - start_B)
         state = self.read_queries(spec, state, q, start_B, count_B)
         ready_B = quantised.ready_groups(held_B + count_B, self.keep, self.group)
-        state = self._pack(state, k, v, held_B + count_B, ready_B)
+        state = self._pack(state, (k, v), held_B + count_B, ready_B)
         return flagged(out, state), lse, state
 
     def step(self, spec, state, q_B1NH, k_B1KH, v_B1KH, pos_B, start_B) -> Attended:
@@ -162,14 +169,14 @@ class Kivi:
         count_B = length_B - state["packed_B"]
         ready_B = quantised.ready_groups(count_B, self.keep, self.group)
         ready_B = jnp.where(due, jnp.minimum(ready_B, 1), 0)
-        return self._pack(state, state["k"], state["v"], count_B, ready_B)
+        return self._pack(state, None, count_B, ready_B)
 
     def read_prompt(self, spec, state, q_BTNH, k_BKTH, valid_BT):
         """What a prompt tells the coder of keys: the state, and how to code this prompt's."""
         if self.scales == "int8":
-            center = key_center(k_BKTH, valid_BT)
-            state = state | {"packed": state["packed"]._replace(k_center=center)}
-        return state, lambda k: quantise_keys(k, self.format, state["packed"].k_center)
+            state = quantised.with_center(state, key_center(k_BKTH, valid_BT))
+        center = quantised.center_of(state)
+        return state, lambda k: quantise_keys(k, self.format, center)
 
     def read_queries(self, spec, state, q_BTNH, start_B, count_B) -> State:
         """What later queries tell the coder of keys: nothing."""
@@ -180,13 +187,19 @@ class Kivi:
         return None
 
     @partial(jax.jit, static_argnums=0)  # traced and lowered once for all layers
-    def _pack(self, state, k_BKSH, v_BKSH, count_B, ready_B):
-        def pack(state, k_BKSH, v_BKSH, count_B, ready_B):
-            return quantised.pack_ready(state, k_BKSH, v_BKSH, count_B, ready_B, self.group,
-                                        self.writer(state, jnp.max(ready_B) > 0))
+    def _pack(self, state, new, count_B, ready_B):
+        """Of `count_B` uncoded tokens a row, `new` or (None) the tail, code `ready_B` groups."""
+        def pack(state, new, count_B, ready_B):
+            def code(state):
+                k_BKSH, v_BKSH = (state["k"], state["v"]) if new is None else new
+                return quantised.pack_ready(state, k_BKSH, v_BKSH, count_B, ready_B, self.group,
+                                            self.writer(state))
 
-        return per_head(pack, self.mesh, state["k"].shape[1], state, k_BKSH, v_BKSH, count_B,
-                        ready_B)
+            if new is not None:
+                state = quantised.keep_tail(state, *new, jnp.zeros_like(count_B), count_B)
+            return quantised.once_if(jnp.max(ready_B) > 0, code, state)
+
+        return per_head(pack, self.mesh, state["k"].shape[1], state, new, count_B, ready_B)
 
     def _rotate(self, spec, q_BTNH, k_BTKH, pos_BT):
         """Queries to attend with and keys to store."""
@@ -203,14 +216,11 @@ class Kivi:
         """Empty codes with a prompt's tokens in them."""
         return quantised.fill(packed, k_BKTH, v_BKTH, self.format, code_keys)
 
-    def writer(self, state, any_ready) -> quantised.Write:
+    def writer(self, state) -> quantised.Write:
         """How groups of later tokens are written."""
-        coder = lambda: self.later_coder(state)
-        nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(coder))
-        comp = jax.lax.cond(any_ready, coder, nothing)  # most steps code nothing
         block = getattr(self, "block", 1)
         names = implementations(self.implementation, self.mesh)
-        return quantised.flusher(self.format, comp, block, names)
+        return quantised.flusher(self.format, self.later_coder(state), block, names)
 
     def attend_one(self, spec, state, q_B1NH, pos_B, length_B, first_B):
         """One placed query a row over codes and tail."""

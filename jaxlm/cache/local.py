@@ -40,7 +40,8 @@ def per_head(function: Callable, mesh: Mesh | None, kv_heads: int, *args: Any,
     Args:
       function: maps trees of arrays to trees of arrays. Every leaf leads with rows; a leaf of
         rank 2 or more has heads next, whose number is `kv_heads` or a multiple of it.
-      kv_heads: a mesh axis that does not divide it, or the rows, holds copies.
+      kv_heads: a mesh axis that does not divide it, or the rows, holds copies. Leaves whose
+        heads lie side by side have fewer, never less than one a device.
     """
     if mesh is None:
         return function(*args)
@@ -52,6 +53,12 @@ def per_head(function: Callable, mesh: Mesh | None, kv_heads: int, *args: Any,
     out = jax.eval_shape(function, *args)
     return jax.shard_map(function, mesh=mesh, in_specs=specs(args), out_specs=specs(out),
                          check_vma=False)(*args)
+
+
+def local_heads(kv_heads: int, mesh: Mesh | None, rules: Rules = RULES) -> int:
+    """kv heads of one device, under `per_head`."""
+    names = () if mesh is None else _axes(rules["kv_heads"], kv_heads, mesh) or ()
+    return kv_heads // math.prod(mesh.shape[name] for name in names) if mesh else kv_heads
 
 
 def _axes(names: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> tuple[str, ...] | None:

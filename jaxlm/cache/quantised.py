@@ -2,8 +2,9 @@
 
 One layer's state is a dict. `packed`: codes and scales of each row's first `packed_B` tokens.
 `k`, `v`: the tail (B, K, W, H), the tokens behind them in full precision, oldest first, zeros
-where unused. `bad` (B, K, 1): a NaN or an infinity came in with keys or values, which codes could
-hide; every later output of that kv head is NaN.
+where unused. On a TPU heads narrower than its lanes lie side by side in `packed`
+(`pallas_kernels.lanes`); shapes say how many. `bad` (B, K, 1): a NaN or an infinity came in with
+keys or values, which codes could hide; every later output of that kv head is NaN.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from jaxlm.cache.local import per_head
 from jaxlm.models.attention import Mask, attention, merge
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
+from pallas_kernels.lanes import apart, keys_beside, values_beside
 from pallas_kernels.quant import PackedKV, QuantFormat, init_packed, pack_words, quantise_values
 from pallas_kernels.quant_decode_attention import quant_decode_attention
 from pallas_kernels.quant_decode_attention.common import (
@@ -35,9 +37,11 @@ QUERIES, TOKENS = 256, 1024  # of several queries' scores, held at once
 
 
 def empty(spec: AttentionSpec, batch: int, capacity: int, tail: int, fmt: QuantFormat,
-          dtype) -> State:
-    """No tokens; room for `capacity` coded ones (rounded up to whole tiles) and `tail` others."""
-    packed = init_packed(batch, spec.num_kv_heads, capacity, spec.head_dim, fmt)
+          dtype, many: int = 1) -> State:
+    """No tokens; room for `capacity` coded ones (rounded up to whole tiles) and `tail` others.
+
+    `many` kv heads lie side by side."""
+    packed = init_packed(batch, spec.num_kv_heads, capacity, spec.head_dim, fmt, many)
     packed = packed._replace(  # donated buffers must not be one and the same
         k_min=jnp.zeros_like(packed.k_scale), v_min=jnp.zeros_like(packed.v_scale))
     shape = (batch, spec.num_kv_heads, tail, spec.head_dim)
@@ -73,6 +77,20 @@ def leftover(x_BKSH: jax.Array, gone_B: jax.Array, count_B: jax.Array, size: int
     return jnp.where((at_BW < count_B[:, None])[:, None, :, None], taken, 0)
 
 
+def with_center(state: State, center_BKH: jax.Array | None) -> State:
+    """The origin of 8-bit minima, its heads as the codes have them."""
+    packed = state["packed"]
+    if center_BKH is not None:
+        center_BKH = center_BKH.reshape(*packed.k_words.shape[:2], packed.k_words.shape[3])
+    return state | {"packed": packed._replace(k_center=center_BKH)}
+
+
+def center_of(state: State) -> jax.Array | None:
+    """What `with_center` was given."""
+    center, (batch, heads, _, width) = state["packed"].k_center, state["k"].shape
+    return center if center is None else center.reshape(batch, heads, width)
+
+
 def ready_groups(count_B: jax.Array, keep: int, group: int) -> jax.Array:
     """Whole groups among `count_B` tokens whose newest `keep` stay in full precision."""
     return jnp.maximum(count_B - keep, 0) // group
@@ -85,6 +103,7 @@ def fill(packed: PackedKV, k_BKTH: jax.Array, v_BKTH: jax.Array, fmt: QuantForma
     Of a text shorter than a tile, its groups alone.
     """
     room = packed.k_words.shape[2] * 32 // fmt.k_bits
+    many = k_BKTH.shape[1] // packed.k_words.shape[1]
     have = min(k_BKTH.shape[2], room)
     chunk = min(fmt.tile, -(-have // fmt.group) * fmt.group)
     pieces = -(-have // chunk)
@@ -93,7 +112,8 @@ def fill(packed: PackedKV, k_BKTH: jax.Array, v_BKTH: jax.Array, fmt: QuantForma
 
     def put(i, packed: PackedKV) -> PackedKV:
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 2)
-        keys, values = code_keys(take(k_BKTH)), quantise_values(take(v_BKTH), fmt)
+        keys = keys_beside(code_keys(take(k_BKTH)), many)
+        values = values_beside(quantise_values(take(v_BKTH), fmt), many)
         words = lambda codes, bits: pack_words(pad(codes, fmt.tile), bits, fmt.group)
         at = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
             old, new.astype(old.dtype), i * new.shape[axis], axis)
@@ -125,7 +145,6 @@ def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.
     One group of every ready row at a time, written in place by
     `write(packed, k_BKSH, v_BKSH, lengths_B, ready_B)`.
     """
-    width = state["k"].shape[2]
     short = max(group - k_BKSH.shape[2], 0)
     fit = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0)))
     keys, values = fit(k_BKSH), fit(v_BKSH)
@@ -136,11 +155,32 @@ def pack_ready(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.
 
     packed = jax.lax.fori_loop(0, jnp.max(ready_B), put, state["packed"])
     gone_B = ready_B * group
-    return state | {
-        "packed": packed, "packed_B": state["packed_B"] + gone_B,
-        "k": leftover(k_BKSH, gone_B, count_B, width).astype(state["k"].dtype),
-        "v": leftover(v_BKSH, gone_B, count_B, width).astype(state["v"].dtype),
-    }
+    state = state | {"packed": packed, "packed_B": state["packed_B"] + gone_B}
+    return keep_tail(state, k_BKSH, v_BKSH, gone_B, count_B)
+
+
+def keep_tail(state: State, k_BKSH: jax.Array, v_BKSH: jax.Array, gone_B: jax.Array,
+              count_B: jax.Array) -> State:
+    """The tail becomes what `count_B` tokens leave when their first `gone_B` are taken."""
+    kept = lambda new, old: leftover(new, gone_B, count_B, old.shape[2]).astype(old.dtype)
+    return state | {"k": kept(k_BKSH, state["k"]), "v": kept(v_BKSH, state["v"])}
+
+
+def once_if(wanted: jax.Array, function: Callable[[State], State], state: State) -> State:
+    """`function(state)` where `wanted`, else the state, by a loop of one turn or none.
+
+    A `cond` would copy the codes. A loop writes in place, and what it works with is gone before
+    the next layer's begins: else the matrices of all layers would be held at once.
+    """
+    large = ("packed", "k", "v")
+
+    def turn(i, state):
+        # what does not change in a loop may be computed ahead of it, wanted or not: tie it here
+        small = {name: x for name, x in state.items() if name not in large}
+        small, _ = jax.lax.optimization_barrier((small, i))
+        return function(state | small)
+
+    return jax.lax.fori_loop(0, wanted.astype(jnp.int32), turn, state)
 
 
 def attend_one(spec: AttentionSpec, state: State, q_B1NH: jax.Array, pos_B: jax.Array,
@@ -201,7 +241,8 @@ def attend_codes(spec: AttentionSpec, packed: PackedKV, packed_B: jax.Array, q_B
                  read: Callable = read_chunk):
     """Several queries a row over the codes, a chunk dequantised at a time, by online softmax."""
     batch, time, heads, width = q_BTNH.shape
-    kv_heads = packed.k_words.shape[1]
+    many = packed.k_words.shape[3] // width  # heads side by side
+    kv_heads = packed.k_words.shape[1] * many
     q = q_BTNH.reshape(batch, time, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     q = q.astype(jnp.float32) * spec.scale  # B K G T H
     tiles = packed.k_words.shape[2] * 32 // fmt.k_bits // fmt.tile
@@ -209,7 +250,7 @@ def attend_codes(spec: AttentionSpec, packed: PackedKV, packed_B: jax.Array, q_B
     size = fmt.tile * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= most)
 
     def absorb(i, soft: Softmax) -> Softmax:
-        keys, values = read(packed, i, size, fmt)
+        keys, values = (apart(x, many) for x in read(packed, i, size, fmt))
         slot_BS = jnp.broadcast_to(i * size + jnp.arange(size), (batch, size))
         if before:
             keys = rotation(spec, first_B)(keys, slot_BS)

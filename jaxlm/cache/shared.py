@@ -101,8 +101,9 @@ def prompt_length(state: SharedState, like_B: jax.Array) -> jax.Array:
     return jnp.repeat(state.length_R, like_B.shape[0] // prompts, total_repeat_length=len(like_B))
 
 
-def gather_cache(state: State, ancestors_RP: jax.Array) -> State:
-    """`gather_rows` on one layer's state; a shared prompt stays where it is."""
+def gather_cache(state: State, ancestors_RP: jax.Array, when: jax.Array) -> State:
+    """`gather_rows` on one layer's state, where `when`; a shared prompt stays where it is."""
     if isinstance(state, SharedState):
-        return state.replace(own=gather_rows(state.own, ancestors_RP))
-    return gather_rows(state, ancestors_RP)
+        return state.replace(own=gather_cache(state.own, ancestors_RP, when))
+    take = lambda _, x: gather_rows(x, ancestors_RP)
+    return jax.lax.fori_loop(0, when.astype(jnp.int32), take, state)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxlm.cache import quantised
 from jaxlm.cache.kivi import Kivi
 from jaxlm.core.errors import ConfigError
 from jaxlm.models.config import AttentionSpec, Rope
@@ -110,7 +111,7 @@ class Squat(Kivi):
         gram = query_gram(q_BTNH, spec.num_kv_heads, valid_BT)
         turned = turn_ahead(gram, spec.rope, self.ahead)
         center = key_center(k_BKTH, valid_BT) if self.scales == "int8" else None
-        state = state | {"packed": state["packed"]._replace(k_center=center)}
+        state = quantised.with_center(state, center)
         rows = state["sketch"].rows.shape[2]
         state |= {"sketch": sketch(self._weight(spec, turned, count_B), rows)}
         if self.half_life is not None:
@@ -199,7 +200,7 @@ class Squat(Kivi):
             miss = jnp.where(whole_BS[:, None, :, None], grid.value - k_BKSH, 0.0)
             return logit_error(miss[:, :, None], gram)[..., 0]
 
-        comp, center = self.later_coder(state), state["packed"].k_center
+        comp, center = self.later_coder(state), quantised.center_of(state)
         later = quantise_keys_squat(k_BKSH, comp, self.format, self.block, False, center)
         worse = error(later) > error(quantise_keys(k_BKSH, self.format, center))
         drop = lambda x: jnp.where(worse.reshape(*worse.shape, *[1] * (x.ndim - 2)), 0, x)

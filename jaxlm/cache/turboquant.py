@@ -65,6 +65,10 @@ class TurboQuant(RotatedKivi):
         """A random rotation, orthonormal float32 (H, H)."""
         return random_rotation(head_dim, self.seed)
 
+    def side_by_side(self, spec: AttentionSpec) -> int:
+        """Each head alone: plain XLA, which reads them, lays out arrays as it likes."""
+        return 1
+
     def init(self, spec: AttentionSpec, batch: int, slots: int, dtype: Any):
         """No tokens yet; room for `slots` a row."""
         state = super().init(spec, batch, slots, dtype)
@@ -97,7 +101,7 @@ class TurboQuant(RotatedKivi):
 
         return jax.lax.fori_loop(0, pieces, put, packed)
 
-    def writer(self, state, any_ready) -> quantised.Write:
+    def writer(self, state) -> quantised.Write:
         """A loop of slice updates over rows, in place."""
         group = self.group
 

@@ -17,9 +17,11 @@ COMMANDS = {
     "generate": "continue a prompt",
     "score": "log-probabilities and perplexity of texts",
     "convert": "a model folder in another dtype, checked against transformers",
+    "solve": "answer problems by a search (particles, best-of-n, votes); resumable",
     "fit": "whether a job fits a chip, by the chip's own compiler, without the chip",
     "train": "fine-tune a model by a YAML file; goes on where it was stopped",
     "tune-cache": "choose a cache kind for every layer, on a text",
+    "serve": "an HTTP server in OpenAI's protocol",
     "demo": "run the bundled model on held-out problems and write a report",
 }
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141

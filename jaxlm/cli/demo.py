@@ -33,6 +33,8 @@ def run(
     print()
     print(columns([list(demo_page.RECALL_HEAD), *demo_page.recall_rows(findings)]))
     print()
+    print(columns([list(demo_page.SEARCH_HEAD), *demo_page.search_rows(findings)]))
+    print()
     print(columns([list(demo_page.CACHE_HEAD), *demo_page.cache_rows(findings)]))
     if findings.taught:
         print()

@@ -4,6 +4,7 @@ What a program of its own is composed from is named here: the functions on a `De
 samplers, the stop rules, and what moves rows. `generate`, `stream` and `score` are in `jaxlm`.
 """
 
+from jaxlm.decode.batcher import Batcher as Batcher
 from jaxlm.decode.contrastive import Contrast as Contrast
 from jaxlm.decode.contrastive import contrastive_decode as contrastive_decode
 from jaxlm.decode.rows import fork as fork

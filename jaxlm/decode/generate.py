@@ -3,7 +3,7 @@
 import os
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -257,19 +257,40 @@ def read(bundle: Bundle, job: Job, state: DecodeState, over: bool = True) -> lis
                 f"{int(np.argmin(np.isfinite(logprobs)))}{where}; check the weights, or load in "
                 "float32"
             )
-        finish, text = ending(bundle, job, prompt, drawn, over)
-        before = bundle.tokenizer.decode(prompt)
-        if not text.startswith(before):  # the prompt ends inside a character
-            before = os.path.commonprefix([before, text])
-        text = text[len(before):]
-        if finish == "length" and not over:  # a character may still lack its last bytes
-            text = text.rstrip("\ufffd")
+        finish, before, text = continuation(bundle, job, prompt, drawn, over)
         answers.append(Generation(before, text, tuple(drawn), logprobs, finish))
     return answers
 
 
+class Endings(Protocol):
+    """What may end a row: a stop rule, its strings, and whether they are shown."""
+
+    @property
+    def stop(self) -> Stop: ...
+
+    @property
+    def strings(self) -> tuple[str, ...]: ...
+
+    @property
+    def include_stop(self) -> bool: ...
+
+
+def continuation(
+    bundle: Bundle, job: Endings, prompt: list[int], drawn: list[int], over: bool
+) -> tuple[str, str, str]:
+    """Why a row ended, its prompt as text, and the text that continues it."""
+    finish, text = ending(bundle, job, prompt, drawn, over)
+    before = bundle.tokenizer.decode(prompt)
+    if not text.startswith(before):  # the prompt ends inside a character
+        before = os.path.commonprefix([before, text])
+    text = text[len(before):]
+    if finish == "length" and not over:  # a character may still lack its last bytes
+        text = text.rstrip("\ufffd")
+    return finish, before, text
+
+
 def ending(
-    bundle: Bundle, job: Job, prompt: list[int], drawn: list[int], over: bool
+    bundle: Bundle, job: Endings, prompt: list[int], drawn: list[int], over: bool
 ) -> tuple[str, str]:
     """Why a row ended, and its text, prompt included."""
     stopped = bool(drawn) and drawn[-1] in job.stop.ids

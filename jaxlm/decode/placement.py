@@ -14,6 +14,8 @@ def state_shardings(
 ) -> DecodeState:
     """Rows over the batch axes; cache leaves whose second axis is the kv heads, over theirs too.
 
+    Or fewer, where heads lie side by side (`pallas_kernels.lanes`).
+
     Args: state: arrays or shapes, as of `jax.eval_shape`.
     Returns: the same tree of shardings.
     """
@@ -21,7 +23,7 @@ def state_shardings(
 
     def place(leaf: Any, cache: bool) -> NamedSharding:
         axes = ["batch"] + [""] * (leaf.ndim - 1) if leaf.ndim else []
-        if cache and leaf.ndim >= 3 and leaf.shape[1] == kv_heads:
+        if cache and leaf.ndim >= 3 and kv_heads % leaf.shape[1] == 0:
             axes[1] = "kv_heads"
         spec = partition(tuple(axes), leaf.shape, mesh, rules, "decode state", warned)
         return NamedSharding(mesh, spec)

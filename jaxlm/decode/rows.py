@@ -70,17 +70,23 @@ def fork(
     )
 
 
-def gather(state: DecodeState, ancestors_RP: jax.Array) -> DecodeState:
+def gather(
+    state: DecodeState, ancestors_RP: jax.Array, when: jax.Array | None = None
+) -> DecodeState:
     """Resample: row `p` of prompt `r` goes on from row `ancestors_RP[r, p]` of that prompt.
 
     Texts, logits, caches and sampler states move; a key stays with its row, or clones would go
-    on alike; shared prompts stay where they are.
+    on alike; shared prompts stay where they are. Each layer moves in a loop of one trip, which the
+    compiler does in place: the room of one layer is needed beside the state, not that of all.
+
+    Args: when: bool, whether caches move at all; False only where all ancestors are themselves.
     Raises: ShapeError when the indices do not cover the rows.
     """
     if ancestors_RP.ndim != 2 or ancestors_RP.size != state.length_B.shape[0]:
         raise ShapeError(f"ancestors are {ancestors_RP.shape}; expected (prompts, particles) with "
                          f"a product of {state.length_B.shape[0]} rows")
-    caches = tuple(gather_cache(cache, ancestors_RP) for cache in state.caches)
+    move = state.since_flush >= 0 if when is None else when  # true, and the compiler cannot know
+    caches = tuple(gather_cache(cache, ancestors_RP, move) for cache in state.caches)
     return state.replace(caches=caches, **gather_rows(moved_fields(state), ancestors_RP))
 
 

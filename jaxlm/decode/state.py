@@ -160,18 +160,19 @@ def decode_step(
 
 def decode(
     lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop = NEVER,
-    max_new: jax.Array | int = 1,
+    max_new: jax.Array | int = 1, until: Callable[[DecodeState], jax.Array] | None = None,
 ) -> DecodeState:
     """Draw up to `max_new` tokens in every live row, as one loop on the device.
 
     Quantised kinds are flushed by an outer loop: a flush inside every step, even a conditional
-    one, would copy the codes. `max_new` may be traced.
+    one, would copy the codes. `max_new` may be traced. `until`: also end once it is true (bool).
     """
     period = flush_period(state.kinds)
 
     def more(carry):
         drawn, state = carry
-        return (drawn < max_new) & ~jnp.all(state.done_B | state.hold_B)
+        go_on = (drawn < max_new) & ~jnp.all(state.done_B | state.hold_B)
+        return go_on if until is None else go_on & ~until(state)
 
     def step(carry):
         drawn, state = carry

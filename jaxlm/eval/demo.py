@@ -17,7 +17,8 @@ from jaxlm.core.device import report as device_report
 from jaxlm.decode.generate import decode_jit, prefill_jit, prepare
 from jaxlm.decode.samplers import Greedy
 from jaxlm.decode.score import score
-from jaxlm.eval import arithmetic
+from jaxlm.eval import arithmetic, demo_search
+from jaxlm.eval.demo_search import SearchRow, compare_searches
 from jaxlm.eval.second_skill import WAYS, Taught, teach
 from jaxlm.eval.skills import (
     ArithmeticResult,
@@ -34,7 +35,8 @@ from jaxlm.hf.bundle import Bundle
 @dataclass(frozen=True)
 class Plan:
     """How much is asked. `batches`: of the decoding speed; `tokens`: timed in each row.
-    `lessons`: steps of training in a second skill."""
+    `searched`: problems of the comparison of searches, with `budget` answers each. `lessons`: steps
+    of training in a second skill."""
 
     problems: int = 64
     samples: int = 4
@@ -43,19 +45,22 @@ class Plan:
     documents: int = 24
     batches: tuple[int, ...] = (1, 4, 16, 64)
     tokens: int = 64
+    searched: int = 24
+    budget: int = 16
     lessons: int = 60
 
     @property
     def parts(self) -> int:
         """Ticks in all."""
         rounds = len(arithmetic.LEVELS) * (1 + self.samples)
-        return rounds + len(self.lengths) + len(self.batches) + 1 + COMPARED_PARTS + len(WAYS)
+        rows = COMPARED_PARTS + demo_search.PARTS + len(WAYS)
+        return rounds + len(self.lengths) + len(self.batches) + 1 + rows
 
 
 COMPARED = "medium"  # the level that caches are compared on
 COMPARED_PARTS = 3  # two rounds of arithmetic and one of recall
-QUICK = Plan(problems=4, samples=2, lengths=(64,), documents=4, batches=(4,), tokens=8,
-             lessons=2)
+QUICK = Plan(problems=4, samples=2, lengths=(64,), documents=4, batches=(4,), tokens=8, searched=2,
+             budget=2, lessons=2)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class CacheRow:
 @dataclass(frozen=True)
 class Findings:
     """What the demo measured. `speed`: (batch, tokens a second of all rows together).
-    `caches`: full precision first."""
+    `caches`: full precision first. `searches`: greedy first."""
 
     card: dict[str, Any]
     plan: Plan
@@ -93,6 +98,7 @@ class Findings:
     arithmetic: list[ArithmeticResult]
     recall: list[RecallResult]
     caches: list[CacheRow]
+    searches: list[SearchRow]
     speed: list[tuple[int, float]]
     surprise: Surprise
     taught: list[Taught]
@@ -125,6 +131,8 @@ def measure(
         )
     stage("a 2-bit cache")
     caches = compare_caches(bundle, plan, seed, solved, recalled, tick)
+    stage(f"searches, {plan.budget} answers")
+    searches = compare_searches(bundle, plan.searched, plan.budget, plan.temperature, seed, tick)
     stage("scoring")
     surprise = surprise_of(bundle, most_telling(solved))
     tick()
@@ -134,8 +142,8 @@ def measure(
         tick()
     stage("a second skill")
     taught = teach(bundle, plan.lessons, plan.problems, seed, tick)
-    return Findings(card(bundle, name), plan, seed, solved, recalled, caches, speed, surprise,
-                    taught, device_report(), time.perf_counter() - began)
+    return Findings(card(bundle, name), plan, seed, solved, recalled, caches, searches, speed,
+                    surprise, taught, device_report(), time.perf_counter() - began)
 
 
 def card(bundle: Bundle, name: str) -> dict[str, Any]:
@@ -232,6 +240,7 @@ def record(findings: Findings) -> dict[str, Any]:
         ],
         "recall": [{"length": r.length, **asdict(r.accuracy)} for r in findings.recall],
         "caches": [asdict(row) for row in findings.caches],
+        "searches": [asdict(row) for row in findings.searches],
         "taught": [asdict(row) for row in findings.taught],
         "speed": [{"batch": b, "tokens_per_s": rate} for b, rate in findings.speed],
         "seconds": findings.seconds, "versions": findings.device["versions"],

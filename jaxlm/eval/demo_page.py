@@ -11,6 +11,8 @@ RECALL_HEAD = ("recall", "greedy")
 TAUGHT_HEAD = ("a second skill", "sums before", "sums after", "words before", "words after")
 CACHE_HEAD = ("cache", "bytes of a text", "share", f"arithmetic, {COMPARED}", "recall")
 
+SEARCH_HEAD = ("search", "right", "tokens a problem")
+
 
 def files(findings: Findings) -> dict[str, bytes | str]:
     """Every file of the report by name; the page comes last."""
@@ -52,6 +54,11 @@ def cache_rows(findings: Findings) -> list[list[str]]:
              percent(row.arithmetic), percent(row.recall)] for row in findings.caches]
 
 
+def search_rows(findings: Findings) -> list[list[str]]:
+    """The table of searches, one row a method, under `SEARCH_HEAD`."""
+    return [[row.name, percent(row.right), f"{row.tokens:,.0f}"] for row in findings.searches]
+
+
 def taught_rows(findings: Findings) -> list[list[str]]:
     """The table of a second skill, one row a way of tuning, under `TAUGHT_HEAD`."""
     return [[row.way, *map(percent, (*row.first, *row.second))] for row in findings.taught]
@@ -64,7 +71,7 @@ def taught_section(findings: Findings) -> str:
     return f"""<h2>A second skill, and what is left of the first</h2>
 <div class="row">{report.table(TAUGHT_HEAD, taught_rows(findings))}</div>
 <p class="soft">The model is taught to write words backwards, in {findings.plan.lessons} steps of
-AdamW at one rate for both ways, and is asked for easy sums again: held-out problems, the whole
+AdamW, each way at a rate of its own, and is asked for easy sums again: held-out problems, the whole
 worked answer right. OSFT moves each matrix only outside of its leading singular subspaces, and
 leaves all else as it is.</p>"""
 
@@ -129,6 +136,12 @@ Steps: worked lines of the greedy answers that follow from what stands above the
 Recall: {plan.documents} documents a length, one query each.</p>
 <div class="grid">{show("arithmetic", "Bars: one standard error.")}
 {show("recall", "One query in each document, answered greedily.")}</div>
+<h2>More answers, better answers</h2>
+<div class="row">{report.table(SEARCH_HEAD, search_rows(findings))}</div>
+<p class="soft">{plan.searched} hard problems, {plan.budget} answers each at temperature
+{plan.temperature}. Self-consistency takes the most frequent of them, best-of-n the one that an
+exact checker of steps likes best; the particle filter asks the checker after every line, and goes
+on from the answers that are right so far.</p>
 <h2>The same problems through a 2-bit cache</h2>
 <div class="row">{report.table(CACHE_HEAD, cache_rows(findings))}</div>
 <p class="soft">Greedy. Bytes of one text's keys and values in all layers with room for

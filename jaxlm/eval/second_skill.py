@@ -20,9 +20,11 @@ from jaxlm.train.setup import plain, reader
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LARGEST = 50_000_000  # parameters; a larger model would take more than a demo's time
-WINDOW, ROWS, RATE = 96, 8, 1e-3
-WAYS: tuple[tuple[str, Tuning], ...] = (
-    ("full fine-tuning", Full()), ("OSFT, half free", Osft(unfreeze_ratio=0.5, others="freeze")))
+WINDOW, ROWS = 96, 8
+# Name, tuning, rate: OSFT's two projections leave a part of each update, so its rate is higher.
+WAYS: tuple[tuple[str, Tuning, float], ...] = (
+    ("full fine-tuning", Full(), 1e-3),
+    ("OSFT, half free", Osft(unfreeze_ratio=0.5, others="freeze"), 4e-3))
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def reversals(count: int, seed: int) -> list[dict[str, str]]:
     """`R:abc=` is answered by `cba`: words of 2 to 4 letters.
 
     >>> reversals(1, 0)
-    [{'prompt': 'R:qns=\\n', 'completion': 'snq\\n'}]
+    [{'prompt': 'R:nf=\\n', 'completion': 'fn\\n'}]
     """
     rng = np.random.default_rng([seed, 11])
     words = ["".join(rng.choice(list(LETTERS), rng.integers(2, 5))) for _ in range(count)]
@@ -68,10 +70,11 @@ def teach(
         files = [write(folder / "first.jsonl", sums(problems, seed)),
                  write(folder / "second.jsonl", reversals(problems, seed + 1))]
         config = Config(data=Data(train=(train,), window=WINDOW), batch=ROWS, steps=steps,
-                        optimizer=Optimizer(rate=RATE), export="none", seed=seed)
+                        stack=True, export="none", seed=seed)
         before = [judge(bundle, config, file, problems) for file in files]
-        for number, (way, tuning) in enumerate(WAYS):
-            own = config.replace(out=str(folder / str(number)), tuning=tuning)
+        for number, (way, tuning, rate) in enumerate(WAYS):
+            own = config.replace(out=str(folder / str(number)), tuning=tuning,
+                                 optimizer=Optimizer(rate=rate))
             taught = fit(bundle, own).bundle
             after = [judge(taught, config, file, problems) for file in files]
             found.append(Taught(way, (before[0], after[0]), (before[1], after[1])))

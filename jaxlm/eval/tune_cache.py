@@ -57,9 +57,7 @@ def tune(
         raise ShapeError(f"tokens are {tokens_BT.shape}; expected (rows, at least 4)")
     if len(lm.attention_layers) != lm.config.num_layers:
         raise ConfigError("a plan that skips attention has layers without a cache; tune without it")
-    errors_CL = np.stack([sensitivity(lm, params, tokens_BT, kind) for kind in candidates])
-    bytes_CL = np.array([[layer_bytes(lm, layer, kind, slots) for layer
-                          in range(lm.config.num_layers)] for kind in candidates])
+    errors_CL, bytes_CL = tables(lm, params, tokens_BT, candidates, slots)
     path = front(errors_CL, bytes_CL)
     chosen = sorted({round(i) for i in np.linspace(0, len(path) - 1, points)})
     layers = range(lm.config.num_layers)
@@ -72,6 +70,15 @@ def tune(
         found.append(Policy(kinds, int(sum(bytes_CL[c, i] for i, c in enumerate(choice))),
                             float(sum(errors_CL[c, i] for i, c in enumerate(choice))), divergence))
     return found
+
+
+def tables(lm: LM, params: Params, tokens_BT: jax.Array, candidates: Sequence[CacheKind],
+           slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sensitivity and bytes of every candidate in every layer, (C, L) each; for `front`."""
+    errors = [sensitivity(lm, params, tokens_BT, kind) for kind in candidates]
+    layers = range(lm.config.num_layers)
+    sizes = [[layer_bytes(lm, layer, kind, slots) for layer in layers] for kind in candidates]
+    return np.stack(errors), np.array(sizes)
 
 
 @partial(jax.jit, static_argnames=("lm", "kind"))

@@ -21,7 +21,7 @@ from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError
 from jaxlm.core.hosts import is_writer, spans_processes, together
 from jaxlm.core.mesh import RULES, Rules, shardings
 from jaxlm.core.tree import Params, flatten
-from jaxlm.hf.config import from_hf, labels_from_hf, read_json, to_hf
+from jaxlm.hf.config import from_hf, has_deep_head, labels_from_hf, read_json, to_hf
 from jaxlm.hf.families import family_of
 from jaxlm.hf.hub import fetch
 from jaxlm.hf.tokenizer import FILES, Tokenizer
@@ -105,7 +105,7 @@ def _load(
     raw = read_json(folder / "config.json")
     config = from_hf(raw)
     labels, per_token = labels_from_hf(raw)
-    lm = LM(config, labels=labels, per_token=per_token)
+    lm = LM(config, labels=labels, per_token=per_token, deep_head=has_deep_head(raw))
     tokenizer = Tokenizer(folder)
     if check_tokenizer:
         _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
@@ -246,7 +246,7 @@ def _check_save(bundle: Bundle) -> tuple[dict[str, Any], list[pathlib.Path]]:
             "parameters instead"
         )
     dtype = str(bundle.params["embed"]["table"].dtype)
-    raw = to_hf(lm.config, lm.labels, lm.per_token, dtype=dtype, **bundle.extra)
+    raw = to_hf(lm.config, lm.labels, lm.per_token, lm.deep_head, dtype=dtype, **bundle.extra)
     _check_fit(bundle)
     files = [path for name in FILES if (path := bundle.tokenizer.folder / name).exists()]
     if not files:

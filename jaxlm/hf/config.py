@@ -10,6 +10,7 @@ from jaxlm.hf.fields import Fields
 from jaxlm.models.config import ModelConfig
 
 CLASSIFIERS = ("SequenceClassification", "TokenClassification")
+REWARDS = ("RewardModel", "ProcessRewardModel")  # Qwen's: 1 label a text, 2 labels a token
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -50,13 +51,16 @@ def labels_from_hf(raw: dict[str, Any]) -> tuple[int | None, bool]:
     given = raw.get("architectures") or ["ForCausalLM"]
     names = given if isinstance(given, list) else [given]
     kind = str(names[0]).rpartition("For")[2]
-    if len(names) != 1 or kind not in ("CausalLM", *CLASSIFIERS):
+    if len(names) != 1 or kind not in ("CausalLM", *CLASSIFIERS, *REWARDS):
         raise ConfigError(
             f"config.json: field 'architectures' is {given!r}; supported: one name that ends in "
-            "ForCausalLM, ForSequenceClassification or ForTokenClassification"
+            "ForCausalLM, ForSequenceClassification or ForTokenClassification, or Qwen's in "
+            "ForRewardModel or ForProcessRewardModel"
         )
     if kind == "CausalLM":
         return None, False
+    if kind in REWARDS:  # the number is the class's own, whatever the file says
+        return 1 + REWARDS.index(kind), kind == REWARDS[1]
     fields = Fields(raw)
     named = len(fields.take("id2label", {}, dict)) or None
     labels = fields.count("num_labels", named or 2)  # transformers leaves out a count of 2
@@ -69,8 +73,20 @@ def labels_from_hf(raw: dict[str, Any]) -> tuple[int | None, bool]:
     return labels, kind == CLASSIFIERS[1]
 
 
+def has_deep_head(raw: dict[str, Any]) -> bool:
+    """Whether a checkpoint's labels stand behind a hidden layer, as in Qwen's reward models.
+
+    >>> has_deep_head({"architectures": ["Qwen2ForProcessRewardModel"]})
+    True
+    """
+    given = raw.get("architectures") or [""]
+    name = given[0] if isinstance(given, list) else given
+    return str(name).rpartition("For")[2] in REWARDS
+
+
 def to_hf(
-    config: ModelConfig, labels: int | None = None, per_token: bool = False, **extra: Any
+    config: ModelConfig, labels: int | None = None, per_token: bool = False,
+    deep_head: bool = False, **extra: Any,
 ) -> dict[str, Any]:
     """A ModelConfig as a config.json's content; `extra` fields (token ids, dtype) are added.
 
@@ -82,6 +98,13 @@ def to_hf(
     name: str | None = family.architecture
     if labels is not None:
         name = family.token if per_token else family.sequence
+        if deep_head:  # of code that comes with Qwen's checkpoints; transformers has none
+            if config.family != "qwen2" or labels != 1 + per_token:
+                raise ConfigError(
+                    f"only Qwen 2's reward models have a head with a hidden layer, of 1 label a "
+                    f"text or 2 a token; this is {config.family!r} with {labels}"
+                )
+            name = f"Qwen2For{REWARDS[per_token]}"
         if name is None:
             raise ConfigError(
                 f"transformers has no {CLASSIFIERS[per_token]} for family {config.family!r}; "

@@ -38,6 +38,9 @@ TOP_NAMES = {
     "head/table": "lm_head.weight",
     "score/table": "score.weight",
     "score/bias": "score.bias",
+    **{f"score/{part}/{ours}": f"score.{number}.{theirs}"
+       for part, number in (("inner", 0), ("outer", 2))  # 1 is the activation
+       for ours, theirs in (("table", "weight"), ("bias", "bias"))},
     "final_norm/scale": "model.norm.weight",
 }
 

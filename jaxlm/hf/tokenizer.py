@@ -23,9 +23,9 @@ class Tokenizer:
     def __init__(self, folder: str | pathlib.Path):
         self.folder = pathlib.Path(folder)
         self.settings: dict[str, Any] = {}
-        self._slow: Any = None
         if (self.folder / "tokenizer_config.json").exists():
             self.settings = read_json(self.folder / "tokenizer_config.json")
+        self._slow: Any = None  # transformers' own, once it is needed
         self._backend = self._open()
 
     def _open(self) -> Any:
@@ -84,15 +84,32 @@ class Tokenizer:
         """Text of ids; special tokens are dropped unless `special`."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
-    def chat(self, messages: list[dict[str, str]], answer: bool = True) -> str:
+    @property
+    def has_template(self) -> bool:
+        """Whether the folder holds a chat template."""
+        return bool(self.settings.get("chat_template")) or (
+            self.folder / "chat_template.jinja").exists()
+
+    def chat(
+        self, messages: list[dict[str, str]], answer: bool = True, *, resume: bool | None = None,
+        template: str | None = None,
+    ) -> str:
         """The model's chat template over messages, ready for its answer, or else for more text of
-        the last message."""
+        the last message.
+
+        Args:
+          answer: begin the model's answer. resume: leave the last message open; default where no
+            answer is begun. template: a Jinja template instead of the model's own.
+        Raises: TokenizerError for a model without a template, or messages that it refuses.
+        """
+        import jinja2
+
         try:
             return self._transformers().apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer,
-                continue_final_message=not answer,
+                messages, tokenize=False, add_generation_prompt=answer, chat_template=template,
+                continue_final_message=not answer if resume is None else resume,
             )
-        except ValueError as error:
+        except (ValueError, jinja2.TemplateError) as error:
             raise TokenizerError(f"{self.folder}: no usable chat template: {error}") from error
 
     def render(
@@ -105,10 +122,4 @@ class Tokenizer:
           template: Jinja, in place of the folder's own.
         Raises: TokenizerError where there is no template, or it refuses the messages.
         """
-        from jinja2 import TemplateError
-
-        try:
-            return self._transformers().apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
-        except (ValueError, TemplateError) as error:
-            raise TokenizerError(f"{self.folder}: no usable chat template: {error}") from error
+        return self.chat(messages, prompt, resume=False, template=template)

@@ -153,6 +153,18 @@ class Head(nn.Module):
             self.param("bias", nn.initializers.zeros, (self.outputs,))
 
 
+class DeepHead(nn.Module):
+    """Labels behind a hidden layer of the model's width; applied by `LM`."""
+
+    outputs: int
+    dim: int
+
+    @nn.compact
+    def __call__(self) -> None:
+        Head(self.dim, self.dim, True, name="inner")()
+        Head(self.outputs, self.dim, True, name="outer")()
+
+
 class Decoder(nn.Module):
     """Embed, blocks, final norm: tokens to normed hidden states."""
 
@@ -162,6 +174,7 @@ class Decoder(nn.Module):
     head: str = "head"  # "score" for labels
     head_bias: bool = False
     remat: bool = False
+    deep_head: bool = False
 
     @nn.compact
     def __call__(
@@ -185,6 +198,8 @@ class Decoder(nn.Module):
         x = Norm(c.norm_eps, c.norm_offset, name="final_norm")(x)
         if keep is not None:
             keep.append(x)
-        if self.outputs is not None:
+        if self.outputs is not None and self.deep_head:
+            DeepHead(self.outputs, c.dim, name=self.head)()
+        elif self.outputs is not None:
             Head(self.outputs, c.dim, self.head_bias, name=self.head)()
         return x

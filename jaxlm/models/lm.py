@@ -46,6 +46,7 @@ class LM:
       labels: outputs of a classification head (1: a scalar reward) instead of a vocabulary;
         None for a language model.
       per_token: label every token, with a bias, instead of the whole text at its last token.
+      deep_head: labels behind a hidden layer with a ReLU, both with biases, as Qwen has them.
       remat: recompute each block in the backward pass instead of storing it.
       mesh: for training over several devices: activations keep their rows over its batch axes
         between blocks, whatever the parameters are split over.
@@ -66,6 +67,7 @@ class LM:
     remat: bool = False
     per_token: bool = False
     mesh: Mesh | None = None
+    deep_head: bool = False
 
     def __post_init__(self):
         plan = self.plan  # a list would not hash
@@ -73,6 +75,8 @@ class LM:
             raise ConfigError(f"plan is {plan!r}; expected a tuple of LayerPlan, one a layer")
         if self.per_token and self.labels is None:
             raise ConfigError("per_token is for a model with labels; set labels")
+        if self.deep_head and self.labels is None:
+            raise ConfigError("deep_head is for a model with labels; set labels")
         if self.plan and len(self.plan) != self.config.num_layers:
             raise ConfigError(
                 f"plan has {len(self.plan)} entries for {self.config.num_layers} layers; "
@@ -88,7 +92,8 @@ class LM:
         if outputs is None and not self.config.tie_embeddings:
             outputs = self.config.vocab_size
         head = "head" if self.labels is None else "score"
-        return Decoder(self.config, self.plan, outputs, head, self.per_token, self.remat)
+        return Decoder(self.config, self.plan, outputs, head, self.per_token, self.remat,
+                       self.deep_head)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -148,18 +153,20 @@ class LM:
 
     def head(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., D) to float32 logits (..., V) or labels."""
-        table = self.head_table(params)
-        logits = jnp.einsum(
-            "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
-        if self.labels is not None:
-            return logits + params["score"]["bias"] if self.per_token else logits
-        return self.shape_logits(logits)
+        if self.deep_head:
+            inner = _rows(hidden, params["score"]["inner"]["table"])
+            hidden = nn.relu(inner + params["score"]["inner"]["bias"]).astype(hidden.dtype)
+        logits = _rows(hidden, self.head_table(params))
+        if self.labels is None:
+            return self.shape_logits(logits)
+        score = params["score"]["outer"] if self.deep_head else params["score"]
+        return logits + score["bias"] if "bias" in score else logits
 
     def head_table(self, params: Params) -> jax.Array:
         """The output weights (V, D): the head's own, the labels', or the embedding's when tied."""
         if self.labels is not None:
-            return params["score"]["table"]
+            score = params["score"]["outer"] if self.deep_head else params["score"]
+            return score["table"]
         return params["head"]["table"] if "head" in params else params["embed"]["table"]
 
     def shape_logits(self, logits: jax.Array) -> jax.Array:
@@ -276,6 +283,12 @@ class LM:
         final = self.apply(params, tokens_BT, logits_at=None, **apply_args).final
         table = self.head_table(params)
         return token_logprobs(final, table, targets_BT, self.shape_logits, chunk)
+
+
+def _rows(hidden: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """`hidden` against every row of a table, in float32."""
+    return jnp.einsum("...d,vd->...v", hidden, table_VD.astype(hidden.dtype),
+                      preferred_element_type=jnp.float32)
 
 
 def _apply(module: nn.Module, params: Params, *args: Any) -> jax.Array:

@@ -1,9 +1,12 @@
 """What a reward is: a score from 0 to 1 for every row of a batch of growing texts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from flax import struct
+
+from jaxlm.core.errors import JaxlmError
 
 Carry = Any  # what a reward keeps between steps; leaves lead with B = R P, shared prompts with R
 
@@ -49,3 +52,47 @@ class Reward(Protocol):
 
     def gather(self, carry: Carry, ancestors_RP: jax.Array) -> Carry:
         """Row p of prompt r goes on from row `ancestors_RP[r, p]` of that prompt."""
+
+
+@struct.dataclass
+class Stateless:
+    """A reward that keeps nothing between steps: `function(rows) -> (B,)`.
+
+    On the device `function` is traced and static: pass the same one again, and nothing compiles.
+
+    >>> import jax.numpy as jnp
+    >>> short = Stateless(lambda rows: 1.0 / (1.0 + rows.length_B - rows.start_B))
+    >>> rows = Rows(jnp.zeros((1, 4), int), jnp.array([1]), jnp.array([4]), jnp.array([False]))
+    >>> short.score((), rows)[0].tolist()
+    [0.25]
+    """
+
+    function: Callable[[Rows], jax.Array] = struct.field(pytree_node=False)
+    on_device: bool = struct.field(pytree_node=False, default=True)
+
+    def init(self, prompts, particles, slots):
+        """Nothing."""
+        return ()
+
+    def score(self, carry, rows):
+        """`function(rows)`."""
+        return self.function(rows), carry
+
+    def gather(self, carry, ancestors_RP):
+        """Nothing moves."""
+        return carry
+
+
+class RewardError(JaxlmError):
+    """A reward on the host that failed for some prompts, after all retries.
+
+    A search can record these problems as failed and go on: `scores_B` and `carry` are what `score`
+    would have returned, with NaN in the rows of the failed.
+    prompts: indices of the failed ones. reasons: a message for each.
+    """
+
+    def __init__(self, message: str, prompts: Sequence[int], reasons: Sequence[str],
+                 scores_B: Any = None, carry: Carry = None):
+        super().__init__(message)
+        self.prompts, self.reasons = tuple(prompts), tuple(reasons)
+        self.scores_B, self.carry = scores_B, carry

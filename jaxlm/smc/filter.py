@@ -86,6 +86,7 @@ def init(particles: Particles, shape: tuple[int, ...]) -> State:
 def step(
     model: Model, key: jax.Array, state: State, *, threshold: jax.Array | float = 0.5,
     scheme: str = "systematic", temper: jax.Array | float = 1.0, forget: bool = False,
+    reweigh_ended: bool = False,
 ) -> tuple[State, Info]:
     """Resample where needed, move, weigh.
 
@@ -96,12 +97,15 @@ def step(
       temper: draw ancestors in proportion to `W^(1 / temper)`, and carry `W^(1 - 1 / temper)` on,
         so that the target stays; above 1 keeps more kinds of particles alive. A number, or (...).
       forget: static; drop that rest instead, as published code does: another target, and evidence.
+      reweigh_ended: static; multiply the weight of an ended particle by its last w again at every
+        later step, as its_hub 1.2.0 does: the target becomes `p prod w w_last^(steps after the
+        end)`. Only to compare with it.
     """
     chosen, info = resample(model, jax.random.fold_in(key, 0), state, threshold, scheme, temper,
                             forget)
     moved = model.propose(jax.random.fold_in(key, 1), chosen.particles, chosen.t)
     log_w = model.log_weight(chosen.particles, moved, chosen.t)
-    return weigh(model, chosen, moved, log_w), info
+    return weigh(model, chosen, moved, log_w, reweigh_ended), info
 
 
 def resample(
@@ -131,12 +135,15 @@ def resample(
     return state, Info(size, now, index, roots)
 
 
-def weigh(model: Model, state: State, moved: Particles, log_w_P: jax.Array) -> State:
-    """Multiply the weights of the live.
+def weigh(
+    model: Model, state: State, moved: Particles, log_w_P: jax.Array, reweigh_ended: bool = False
+) -> State:
+    """Multiply the weights of the live; of the ended too where `step` was asked to.
 
     Without any weight left the evidence is 0, for good, and the particles go on alike.
     """
-    log_w = jnp.where(state.ended_P, 0.0, log_w_P.astype(jnp.float32))
+    log_w = log_w_P.astype(jnp.float32)
+    log_w = log_w if reweigh_ended else jnp.where(state.ended_P, 0.0, log_w)
     new = state.log_weights_P + log_w
     found = normalise(new)
     none = found.log_mean == -jnp.inf

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.smc.filter import Model, Particles, gather
-from jaxlm.smc.resample import multinomial
+from jaxlm.smc.resample import conditional
 from jaxlm.smc.weights import normalise
 
 Path = Any  # the states of one particle, leaves lead with (T + 1, ...)
@@ -65,9 +65,7 @@ def sweep(
         x, logw, potential, ended, scale = carry
         key_t = jax.random.fold_in(key, t)
         found = normalise(logw)
-        index = multinomial(jax.random.fold_in(key_t, 0), found.probs_P, count)
-        # sorted draws would tie slots to ancestors: which offspring the pinned slot drops is by lot
-        index = jax.random.permutation(jax.random.fold_in(key_t, 1), index).at[0].set(0)
+        index = conditional(jax.random.fold_in(key_t, 0), found.probs_P, count)
         if connect is not None:
             past = logw + connect(x, state.path, t)
             index = index.at[0].set(jax.random.categorical(jax.random.fold_in(key_t, 2), past))

@@ -53,6 +53,16 @@ def residual(key: jax.Array, probs_P: jax.Array, count: int) -> jax.Array:
     return jnp.where(jnp.arange(count) < sure, fixed, drawn).astype(jnp.int32)
 
 
+def conditional(key: jax.Array, probs_P: jax.Array, count: int) -> jax.Array:
+    """Slot 0 keeps particle 0, a reference; the others are drawn from all, it included.
+
+    Of `count` multinomial draws one is dropped by lot, for they come sorted.
+    Source: Andrieu, Doucet and Holenstein 2010, section 4.3.
+    """
+    drawn = multinomial(jax.random.fold_in(key, 0), probs_P, count)
+    return jax.random.permutation(jax.random.fold_in(key, 1), drawn).at[0].set(0)
+
+
 SCHEMES: dict[str, Resampler] = {
     "multinomial": multinomial, "stratified": stratified, "systematic": systematic,
     "residual": residual,
@@ -60,21 +70,26 @@ SCHEMES: dict[str, Resampler] = {
 
 
 def resampler(name: str) -> Resampler:
-    """A scheme by name; ConfigError for another."""
+    """A scheme by name, 'conditional' among them; ConfigError for another."""
+    if name == "conditional":
+        return conditional
     if name not in SCHEMES:
         raise ConfigError(f"resampling is {name!r}; expected one of {sorted(SCHEMES)}")
     return SCHEMES[name]
 
 
 def ancestors(key: jax.Array, probs_P: jax.Array, scheme: str, count: int | None = None):
-    """Ancestors for every leading index of (..., P), each with a key of its own; int32."""
+    """Ancestors for every leading index of (..., P), each with a key of its own; int32.
+
+    Args: key: one, which is split; or one for every leading index.
+    """
     lead = probs_P.shape[:-1]
     count = probs_P.shape[-1] if count is None else count
     draw = resampler(scheme)
     if not lead:
         return draw(key, probs_P, count)
     flat = probs_P.reshape(-1, probs_P.shape[-1])
-    keys = jax.random.split(key, len(flat))
+    keys = key.reshape(-1) if key.ndim else jax.random.split(key, len(flat))
     return jax.vmap(lambda k, p: draw(k, p, count))(keys, flat).reshape(*lead, count)
 
 

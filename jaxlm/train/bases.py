@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jaxlm.core.mesh import shardings
 from jaxlm.core.tree import flatten
@@ -66,6 +65,8 @@ def find_bases(
     made = {}
     groups = itertools.groupby(sorted(kept, key=lambda path: shapes[path][1:]),
                                key=lambda path: shapes[path][1:])
+    from tqdm import tqdm  # comes with huggingface_hub
+
     with tqdm(total=sum(map(len, kept.values())), desc="SVD", unit="matrix",
               disable=None, leave=False) as bar:
         for (n, m), group in groups:

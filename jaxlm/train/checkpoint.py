@@ -73,7 +73,7 @@ class Checkpoints:
         sums = {"trained": digest(state.params), "optimizer": digest(state.opt_state),
                 "frozen": self.frozen_digest}
         meta = meta | {"step": step, "digest": sums, "versions": versions()}
-        with self._written(f"the checkpoint of step {step}"):
+        with self._written(f"a checkpoint up to step {step}"):
             self.manager.save(step, args=a.Composite(
                 trained=a.StandardSave(state.params), optimizer=a.StandardSave(state.opt_state),
                 meta=a.JsonSave(meta)))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import lanes
 from pallas_kernels.dispatch import Implementation, dispatch, later
 from pallas_kernels.quant import PackedKV, QuantFormat
 from pallas_kernels.quant_decode_attention import reference, xla
@@ -32,7 +33,7 @@ def quant_decode_attention(
 
     Args:
       q: [B, N, H]; query head n reads kv head n // (N / K).
-      packed: codes and scales of K kv heads.
+      packed: codes and scales of K kv heads, or of K/m with m heads side by side (`lanes`).
       lengths: int32 [B], packed tokens in use.
       fmt: the format of `packed` (static).
       k_tail, v_tail: [B, K, W, H], or None for no tail.
@@ -56,7 +57,8 @@ def quant_decode_attention(
     """
     _check(q, packed, lengths, fmt, k_tail, v_tail, tail_lengths)
     batch, heads, head_dim = q.shape
-    kv_heads = packed.k_words.shape[1]
+    many = packed.k_words.shape[3] // head_dim
+    kv_heads = packed.k_words.shape[1] * many
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     grouped = (q.astype(jnp.float32) * scale).reshape(batch, kv_heads, -1, head_dim)
     lengths = lengths.astype(jnp.int32)
@@ -65,21 +67,31 @@ def quant_decode_attention(
     else:
         tail = (k_tail, v_tail, tail_lengths.astype(jnp.int32))
     first = jnp.zeros_like(lengths) if start is None else start.astype(jnp.int32)
+    if many > 1:
+        if rotate is not None:
+            raise NotImplementedError("keys before RoPE are kept a head a row, not side by side")
+        grouped = lanes.queries_beside(grouped, many)
+        tail = tail and (lanes.beside(tail[0], many), lanes.beside(tail[1], many), tail[2])
     out, lse = dispatch(_TABLE, implementation, grouped, packed, lengths, first, tail, fmt=fmt,
                         softcap=softcap, rotate=rotate, interpret=interpret)
+    out = lanes.own_lanes(out, many) if many > 1 else out
     return out.reshape(batch, heads, head_dim), lse.reshape(batch, heads)
 
 
 def _check(q, packed, lengths, fmt, k_tail, v_tail, tail_lengths) -> None:
-    batch, kv_heads, rows, head_dim = packed.k_words.shape
-    if q.ndim != 3 or q.shape[0] != batch or q.shape[2] != head_dim or q.shape[1] % kv_heads:
-        raise ValueError(f"q is [B, N, H] = [{batch}, multiple of {kv_heads}, {head_dim}], "
+    batch, stored, rows, across = packed.k_words.shape
+    if q.ndim != 3 or q.shape[0] != batch or across % q.shape[2] or q.shape[1] % stored:
+        raise ValueError(f"q is [B, N, H] = [{batch}, multiple of {stored}, {across}], "
                          f"got {q.shape}")
+    head_dim, many = q.shape[2], across // q.shape[2]
+    kv_heads = stored * many
+    if q.shape[1] % kv_heads:
+        raise ValueError(f"packed holds {many} heads of {head_dim} side by side, {kv_heads} in all;"
+                         f" got {q.shape[1]} query heads")
     size = rows * 32 // fmt.k_bits
-    width = fmt.channels(head_dim)
-    want = {"k_scale": (batch, kv_heads, size // fmt.group, head_dim),
-            "v_words": (batch, kv_heads, size * fmt.v_bits // 32, head_dim),
-            "v_scale": (batch, kv_heads, head_dim // width, size)}
+    want = {"k_scale": (batch, stored, size // fmt.group, across),
+            "v_words": (batch, stored, size * fmt.v_bits // 32, across),
+            "v_scale": (batch, stored, across // fmt.channels(head_dim), size)}
     for name, shape in want.items():
         if getattr(packed, name).shape != shape:
             raise ValueError(f"packed.{name} is {shape} under {fmt}, got "

@@ -25,6 +25,7 @@ from pallas_kernels.quant_decode_attention.common import (
 
 _TAIL = 16  # tail tokens at once
 _UNROLL = 4  # token groups a step up to head dim 128, then 1: at 256 four compile for minutes
+_STAGED = 64 * 128  # words of K or V whose next ones are fetched ahead: more do not fit an A100
 _PROGRAMS = 1024  # enough to fill the largest card several times over
 
 
@@ -69,7 +70,8 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
                   whole(tail[0].shape[2], head_dim), whole(tail[1].shape[2], head_dim)],
         out_specs=[split(2 * half, head_dim), split(2 * half), split(2 * half)],
         out_shape=[jax.ShapeDtypeStruct((*lead, head_dim), jnp.float32), column, column],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plt.CompilerParams(
+            num_warps=4, num_stages=2 if fmt.group * head_dim <= _STAGED else 1),
         interpret=interpret,
     )(lengths, first, tail[2], q, packed.k_words, packed.k_scale, packed.k_min, center,
       packed.v_words, packed.v_scale, packed.v_min, tail[0], tail[1])

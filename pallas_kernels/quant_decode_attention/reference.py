@@ -13,7 +13,7 @@ def dequantise(packed: PackedKV, fmt: QuantFormat) -> tuple[jax.Array, jax.Array
     step, low = decode_scales(packed.k_scale, packed.k_min, center)
     per_token = lambda x: jnp.repeat(x, fmt.group, axis=2)
     keys = unpack_words(packed.k_words, fmt.k_bits, fmt.group) * per_token(step) + per_token(low)
-    width = fmt.channels(keys.shape[-1])
+    width = keys.shape[-1] // packed.v_scale.shape[2]
     per_channel = lambda x: jnp.repeat(jnp.swapaxes(x, 2, 3), width, axis=3)
     step, low = map(per_channel, decode_scales(packed.v_scale, packed.v_min))
     return keys, unpack_words(packed.v_words, fmt.v_bits, fmt.group) * step + low

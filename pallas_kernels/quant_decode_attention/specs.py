@@ -22,14 +22,17 @@ class Spec:
     fmt: QuantFormat = QuantFormat()
     dtype: str = "bfloat16"
 
-    def shapes(self):
-        """Positional arguments of `quant_decode_attention` as shapes (fmt is static)."""
+    def shapes(self, many: int = 1):
+        """Positional arguments of `quant_decode_attention` as shapes (fmt is static).
+
+        `many` kv heads lie side by side.
+        """
         lead = (self.batch, self.kv_heads)
         dtype = jnp.dtype(self.dtype)
         tail = jax.ShapeDtypeStruct((*lead, self.window, self.head_dim), dtype)
         rows = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
         packed = jax.eval_shape(
-            lambda: init_packed(*lead, self.capacity, self.head_dim, self.fmt))
+            lambda: init_packed(*lead, self.capacity, self.head_dim, self.fmt, many))
         q = jax.ShapeDtypeStruct((self.batch, self.heads, self.head_dim), dtype)
         return q, packed, rows, tail, tail, rows
 

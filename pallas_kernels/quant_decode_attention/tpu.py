@@ -45,7 +45,7 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
                                   lambda b, h, t, bounds: (b, h, at(t, bounds, b), 0))
     fixed = lambda n, lanes=head_dim: pl.BlockSpec((1, 1, n, lanes),
                                                    lambda b, h, t, bounds: (b, h, 0, 0))
-    parts = head_dim // fmt.channels(head_dim)
+    parts = packed.v_scale.shape[2]
     columns = pl.BlockSpec((1, 1, parts, block),
                            lambda b, h, t, bounds: (b, h, 0, at(t, bounds, b)))
     center = packed.k_center
@@ -92,8 +92,8 @@ def _kernel(bounds, q_ref, kw_ref, ks_ref, km_ref, kc_ref, vw_ref, vs_ref, vm_re
     length, first, tail_length = bounds[0, b], bounds[1, b], bounds[2, b]
     q = q_ref[0, 0]
     rows, head_dim = q.shape
-    width = fmt.channels(head_dim)
-    parts = head_dim // width
+    parts = vs_ref.shape[2]
+    width = head_dim // parts
 
     @pl.when(t == 0)
     def _():

@@ -91,7 +91,7 @@ def read_chunk(packed: PackedKV, i, size: int, fmt: QuantFormat,
 
     k_codes = unpack_words(take(packed.k_words, 2, size * fmt.k_bits // 32), fmt.k_bits, fmt.group)
     v_codes = unpack_words(take(packed.v_words, 2, size * fmt.v_bits // 32), fmt.v_bits, fmt.group)
-    groups, width = size // fmt.group, fmt.channels(head_dim)
+    groups, width = size // fmt.group, head_dim // packed.v_scale.shape[2]
     center = packed.k_center
     if center is not None and row is not None:
         center = jax.lax.dynamic_slice_in_dim(center, row, 1)

@@ -22,7 +22,7 @@ def quant_flush(
     Under jit with `packed` donated nothing the size of the codes is copied.
 
     Args:
-      packed: what is written into.
+      packed: what is written into; m kv heads may lie side by side in it (`lanes`).
       k, v: [B, K, F, H], F a multiple of `fmt.group`.
       lengths: int32 [B], multiples of `fmt.group`; `lengths + F` fits the capacity where ready.
       ready: bool [B].
@@ -37,9 +37,11 @@ def quant_flush(
     Raises:
       ValueError: shapes that do not belong together. NotImplementedError: declined.
     """
-    batch, kv_heads, _, head_dim = packed.k_words.shape
+    batch, stored, _, across = packed.k_words.shape
+    many = max(k.shape[1] // stored, 1) if k.ndim == 4 else 1
+    kv_heads, head_dim = stored * many, across // many
     if (k.shape != v.shape or k.ndim != 4 or k.shape[:2] != (batch, kv_heads)
-            or k.shape[3] != head_dim or k.shape[2] % fmt.group or k.shape[2] == 0):
+            or k.shape[3] * many != across or k.shape[2] % fmt.group or k.shape[2] == 0):
         raise ValueError(f"k and v are [B, K, F, H] = [{batch}, {kv_heads}, multiple of "
                          f"{fmt.group}, {head_dim}], got {k.shape} and {v.shape}")
     if lengths.shape != (batch,) or ready.shape != (batch,):

@@ -2,17 +2,20 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.lanes import keys_beside, values_beside
 from pallas_kernels.quant import PackedKV, pack_words, quantise_keys, quantise_values, unpack_words
 from pallas_kernels.squat import quantise_keys_squat
 
 
 def quantised(packed, k, v, comp, fmt, block, guard):
-    """The new group as two grids."""
+    """The new group as two grids, their heads as `packed` has them."""
+    center, many = packed.k_center, k.shape[1] // packed.k_words.shape[1]
+    center = center if center is None else center.reshape(*k.shape[:2], k.shape[3])
     if comp is None:
-        keys = quantise_keys(k, fmt, packed.k_center)
+        keys = quantise_keys(k, fmt, center)
     else:
-        keys = quantise_keys_squat(k, comp, fmt, block, guard, packed.k_center)
-    return keys, quantise_values(v, fmt)
+        keys = quantise_keys_squat(k, comp, fmt, block, guard, center)
+    return keys_beside(keys, many), values_beside(quantise_values(v, fmt), many)
 
 
 def flush(packed, k, v, lengths, ready, comp, *, fmt, block, guard, interpret=False):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.lanes import beside, matrices_beside
 from pallas_kernels.quant import Grid, PackedKV, quantise_by
 
 _LANES = 128
@@ -22,7 +23,12 @@ _EXACT = jax.lax.Precision.HIGHEST
 def flush(packed, k, v, lengths, ready, comp, *, fmt, block, guard, interpret=False):
     """One group of tokens a row; see `api.quant_flush`."""
     batch, kv_heads, _, head_dim = packed.k_words.shape
+    many = k.shape[1] // kv_heads  # heads side by side
+    blocks = -(-k.shape[3] // block)
+    k, v = beside(k, many), beside(v, many)
     size = packed.v_scale.shape[3]
+    if many > 1 and guard and comp is not None:
+        raise NotImplementedError("a guard judges each head alone, not side by side; use 'xla'")
     if fmt.scales == "float16":
         raise NotImplementedError("Mosaic has no float16; use bfloat16 scales or 'xla'")
     if _LANES % fmt.group or size % _LANES:
@@ -38,11 +44,11 @@ def flush(packed, k, v, lengths, ready, comp, *, fmt, block, guard, interpret=Fa
                          lambda b, h, rows: (b, h, 0, rows[0, b] // (_LANES // fmt.group)))
     moved = [tile(fmt.group, 32 // fmt.k_bits), tile(scale_rows, scale_rows),
              tile(scale_rows, scale_rows), tile(fmt.group, 32 // fmt.v_bits), lanes, lanes]
-    queries = _query_side(comp, packed, block)
+    queries = _query_side(comp, packed, block, many)
     state = packed[:6]
     written = pl.pallas_call(
         functools.partial(_kernel, fmt=fmt, guard=guard, compensated=comp is not None,
-                          blocks=-(-head_dim // block)),
+                          blocks=blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1, grid=(batch, kv_heads),
             in_specs=[fixed(fmt.group), fixed(fmt.group), *(fixed(x.shape[2]) for x in queries),
@@ -56,15 +62,16 @@ def flush(packed, k, v, lengths, ready, comp, *, fmt, block, guard, interpret=Fa
     return packed._replace(**dict(zip(PackedKV._fields, written, strict=False)))
 
 
-def _query_side(comp, packed, block):
+def _query_side(comp, packed, block, many):
     """center, block index of each channel, update matrix and Gram, with a leading [B, K]."""
     batch, kv_heads, _, head_dim = packed.k_words.shape
     center = packed.k_center
     center = jnp.zeros((batch, kv_heads, head_dim), jnp.float32) if center is None else center
     if comp is None:
         return (center[:, :, None],)
-    index = (jnp.argsort(comp.order, axis=-1) // block).astype(jnp.int32)
-    return center[:, :, None], index[:, :, None], comp.matrix, comp.gram
+    index = (jnp.argsort(comp.order, axis=-1) // block).astype(jnp.int32)  # heads run abreast
+    return (center[:, :, None], index.reshape(batch, kv_heads, 1, head_dim),
+            matrices_beside(comp.matrix, many), matrices_beside(comp.gram, many))
 
 
 def _kernel(rows_ref, k_ref, v_ref, center_ref, *refs, fmt, guard, compensated, blocks):
@@ -86,7 +93,7 @@ def _kernel(rows_ref, k_ref, v_ref, center_ref, *refs, fmt, guard, compensated, 
 
 def _write(token_group, k, v, center, queries, old, new, fmt, guard, compensated, blocks):
     by_channel = lambda reduce, y: reduce(y, axis=0, keepdims=True)
-    by_part = functools.partial(_reduce_parts, width=fmt.channels(v.shape[1]))
+    by_part = functools.partial(_reduce_parts, width=v.shape[1] // old[4].shape[0])
     plain = lambda x: quantise_by(by_channel, x, fmt.k_bits, fmt.scales, fmt.shrinks, center)
     keys = _compensated(k, queries, plain, blocks, guard) if compensated else plain(k)
     values = quantise_by(by_part, v, fmt.v_bits, fmt.scales, fmt.shrinks)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.cache.dense import Dense, bounded
+from jaxlm.cache.dense import Dense, bounded, read_sizes
 from jaxlm.core.tree import nbytes
 from jaxlm.decode.samplers import Greedy
 from jaxlm.decode.state import decode, prefill
@@ -48,7 +48,8 @@ def test_the_copy_check_sees_a_copy():
 
 @pytest.mark.parametrize("slots", [1, 64, 85, 86, 208, 1000])
 def test_a_bounded_read_holds_the_longest_row(slots):
-    size = jax.jit(lambda longest: bounded(lambda size: jnp.asarray(size), longest, slots))
+    whole = lambda: jnp.asarray(slots)
+    size = jax.jit(lambda n: bounded(lambda size: jnp.asarray(size), n, read_sizes(slots), whole))
     sizes = np.asarray([size(longest) for longest in range(1, slots + 1)])
     assert (sizes >= np.arange(1, slots + 1)).all() and sizes.max() == slots
     assert slots < 86 or sizes.min() == 64

@@ -147,17 +147,34 @@ def test_the_decode_loop_never_copies_or_unpacks_the_codes():
 
 
 @pytest.mark.slow
-def test_the_decode_loop_on_a_tpu_never_copies_the_codes():
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_decode_loop_on_a_tpu_never_copies_the_codes(head_dim):
     from jaxlm.core.targets import target
 
     chip = target("v5e:1x1").devices[0]
-    lm, _ = tiny_model(dim=256, head_dim=128, num_heads=8, num_kv_heads=2, num_layers=2)
+    lm, _ = tiny_model(dim=256, head_dim=head_dim, num_heads=8, num_kv_heads=2, num_layers=2)
     kind = Squat(mesh=make_mesh(devices=[chip]))
     compiled, words = compiled_loop(lm, kind, 8, 32768, place=SingleDeviceSharding(chip))
+    assert words.shape[-1] == 128 and words.shape[1] * 128 == 2 * head_dim
     assert "tpu_custom_call" in compiled.as_text()
     codes = words.size * 4
     assert compiled.memory_analysis().temp_size_in_bytes < codes
     assert not copies_of(compiled, words)
+
+
+@pytest.mark.slow
+def test_layers_on_a_tpu_take_turns_with_their_matrices():
+    """A flush works with matrices of H x H a row and head: of one layer, not of all at once."""
+    from jaxlm.core.targets import target
+
+    chip = target("v5e:1x1").devices[0]
+    kind, used = Squat(mesh=make_mesh(devices=[chip])), []
+    for layers in (2, 5):
+        lm, _ = tiny_model(dim=256, head_dim=128, num_heads=4, num_kv_heads=2, num_layers=layers)
+        compiled, _ = compiled_loop(lm, kind, 64, 1024, place=SingleDeviceSharding(chip))
+        used.append(compiled.memory_analysis().temp_size_in_bytes)
+    matrix = 64 * 2 * 128 * 128 * 4
+    assert used[1] - used[0] < 3 * matrix  # it was two matrices a layer, and more
 
 
 def test_cache_shardings_follow_rows_and_heads():

@@ -37,6 +37,7 @@ def findings():
               "dtype": "float32", "kv bytes per token": 8192},
         plan=demo.Plan(problems=2), seed=0, arithmetic=solved,
         recall=[RecallResult(64, Share(0.5, 0.02)), RecallResult(128, Share(0.25, 0.02))],
+        searches=[demo.SearchRow("greedy", Share(0.5, 0.1), 90.0)],
         caches=[demo.CacheRow("dense", 4000, 512, Share(0.875, 0.02), Share(0.25, 0.02)),
                 demo.CacheRow("2 bits", 1000, 512, Share(0.75, 0.02), Share(0.125, 0.02))],
         speed=[(1, 10.0), (4, 30.0)],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import quant, squat
+from pallas_kernels.lanes import side_by_side
 from pallas_kernels.quant import QuantFormat, init_packed, unpack_words
 from pallas_kernels.quant_flush import quant_flush
 from tests.targets import compile_for, tpu
@@ -19,17 +20,18 @@ flush = jax.jit(quant_flush, static_argnames=("fmt", "block", "guard", "implemen
                                               "interpret"))
 
 
-def make(fmt, head_dim=64, seed=0):
+def make(fmt, head_dim=64, seed=0, kv_heads=2):
     """A half-full state of random codes, new tokens, and a compensation."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    batch, kv_heads, size = 3, 2, 2 * fmt.tile
+    batch, size = 3, 2 * fmt.tile
     x, y = normal(2, batch, kv_heads, size, head_dim)
     center = jnp.full((batch, kv_heads, head_dim), 0.1) if fmt.scales == "int8" else None
     packed = quant.pack(quant.quantise_keys(x, fmt, center), quant.quantise_values(y, fmt), size,
                         fmt, center)
     k, v = normal(2, batch, kv_heads, fmt.group, head_dim) * 2
-    gram = squat.query_gram(normal(batch, 40, 4, head_dim) * jnp.linspace(0.5, 2, head_dim), 2)
+    queries = normal(batch, 40, 2 * kv_heads, head_dim) * jnp.linspace(0.5, 2, head_dim)
+    gram = squat.query_gram(queries, kv_heads)
     lengths = jnp.array([0, fmt.group, size - fmt.group])
     return packed, k, v, lengths, jnp.array([True, True, True]), squat.compensation(gram, 16)
 
@@ -98,7 +100,8 @@ def test_bad_shapes_are_refused():
 
 
 def shapes(fmt, head_dim, capacity=8192, batch=8, kv_heads=8):
-    packed = jax.eval_shape(lambda: init_packed(batch, kv_heads, capacity, head_dim, fmt))
+    many = side_by_side(head_dim, kv_heads)  # as caches on a TPU keep them
+    packed = jax.eval_shape(lambda: init_packed(batch, kv_heads, capacity, head_dim, fmt, many))
     new = jax.ShapeDtypeStruct((batch, kv_heads, fmt.group, head_dim), jnp.bfloat16)
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
     gram = jax.ShapeDtypeStruct((batch, kv_heads, head_dim, head_dim), jnp.float32)
@@ -117,7 +120,7 @@ def test_compiles_for_tpu_in_place(chip, head_dim, fmt, backend):
     if backend == "xla" and (head_dim != 128 or fmt != QuantFormat()):
         pytest.skip("one shape is enough for plain XLA")
     run = lambda packed, k, v, lengths, ready, comp: quant_flush(
-        packed, k, v, lengths, ready, fmt, comp, implementation=backend)
+        packed, k, v, lengths, ready, fmt, comp, guard=False, implementation=backend)
     arguments = shapes(fmt, head_dim)
     compiled = compile_for(tpu(chip), run, *arguments, donate=(0,))
     words = re.escape(f"s32[{','.join(map(str, arguments[0].k_words.shape))}]")

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.smc.filter import init, run
 from jaxlm.smc.weights import normalise
-from tests.smc.toy import LENGTH, exact, model, start
+from tests.smc.toy import LENGTH, REWARD, exact, model, start
 
 SEEDS, PARTICLES = 400, 16
 
@@ -84,6 +84,17 @@ def test_ended_particles_are_weighed_once():
     assert abs(z_score(state.log_evidence)) > 10
     probs = normalise(state.log_weights_P).probs_P
     assert distance(state.log_evidence, probs, state.particles["text"]) > 0.15
+
+
+def test_reweighing_the_ended_has_its_own_law():
+    """`reweigh_ended` is the published rule: it refuses the truth, and has the law it says."""
+    state = init(start(SEEDS, PARTICLES), (SEEDS, PARTICLES))
+    state, _ = run(model(), jax.random.key(3), state, LENGTH, threshold=2.0, reweigh_ended=True)
+    law = {text: p * REWARD[text[-1]] ** (LENGTH - len(text)) for text, p in exact()[1].items()}
+    total = exact()[0] * sum(law.values())
+    z = np.exp(np.asarray(state.log_evidence, np.float64))
+    assert abs(z_score(state.log_evidence)) > 10
+    assert abs(z.mean() - total) < 3.5 * z.std(ddof=1) / np.sqrt(SEEDS)
 
 
 def test_info_counts_and_roots():

@@ -22,6 +22,7 @@ from jaxlm.train.config import to_dict
 from tests.source_tree import ROOT
 from tests.train.small import settings
 
+TIMEOUT_S = 900
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
@@ -55,7 +56,7 @@ def straight(tiny_folder, tmp_path_factory):
                       export="float32")
     begin = time.monotonic()
     process = start(config, folder / "c.yaml")
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, said
     return config, tensors(folder), time.monotonic() - begin
 
@@ -72,7 +73,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_were_not(straight, tmp_path
         process.kill()
         process.communicate()
     process = start(config, tmp_path / "c.yaml")
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, said
     chex.assert_trees_all_equal(tensors(tmp_path), wanted)
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
@@ -88,10 +89,10 @@ def test_a_sigterm_is_code_75_and_the_same_command_goes_on(straight, tmp_path):
     while not (log.exists() and log.read_text()) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 75 and "stopped" in said, said
     process = start(config, tmp_path / "c.yaml")
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, said
     chex.assert_trees_all_equal(tensors(tmp_path), wanted)
 
@@ -102,17 +103,17 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(straight, tmp_path):
     config, wanted, _ = straight
     config = config.replace(out=str(tmp_path / "out"))
     process = start(config.replace(steps=3, export="none"), tmp_path / "c.yaml")
-    assert process.communicate(timeout=300) and process.returncode == 0
+    assert process.communicate(timeout=TIMEOUT_S) and process.returncode == 0
 
     def small_disk():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     process = start(config, tmp_path / "c.yaml", preexec_fn=small_disk)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 2 and "that of step 3 is intact" in said, said
     process = start(config, tmp_path / "c.yaml")
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, said
     chex.assert_trees_all_equal(tensors(tmp_path), wanted)
 
@@ -133,7 +134,7 @@ def start_two(config, folder):
 def finish(running):
     """Their errors; both are over afterwards."""
     try:
-        said = [process.communicate(timeout=280)[1] for process in running]
+        said = [process.communicate(timeout=TIMEOUT_S)[1] for process in running]
     finally:
         for process in running:
             process.kill()

@@ -1,0 +1,267 @@
+"""Accuracy against the budget of answers: particles, beams, trees and votes over one model.
+
+Command: python experiments/inference_scaling.py --out FILE, see docs/experiments.md
+Hardware: 2 CPU cores.
+Minutes: 360 for everything, 35 with --quick; a stopped run goes on where it was (--parts)
+Expected: the particle filter above best-of-n and DVTS at 8 to 64 answers; `budget_ratio_vs_bon` and
+  `budget_ratio_vs_dvts` above 1
+
+Held-out hard sums, the bundled model at temperature 0.8. Rewards: the exact checker of steps, the
+same with some of its verdicts turned round, and with --prm FOLDER a learned process reward model
+(`train_prm.py`).
+Methods that only select share one set of rollouts; the smaller budgets take their first ones. Bands
+are 95 % of problems drawn anew (a bootstrap over problems, seeds averaged).
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxlm
+from experiments import _harness
+from jaxlm.core.errors import ConfigError
+from jaxlm.eval.arithmetic_reward import arithmetic_reward
+from jaxlm.eval.solve import key_for
+from jaxlm.eval.tasks import ANSWER_LINE, Problem, held_out
+from jaxlm.rewards.answers import extract
+from jaxlm.rewards.process import process_reward
+from jaxlm.search import perplexity, select
+from jaxlm.search.base import Steps
+from jaxlm.search.methods import METHODS, Request, as_rollouts, draw
+
+BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
+LONG = ("particle-filter", "dvts", "best-of-n")  # to 128, as published; the others to 64
+SEARCHES = ("particle-filter", "entropic-filter", "beam", "dvts", "particle-gibbs",
+            "parallel-tempering")
+SELECTIONS: dict[str, Callable] = {
+    "best-of-n": select.best_of_n, "weighted-best-of-n": select.weighted_best_of_n,
+    "calibrated-best-of-n": select.calibrated_best_of_n,
+    "self-consistency": select.self_consistency,
+    "perplexity-consistency": perplexity.perplexity_consistency, "rpc": perplexity.rpc,
+}
+UNREWARDED = ("self-consistency", "perplexity-consistency", "rpc")
+NOISES = (0.1, 0.3)
+NOISY = ("particle-filter", "beam", "dvts")  # beside the selections
+
+
+def problems_of(args: argparse.Namespace) -> list[Problem]:
+    """The hard split's."""
+    return list(held_out("hard", args.problems, 0).problems)
+
+
+def request_of(bundle: jaxlm.Bundle, reward: Any) -> Request:
+    """How every method is asked."""
+    return Request(bundle, reward, steps=Steps(("\n",), max_steps=14, max_new_tokens=112),
+                   extract=lambda text: extract(text, ANSWER_LINE))
+
+
+def in_batches(
+    problems: list[Problem], seed: int, batch: int, run: Callable[[list[str], Any], list]
+) -> list[Any]:
+    """`run` over all problems; the last batch is filled up, so that one program serves all."""
+    out: list[Any] = []
+    batch = min(max(batch, 1), len(problems))
+    for at in range(0, len(problems), batch):
+        part = problems[at: at + batch]
+        full = part + [part[-1]] * (batch - len(part))
+        keys = jnp.stack([key_for(seed, problem) for problem in full])
+        out += run([problem.prompt for problem in full], keys)[:len(part)]
+    return out
+
+
+def searched(request: Request, name: str, budget: int, problems: list[Problem], seed: int,
+             rows: int) -> dict[str, Any]:
+    """One cell of a method that steers: which problems were right, and the tokens of each."""
+    request, began = replace(request, particles=budget), time.perf_counter()
+    found = in_batches(problems, seed, rows // budget, lambda prompts, keys:
+                       METHODS[name].run(request, prompts, keys))
+    right = [one.answer == problem.gold for one, problem in zip(found, problems, strict=True)]
+    return {"right": right, "tokens": float(np.mean([one.tokens for one in found])),
+            "seconds": time.perf_counter() - began}
+
+
+def selected(request: Request, budgets: list[int], problems: list[Problem], seed: int,
+             rows: int, names: tuple[str, ...]) -> dict[str, Any]:
+    """All cells of the methods that select: one set of rollouts, its first ones for less."""
+    most, began = max(budgets), time.perf_counter()
+    found = in_batches(problems, seed, rows // most, lambda prompts, keys: [
+        (as_rollouts(request, [one]), one.tokens_drawn)
+        for one in draw(request, prompts, keys, most)])
+    cells: dict[str, Any] = {}
+    for name in names:
+        for budget in budgets:
+            parts = [drawn.take(slice(budget)) for drawn, _ in found]
+            right = [part.answers[SELECTIONS[name](part).index] == problem.gold
+                     for part, problem in zip(parts, problems, strict=True)]
+            cells[f"{name}|{budget}"] = {
+                "right": right, "tokens": float(np.mean([p.lengths_P.sum() for p in parts]))}
+    any_right = [[answer == problem.gold for answer in drawn.answers]
+                 for (drawn, _), problem in zip(found, problems, strict=True)]
+    return {"cells": cells, "one": float(np.mean(any_right)),
+            "seconds": time.perf_counter() - began}
+
+
+def rewards_of(args: argparse.Namespace, bundle: jaxlm.Bundle) -> tuple[dict[str, Any], list[str]]:
+    """The rewards by name, and what had to be left out."""
+    found: dict[str, Any] = {"checker": arithmetic_reward()}
+    left_out = []
+    if args.prm:
+        found["prm"] = process_reward(jaxlm.load(str(args.prm)), bundle)
+    else:
+        left_out.append("the learned reward: no --prm")
+    if not args.quick and not args.smoke:
+        found |= {f"checker, noise {noise}": arithmetic_reward(noise) for noise in NOISES}
+    elif args.quick:
+        found[f"checker, noise {NOISES[0]}"] = arithmetic_reward(NOISES[0])
+    return found, left_out
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Every cell that the settings ask for; each is kept as it is done."""
+    plan(args)
+    problems, bundle = problems_of(args), jaxlm.load(args.model, dtype=jnp.float32)
+    rewards, left_out = rewards_of(args, bundle)
+    settings = {name: str(getattr(args, name)) for name in
+                ("model", "prm", "problems", "seeds", "budgets", "seed", "smoke")}
+    parts = _harness.Resumable(args.parts, settings)
+    cells: dict[str, dict[str, list]] = {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        for reward, made in rewards.items():
+            request = request_of(bundle, made)
+            add_cells(cells, parts, request, reward, problems, seed, args)
+    metrics = table(cells, len(problems), args)
+    metrics["larger"] = larger(args, parts, problems, left_out)
+    metrics |= {"left_out": left_out, "quick": bool(args.quick), "device_s": sum(
+        part["seconds"] for part in parts.parts.values())}
+    return metrics
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Sizes: a smoke run, the subset of a half hour, or everything."""
+    if args.smoke:
+        args.problems, args.seeds, args.budgets, args.rows = 4, 1, [1, 4], 16
+    args.budgets = args.budgets or ([1, 4, 16, 64] if args.quick else list(BUDGETS))
+    args.seeds = args.seeds or (1 if args.quick else 3)
+    default = args.out or Path("inference_scaling.json")
+    args.parts = args.parts or default.with_name(f".{default.stem}.parts.json")
+
+
+def add_cells(
+    cells: dict[str, dict[str, list]], parts: _harness.Resumable, request: Request, reward: str,
+    problems: list[Problem], seed: int, args: argparse.Namespace,
+) -> None:
+    """All of one reward and one seed, into `cells`: method|reward -> budget -> a cell a seed."""
+    names = tuple(SELECTIONS) if reward == "checker" else tuple(
+        name for name in SELECTIONS if name not in UNREWARDED)
+    budgets = [b for b in args.budgets if b <= 64]
+    shared = parts(f"rollouts, {reward}, seed {seed}", lambda: selected(
+        request, budgets, problems, seed, args.rows, names))
+    for key, cell in shared["cells"].items():
+        name, budget = key.split("|")
+        cells.setdefault(f"{name}|{reward}", {}).setdefault(budget, []).append(cell)
+    if 128 in args.budgets and reward in ("checker", "prm"):
+        more = parts(f"rollouts of 128, {reward}, seed {seed}", lambda: selected(
+            request, [128], problems, seed, args.rows, ("best-of-n",)))
+        cells[f"best-of-n|{reward}"].setdefault("128", []).append(more["cells"]["best-of-n|128"])
+    for name in searches(reward, args):
+        for budget in args.budgets:
+            if budget > 64 and name not in LONG or "noise" in reward and budget > 64:
+                continue
+            try:
+                cell = parts(f"{name}, {budget}, {reward}, seed {seed}", lambda: searched(
+                    request, name, budget, problems, seed, args.rows))  # noqa: B023
+            except ConfigError:  # a budget that the method cannot share out
+                continue
+            print(f"{name} {budget} {reward} seed {seed}: {np.mean(cell['right']):.3f}, "
+                  f"{cell['seconds']:.0f} s", flush=True)
+            cells.setdefault(f"{name}|{reward}", {}).setdefault(str(budget), []).append(cell)
+
+
+def searches(reward: str, args: argparse.Namespace) -> tuple[str, ...]:
+    """The methods that steer by this reward in this plan."""
+    if args.smoke:
+        return ("particle-filter",)
+    if "noise" in reward:
+        return NOISY
+    return ("particle-filter", "dvts") if args.quick else SEARCHES
+
+
+def table(cells: dict[str, dict[str, list]], count: int, args: argparse.Namespace
+          ) -> dict[str, Any]:
+    """Accuracy with its band, tokens, and the ratios of budgets."""
+    rng = np.random.default_rng(args.seed)
+    again = rng.integers(0, count, (2000, count))  # the same problems for every cell
+    accuracy: dict[str, dict[str, Any]] = {}
+    for line, by_budget in cells.items():
+        for budget, seeds in by_budget.items():
+            each = np.mean([cell["right"] for cell in seeds], 0)
+            low, high = np.quantile(each[again].mean(1), (0.025, 0.975))
+            accuracy.setdefault(line, {})[budget] = {
+                "value": each.mean(), "low": low, "high": high,
+                "tokens": np.mean([cell["tokens"] for cell in seeds]), "seeds": len(seeds)}
+    ratios = {f"budget_ratio_vs_{short}": {
+        line.split("|")[1]: found for line in accuracy if line.startswith("particle-filter|")
+        if (found := ratio(accuracy, line.split("|")[1], other)) is not None}
+        for short, other in (("dvts", "dvts"), ("bon", "best-of-n"))}
+    return {"problems": count, "seeds": args.seeds, "accuracy": accuracy, **ratios}
+
+
+def ratio(accuracy: dict[str, dict[str, Any]], reward: str, other: str, at: str = "16"
+          ) -> dict[str, Any] | None:
+    """How many times the filter's budget of 16 (or its smallest from 4) another method needs to
+    reach the filter's accuracy, between budgets by their logarithms; a lower bound where it never
+    does."""
+    mine = accuracy.get(f"particle-filter|{reward}", {})
+    theirs = accuracy.get(f"{other}|{reward}", {})
+    at = at if at in mine else "4"
+    if at not in mine or not theirs:
+        return None
+    wanted = mine[at]["value"]
+    x = np.log2(sorted(map(int, theirs)))
+    y = np.maximum.accumulate([theirs[str(int(2**b))]["value"] for b in x])
+    if y[-1] < wanted:
+        return {"ratio": float(2 ** x[-1] / int(at)), "at_least": True, "filter_budget": int(at)}
+    i = int(np.argmax(y >= wanted))
+    need = x[0] if i == 0 else x[i - 1] + (wanted - y[i - 1]) / (y[i] - y[i - 1]) * (
+        x[i] - x[i - 1])
+    return {"ratio": float(2**need / int(at)), "at_least": False, "filter_budget": int(at)}
+
+
+def larger(args: argparse.Namespace, parts: _harness.Resumable, problems: list[Problem],
+           left_out: list[str]) -> dict[str, Any]:
+    """A larger sibling's accuracy greedily and of one sample: what the small one has to reach."""
+    if not args.larger:
+        left_out.append("the larger sibling: no --larger")
+        return {}
+    request = request_of(jaxlm.load(str(args.larger), dtype=jnp.float32), None)
+
+    def compute() -> dict[str, Any]:
+        cell = searched(request, "greedy", 1, problems, args.seed, 16)
+        shared = selected(request, [16], problems, args.seed, args.rows, ("self-consistency",))
+        return {"greedy": float(np.mean(cell["right"])), "one_sample": shared["one"],
+                "seconds": cell["seconds"] + shared["seconds"]}
+
+    return parts("larger", compute)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Models and sizes."""
+    parser.add_argument("--model", default="tiny", help="'tiny', a folder or a hub id")
+    parser.add_argument("--larger", type=Path, help="a larger sibling's folder (make_models.py)")
+    parser.add_argument("--prm", type=Path, help="folder of a process reward model (train_prm.py)")
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=0, help="default 3, with --quick 1")
+    parser.add_argument("--budgets", type=int, nargs="+", help="default 1 to 128")
+    parser.add_argument("--rows", type=int, default=256, help="answers at once")
+    parser.add_argument("--quick", action="store_true", help="a subset, in half an hour")
+    parser.add_argument("--parts", type=Path, help="where finished cells are kept")
+
+
+if __name__ == "__main__":
+    _harness.run(__file__, __doc__, measure, add_arguments)

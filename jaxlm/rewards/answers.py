@@ -1,0 +1,246 @@
+"""Final answers: taken out of a text, compared, and gathered into classes.
+
+`same` needs nothing beyond Python: texts alike after normalisation, or equal as exact numbers.
+`Judge` asks math-verify (the extra `eval`) where that does not suffice, in a process of its own
+that is killed when it takes too long: symbolic algebra on a model's text can run for ever.
+"""
+
+import importlib.util
+import json
+import re
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.core.errors import ConfigError
+
+Same = Callable[[str, str], bool]
+_NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|-?\.[0-9]+")
+_THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+_PLAIN = re.compile(r"[-+]?[0-9]{0,60}(?:\.[0-9]{0,60})?(?:/[0-9]{1,60})?")
+_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?[0-9]{1,60})\}\{([0-9]{1,60})\}")
+_NOISE = re.compile(r"\\(?:left|right|[!,;: ])|\\(?:text|mathrm|mbox)\{\s*\}|[$\s]")
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last complete `\boxed{...}` or `\fbox{...}`, nested braces and all.
+
+    >>> boxed(r"so \boxed{\frac{1}{2}}, or \boxed{3")
+    '\\frac{1}{2}'
+    """
+    for found in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
+        depth, skip = 1, False
+        for at in range(found.end(), len(text)):
+            letter = text[at]
+            if skip or letter == "\\":
+                skip = not skip
+                continue
+            depth += (letter == "{") - (letter == "}")
+            if depth == 0:
+                return text[found.end():at].strip()
+    return None
+
+
+def after_mark(text: str, mark: str = "####") -> str | None:
+    """The rest of the line after the last mark; None without one, or when nothing follows.
+
+    >>> after_mark("3 + 4 = 7\\n#### 7")
+    '7'
+    """
+    _, found, rest = text.rpartition(mark)
+    return (rest.split("\n")[0].strip() or None) if found else None
+
+
+def last_number(text: str) -> str | None:
+    """The last number, without its commas.
+
+    >>> last_number("about 1,200 of 3,400.5 kg.")
+    '3400.5'
+    """
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "") if found else None
+
+
+def extract(text: str, how: str = "auto") -> str | None:
+    r"""The final answer of a worked solution; None where there is none.
+
+    Args:
+      how: 'boxed', '####', 'number', 'auto' (these in turn, the first that finds something), or a
+        regular expression, whose last match counts: its group 1, or all of it.
+    Raises: ConfigError for an expression that does not compile.
+
+    >>> extract("1+1=2\nA:2\n", r"(?m)^A:(-?[0-9]+)$")
+    '2'
+    """
+    known: dict[str, Callable[[str], str | None]] = {
+        "boxed": boxed, "####": after_mark, "number": last_number}
+    if how == "auto":
+        return next((found for find in known.values() if (found := find(text))), None)
+    if how in known:
+        return known[how](text)
+    try:
+        found = list(re.finditer(how, text))
+    except re.error as error:
+        raise ConfigError(f"answers are extracted by {how!r}, which is neither one of "
+                          f"{['auto', *known]} nor a regular expression: {error}") from error
+    if not found:
+        return None
+    return found[-1].group(1 if found[-1].re.groups else 0)
+
+
+def normal(answer: str) -> str:
+    r"""An answer without what changes no meaning: spaces, dollars, a final point, commas of
+    thousands, `\left`; a fraction of two numbers as `a/b`.
+
+    >>> normal(r"$ 1{,}234. $"), normal(r"\dfrac{3}{4}")
+    ('1234', '3/4')
+    """
+    text = _NOISE.sub("", answer).rstrip(".").replace("{,}", ",")
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    return _FRACTION.sub(r"\1\2/\3", text) if text.count("\\frac") <= 8 else text
+
+
+def number(answer: str) -> Fraction | None:
+    """The exact value of a plain number or fraction, at most 60 digits a part; else None.
+
+    >>> number("0.50") == number("1/2"), number("x")
+    (True, None)
+    """
+    text = normal(answer)
+    if not _PLAIN.fullmatch(text) or not re.search("[0-9]", text):
+        return None
+    top, _, bottom = text.partition("/")
+    try:
+        return Fraction(top) / Fraction(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def same(one: str, other: str) -> bool:
+    r"""Whether two answers are alike as normal text or as exact numbers; needs no math-verify.
+
+    >>> same("0.5", r"\frac{1}{2}"), same("2", "3")
+    (True, False)
+    """
+    if normal(one) == normal(other):
+        return True
+    left, right = number(one), number(other)
+    return left is not None and left == right
+
+
+def classes(answers: Sequence[str | None], equal: Same = same) -> np.ndarray:
+    """A class for every answer, int (P,): 0, 1, ... in order of appearance; -1 for None.
+
+    An answer joins the first class whose first member it equals.
+
+    >>> classes(["2", None, "2.0", "3"]).tolist()
+    [0, -1, 0, 1]
+    """
+    first: list[str] = []
+    seen: dict[str, int] = {}
+    out = []
+    for answer in answers:
+        if answer is None:
+            out.append(-1)
+            continue
+        key = normal(answer)
+        if key not in seen:
+            near = (i for i, member in enumerate(first) if equal(member, answer))
+            seen[key] = next(near, len(first))
+            if seen[key] == len(first):
+                first.append(answer)
+        out.append(seen[key])
+    return np.array(out, int)
+
+
+class Judge:
+    """Equality by math-verify in a process of its own; a comparison that hangs is given up.
+
+    Use it as `same`: `classes(answers, judge)`. What `same` can tell needs no process. `timeouts`
+    counts comparisons that were given up, which count as different. Threads may share one.
+
+    Args:
+      timeout: seconds for one comparison, after which the process is killed and, for the next one,
+        started anew. start_timeout: seconds for it to import math-verify.
+      command: of the process; for tests.
+    Raises: ConfigError when math-verify is not installed, or its process does not start.
+
+    Source: math-verify, https://github.com/huggingface/Math-Verify.
+    """
+
+    def __init__(self, timeout: float = 5.0, start_timeout: float = 60.0,
+                 command: Sequence[str] | None = None):
+        """No process yet: it starts with the first comparison that needs it."""
+        if not timeout > 0:
+            raise ConfigError(f"timeout is {timeout}; expected seconds above 0")
+        if command is None and importlib.util.find_spec("math_verify") is None:
+            raise ConfigError("math-verify is not installed; pip install '.[eval]', or compare "
+                              "answers by jaxlm.rewards.answers.same")
+        worker = Path(__file__).with_name("math_worker.py")
+        self.command = list(command or [sys.executable, "-P", str(worker)])
+        self.timeout, self.start_timeout, self.timeouts = timeout, start_timeout, 0
+        self._process: subprocess.Popen | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, gold: str, answer: str) -> bool:
+        """Whether `answer` means what `gold` does."""
+        if same(gold, answer):
+            return True
+        with self._lock:
+            found = self._ask({"gold": gold, "answer": answer})
+        return bool(found)
+
+    def _ask(self, question: dict[str, str]) -> bool | None:
+        """One comparison; None when it was given up."""
+        process = self._started()
+        try:
+            process.stdin.write(json.dumps(question) + "\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            answer = self._line(process, self.timeout)
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            self.timeouts += 1
+            self.close()
+            return None
+        return answer["same"]
+
+    def _started(self) -> subprocess.Popen:
+        """The process, started where there is none."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True)
+            if self._line(self._process, self.start_timeout) != {"ready": True}:
+                self.close()
+                raise ConfigError(f"math-verify did not start within {self.start_timeout:g} s; "
+                                  f"see what `{' '.join(self.command)}` says")
+        return self._process
+
+    @staticmethod
+    def _line(process: subprocess.Popen, timeout: float) -> dict[str, Any] | None:
+        """The next line, or None after `timeout`, or when the process has died."""
+        ready, _, _ = select.select([process.stdout], [], [], timeout)
+        line = process.stdout.readline() if ready else ""  # type: ignore[union-attr]
+        return json.loads(line) if line else None
+
+    def close(self) -> None:
+        """Kill the process, if there is one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def __enter__(self) -> "Judge":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,200 @@
+"""Particle Gibbs and parallel tempering over text: Markov chains of whole answers.
+
+A sweep is the particle filter with row 0 held to the chain's present answer, the reference: its
+tokens are forced, so that it reaches the same steps by the same rules. All other rows choose
+ancestors from all at every step; the next reference is drawn from the last set by its weights. The
+law `p(x) prod_t w_t / Z` is invariant, for any number of particles from 2.
+
+Source: Andrieu, Doucet and Holenstein 2010, section 4; for text arXiv 2502.01618, algorithms 2, 3.
+The published code weighs the reference by its last score at every step, and the last factor twice:
+another law (tests/search/test_gibbs.py refuses the second).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxlm.cache.base import CacheKind
+from jaxlm.cache.dense import Dense
+from jaxlm.core.errors import ConfigError, whole
+from jaxlm.core.hosts import to_host
+from jaxlm.decode.generate import Prompt, row_keys, to_ids
+from jaxlm.decode.samplers import Sampler, Seen, check_sampler, read_text
+from jaxlm.decode.state import Kinds
+from jaxlm.hf.bundle import Bundle
+from jaxlm.rewards.base import Reward
+from jaxlm.search.base import Answer, SearchResult, Steps
+from jaxlm.search.engine import Population
+from jaxlm.search.particles import LINES, WARM, Filter, filter_of
+from jaxlm.search.run import Task, final_jit, grow, make_task, read, read_row, readable, start
+from jaxlm.smc.gibbs import GibbsState, swap
+from jaxlm.smc.weights import normalise
+
+
+@struct.dataclass
+class Pinned:
+    """A sampler whose rows follow given texts first: `count_B` of `tokens_BS`, then draw freely.
+
+    The state counts what a row's text has drawn, and so moves with it; the texts stay with rows.
+    """
+
+    inner: Any
+    tokens_BS: Any
+    count_B: Any
+
+    def init(self, batch: int, vocab: int) -> Any:
+        """The inner state, and nothing drawn."""
+        return self.inner.init(batch, vocab), jnp.zeros(batch, jnp.int32)
+
+    def step(self, keys_B, logits_BV, state):
+        """The given token, or a draw."""
+        inner, drawn_B = state
+        token_B, logprob_B, _ = self.inner.step(keys_B, logits_BV, inner)
+        pinned_B = drawn_B < self.count_B
+        at_B = jnp.minimum(drawn_B, self.tokens_BS.shape[1] - 1)
+        token_B = jnp.where(pinned_B, self.tokens_BS[jnp.arange(len(at_B)), at_B], token_B)
+        logprob_B = jnp.where(pinned_B, self.inner.logprob(logits_BV, token_B, inner), logprob_B)
+        inner = read_text(inner, token_B[:, None], jnp.ones_like(token_B))
+        return token_B, logprob_B, (inner, drawn_B + 1)
+
+    def logprob(self, logits_BV, token_B, state):
+        """The inner sampler's."""
+        return self.inner.logprob(logits_BV, token_B, state[0])
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain of answers to one prompt.
+
+    references: one a sweep; after a few sweeps they are draws, not independent, from the law.
+    last: the last sweep's particles; its `log_evidence` is biased, the reference being given.
+    swapped: the share of exchanges between temperatures that were accepted, NaN for one.
+    """
+
+    references: tuple[Answer, ...]
+    last: SearchResult
+    swapped: float
+
+    @property
+    def text(self) -> str:
+        """The chosen answer's text."""
+        return self.last.text
+
+
+def particle_gibbs(
+    bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, *, particles: int = 8,
+    sweeps: int = 4, temperatures: Sequence[float] = (1.0,), steps: Steps = LINES,
+    sampler: Sampler = WARM, cache: CacheKind | Kinds | str = Dense(),
+    key: jax.Array | None = None, weight: str = "odds", choose: str = "best",
+    memory: int | None = None,
+) -> Any:
+    """Particle Gibbs; with several temperatures, parallel tempering with swaps between them.
+
+    Chain k has the law `p prod f(r_t)^(1 / temperature_k)`; after each sweep neighbours exchange
+    references by a Metropolis test (`jaxlm.smc.swap`). Of the chains, the first one's is returned.
+
+    Args:
+      particles: rows a chain, the reference included, at least 2. sweeps: at least 1; the first has
+        no reference yet. temperatures: above 0. Each is a chain with a prompt cache of its own.
+      choose: of the last sweep, "best" or "draw". sampler: a `Categorical` or `Greedy`; one whose
+        state depends on its own draws is refused. The others: as `particle_filter`.
+    Returns: a Chain, or a list of them when a list was given.
+    Raises: as `particle_filter`.
+    """
+    if whole("particles", particles) < 2:
+        raise ConfigError("particles is 1; expected at least 2, one of them the reference")
+    whole("sweeps", sweeps)
+    check_stateless(sampler)
+    ids, many = to_ids(bundle, prompts)
+    tau = np.asarray(temperatures, np.float32)
+    if tau.ndim != 1 or not len(tau) or not (np.isfinite(tau) & (tau > 0)).all():
+        raise ConfigError(f"temperatures are {temperatures!r}; expected numbers above 0")
+    keys_R = row_keys(key, len(ids))
+    keys_B = jax.vmap(lambda k: jax.random.split(k, len(tau)))(keys_R).reshape(-1)
+    rows, room = len(ids) * len(tau) * particles, steps.max_new_tokens
+    free = Pinned(sampler, np.zeros((rows, room), np.int32), np.zeros(rows, np.int32))
+    method = filter_of(weight, np.tile(tau, len(ids)), 2.0, "conditional")
+    task = make_task(bundle, [prompt for prompt in ids for _ in tau], reward, method,
+                     particles=particles, steps=steps, sampler=free, cache=cache, key=keys_B,
+                     memory=memory, choose=choose)
+    found = run_chains(task, keys_R, sweeps, tau)
+    return found if many else found[0]
+
+
+def run_chains(task: Task, keys_R: jax.Array, sweeps: int, tau: np.ndarray) -> list[Chain]:
+    """All chains of all prompts, sweep by sweep."""
+    prompts, chains = len(keys_R), len(tau)
+    slots = list(range(prompts * chains))
+    references: list[list[Answer]] = [[] for _ in range(prompts)]
+    exchanged, tried = np.zeros(prompts), 0
+    for sweep in range(sweeps):
+        here = replace(task, job=replace(task.job, keys_B=fold(task.job.keys_B, sweep)))
+        pop, _ = grow(here, *start(here, slots), slots, len(slots))
+        odd = sweep % 2 == 1 and chains > 2
+        state, swapped = next_references(here.steps, here.tools.method, fold(here.job.keys_B, 1),
+                                         fold(keys_R, sweep), pop, 1 / tau, odd)
+        host, final = readable(pop), to_host(final_jit(task.tools.method, pop.held))
+        (tokens_CS, count_C, row_C), swapped_RM = to_host((state.path, swapped))
+        exchanged, tried = exchanged + swapped_RM.sum(1) / 2, tried + (chains - odd) // 2
+        for i, prompt in enumerate(task.job.prompts[::chains]):
+            row = int(row_C[i * chains])
+            references[i].append(read_row(here, host, prompt, row, float(final[0].flat[row])))
+        task = replace(task, tools=task.tools._replace(
+            sampler=pin(task.tools.sampler, tokens_CS, count_C, task.particles)))
+    worked = float(host.spent[1]) / max(float(host.spent[0]), 1.0)
+    rate = exchanged / tried if tried else np.full(prompts, np.nan)
+    return [Chain(tuple(references[i]), replace(read(here, host, final, i * chains, i * chains),
+                                                row_utilisation=worked), float(rate[i]))
+            for i in range(prompts)]
+
+
+@partial(jax.jit, static_argnames="steps")
+def next_references(
+    steps: Steps, method: Filter, keys_C: jax.Array, keys_R: jax.Array, pop: Population,
+    powers_M: jax.Array, odd: jax.Array,
+) -> tuple[GibbsState, jax.Array]:
+    """One draw from each last set by its weights; then neighbours of a prompt may exchange theirs.
+
+    Returns: the references of all C = R M chains: tokens, their number, the row that each was; and
+      which were exchanged (R, M).
+    """
+    probs_CP = normalise(method.final(pop.held)[0]).probs_P
+    chosen_C = jax.vmap(jax.random.categorical)(keys_C, jnp.log(probs_CP))
+    chains, particles = probs_CP.shape
+    row_C = jnp.arange(chains) * particles + chosen_C
+    at_CS = pop.start_B[row_C, None] + jnp.arange(steps.max_new_tokens)
+    tokens_CS = pop.rows.tokens_BS[row_C[:, None], at_CS.clip(max=pop.rows.tokens_BS.shape[1] - 1)]
+    count_C = pop.at_B[row_C] - pop.start_B[row_C]
+    state = GibbsState((tokens_CS, count_C, row_C), pop.held[1].reshape(-1)[row_C])
+    by_prompt = lambda x: x.reshape(len(keys_R), -1, *x.shape[1:])
+    state, swapped = jax.vmap(swap, (0, 0, None, None))(
+        keys_R, jax.tree.map(by_prompt, state), powers_M, odd)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state), swapped
+
+
+def pin(sampler: Pinned, tokens_CS: np.ndarray, count_C: np.ndarray, particles: int) -> Pinned:
+    """Row 0 of every chain is to follow its reference."""
+    tokens_BS, count_B = np.zeros_like(sampler.tokens_BS), np.zeros_like(sampler.count_B)
+    tokens_BS[::particles], count_B[::particles] = tokens_CS, count_C
+    return Pinned(sampler.inner, tokens_BS, count_B)
+
+
+def fold(keys_R: jax.Array, number: int) -> jax.Array:
+    """Every key with a number folded in."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys_R)
+
+
+def check_stateless(sampler: Any) -> None:
+    """ConfigError for a sampler whose state is more than which tokens a text holds."""
+    check_sampler(sampler)
+    state = sampler.init(1, 1)
+    is_seen = lambda node: isinstance(node, Seen)
+    if not all(map(is_seen, jax.tree.leaves(state, is_leaf=is_seen))):
+        raise ConfigError(f"sampler {type(sampler).__name__} keeps a state of its own draws, which "
+                          "a given text cannot restore; take a Categorical or Greedy")

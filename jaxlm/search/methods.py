@@ -1,0 +1,242 @@
+"""Every way to spend a budget of answers on a prompt, by name.
+
+Methods that only select draw by the particle filter that never resamples: the same program, the
+same step scores, so that a comparison differs in nothing else.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.core.errors import ConfigError, whole
+from jaxlm.decode.samplers import Categorical
+from jaxlm.hf.bundle import Bundle
+from jaxlm.rewards.answers import Same, extract, same
+from jaxlm.rewards.base import Reward, Stateless
+from jaxlm.search import perplexity, select
+from jaxlm.search.base import SearchResult, Steps
+from jaxlm.search.beam import beam_search, dvts
+from jaxlm.search.gibbs import particle_gibbs
+from jaxlm.search.particles import particle_filter
+from jaxlm.search.select import Choice, Rollouts, rollouts
+
+WIDTH, SWEEPS = 4, 2
+SPREAD = (0.6, 0.8, 1.0, 1.2)  # temperatures of the vote, as multiples of the one that is asked for
+
+
+def even(rows: Any) -> jax.Array:
+    """The score of a method that has no reward: all alike, of odds 1."""
+    return jnp.full(rows.length_B.shape, 0.5)
+
+
+EVEN = Stateless(even)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a method needs beside prompts and keys.
+
+    particles: the budget, answers a prompt. extract: a text -> its final answer, or None. equal:
+    whether two final answers are the same.
+    """
+
+    bundle: Bundle
+    reward: Reward | None = None
+    particles: int = 16
+    steps: Steps = Steps(("\n",))
+    temperature: float = 0.8
+    cache: Any = "dense"
+    extract: Callable[[str], str | None] = extract
+    equal: Same = same
+
+    def sampler(self, temperature: float | None = None) -> Categorical:
+        """At a temperature, by default the request's."""
+        return Categorical(self.temperature if temperature is None else temperature)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One prompt's answer.
+
+    text: as written. answer: taken out of it, or None. score: the reward's, of that text, or what
+    the vote gave its answer. log_evidence: of a particle method, else NaN. ess: by step. tokens:
+    that the model computed, losers included; of chains, those of the last sweep times the sweeps.
+    """
+
+    text: str
+    answer: str | None
+    score: float
+    log_evidence: float
+    ess: tuple[float, ...]
+    tokens: int
+    flags: tuple[str, ...]
+    finish: str = "stop"  # as `Answer.finish`
+
+
+Run = Callable[[Request, Sequence[str], jax.Array], list[Solution]]
+
+
+def draw(
+    request: Request, prompts: Sequence[str], keys_R: jax.Array, count: int | None = None,
+    temperature: float | None = None,
+) -> list[SearchResult]:
+    """`count` independent answers to each prompt, scored at every step."""
+    return particle_filter(
+        request.bundle, list(prompts), request.reward or EVEN, threshold=0.0, key=keys_R,
+        particles=request.particles if count is None else count, steps=request.steps,
+        sampler=request.sampler(temperature), cache=request.cache)
+
+
+def as_rollouts(
+    request: Request, results: Sequence[SearchResult], temperatures: Sequence[float] | None = None
+) -> Rollouts:
+    """All answers of several draws for one prompt."""
+    answers = [answer for result in results for answer in result.answers]
+    at = temperatures or [request.temperature] * len(results)
+    return rollouts(
+        [answer.text for answer in answers], [request.extract(a.text) for a in answers],
+        equal=request.equal, logprobs=[answer.logprob for answer in answers],
+        lengths=[len(answer.tokens) for answer in answers],
+        rewards=[answer.score for answer in answers] if request.reward else None,
+        temperatures=np.repeat(at, [len(result.answers) for result in results]).tolist())
+
+
+def by_search(search: Callable[..., Any], budget: str = "particles", **options: Any) -> Run:
+    """A method that steers while it draws: its own choice is the answer.
+
+    budget: the search's name for it.
+    """
+    def run(request, prompts, keys_R):
+        found = search(request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
+                       steps=request.steps, sampler=request.sampler(), cache=request.cache,
+                       **{budget: request.particles}, **options)
+        return [solution(request, result) for result in found]
+
+    return run
+
+
+def by_width(search: Callable[..., Any]) -> Run:
+    """A search of the width that its authors take, 4, or the budget where that is less."""
+    def run(request, prompts, keys_R):
+        width = min(WIDTH, request.particles)
+        return by_search(search, "budget", width=width)(request, prompts, keys_R)
+
+    return run
+
+
+def by_chains(temperatures: Sequence[float] = (1.0,)) -> Run:
+    """Particle Gibbs at the same number of answers: sweeps, particles and chains share it."""
+    def run(request, prompts, keys_R):
+        each, rest = divmod(request.particles, SWEEPS * len(temperatures))
+        if each < 2 or rest:
+            least = 2 * SWEEPS * len(temperatures)
+            raise ConfigError(f"a budget of {request.particles} answers is shared by {SWEEPS} "
+                              f"sweeps of {len(temperatures)} chains; expected a multiple of "
+                              f"{least // 2}, at least {least}")
+        found = particle_gibbs(
+            request.bundle, list(prompts), request.reward or EVEN, key=keys_R, particles=each,
+            sweeps=SWEEPS, temperatures=temperatures, steps=request.steps,
+            sampler=request.sampler(), cache=request.cache)
+        share = SWEEPS * len(temperatures)  # of which only one is reported; all draw about as much
+        return [replace(solution(request, chain.last), log_evidence=float("nan"),
+                        tokens=share * chain.last.tokens_drawn) for chain in found]
+
+    return run
+
+
+def solution(request: Request, result: SearchResult) -> Solution:
+    """A search's chosen answer."""
+    chosen = result.answers[result.chosen]
+    return Solution(chosen.text, request.extract(chosen.text), chosen.score, result.log_evidence,
+                    tuple(map(float, result.ess)), result.tokens_drawn, result.flags,
+                    chosen.finish)
+
+
+def by_choice(choose: Callable[[Rollouts], Choice], rewarded: bool) -> Run:
+    """A method that only selects."""
+    def run(request, prompts, keys_R):
+        return [chosen(request, [found], choose(as_rollouts(request, [found])), rewarded)
+                for found in draw(request, prompts, keys_R)]
+
+    return run
+
+
+def chosen(
+    request: Request, results: Sequence[SearchResult], choice: Choice, rewarded: bool
+) -> Solution:
+    """The answer that a selection made."""
+    answer = [answer for result in results for answer in result.answers][choice.index]
+    score = answer.score if rewarded else float(choice.scores_P[choice.index])
+    flags = tuple(sorted({flag for result in results for flag in result.flags}))
+    return Solution(answer.text, request.extract(answer.text), score, float("nan"), (),
+                    sum(result.tokens_drawn for result in results), flags, answer.finish)
+
+
+def greedy(request: Request, prompts: Sequence[str], keys_R: jax.Array) -> list[Solution]:
+    """One answer, of the likeliest token at every place."""
+    found = [solution(request, one) for one in draw(request, prompts, keys_R, 1, 0.0)]
+    return [replace(one, log_evidence=float("nan"), ess=()) for one in found]
+
+
+def several_temperatures(
+    request: Request, prompts: Sequence[str], keys_R: jax.Array
+) -> list[Solution]:
+    """The budget spread evenly over `SPREAD`; a smaller budget takes the middle ones."""
+    count = min(len(SPREAD), whole("particles", request.particles))
+    first = (len(SPREAD) - count + 1) // 2
+    at = [request.temperature * share for share in SPREAD[first:first + count]]
+    each = [len(part) for part in np.array_split(np.arange(request.particles), count)]
+    keys = [jax.vmap(jax.random.fold_in, (0, None))(keys_R, i) for i in range(count)]
+    found = [draw(request, prompts, k, n, t) for k, n, t in zip(keys, each, at, strict=True)]
+    out = []
+    for results in zip(*found, strict=True):
+        vote = select.multi_temperature_vote(as_rollouts(request, results, at))
+        out.append(chosen(request, results, vote, False))
+    return out
+
+
+@dataclass(frozen=True)
+class Method:
+    """run: what it does. rewarded: whether it needs a reward. single: it takes no budget."""
+
+    run: Run
+    rewarded: bool
+    single: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "greedy": Method(greedy, False, single=True),
+    "particle-filter": Method(by_search(particle_filter), True),
+    "entropic-filter": Method(by_search(particle_filter, temper="size"), True),
+    "particle-gibbs": Method(by_chains(), True),
+    "parallel-tempering": Method(by_chains((1.0, 2.0)), True),
+    "beam": Method(by_width(beam_search), True),
+    "dvts": Method(by_width(dvts), True),
+    "best-of-n": Method(by_choice(select.best_of_n, True), True),
+    "weighted-best-of-n": Method(by_choice(select.weighted_best_of_n, False), True),
+    "calibrated-best-of-n": Method(by_choice(select.calibrated_best_of_n, False), True),
+    "self-consistency": Method(by_choice(select.self_consistency, False), False),
+    "multi-temperature": Method(several_temperatures, False),
+    "perplexity-consistency": Method(by_choice(perplexity.perplexity_consistency, False), False),
+    "rpc": Method(by_choice(perplexity.rpc, False), False),
+}
+
+
+def method(name: str, reward: Reward | None = None) -> Method:
+    """A method by name.
+
+    Raises: ConfigError for another name, or without the reward that it needs.
+
+    >>> method("self-consistency").rewarded
+    False
+    """
+    if name not in METHODS:
+        raise ConfigError(f"method is {name!r}; expected one of {', '.join(METHODS)}")
+    if METHODS[name].rewarded and reward is None:
+        free = ", ".join(n for n, made in METHODS.items() if not made.rewarded)
+        raise ConfigError(f"{name} needs a reward and got none; without one there are {free}")
+    return METHODS[name]

@@ -1,0 +1,247 @@
+"""From text to text: a search's request checked, its loop driven, its answers read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.cache.base import CacheKind
+from jaxlm.core.errors import ConfigError, NumericsError, whole
+from jaxlm.core.hosts import to_host
+from jaxlm.decode.generate import Job, Prompt, ending, placed, prepare
+from jaxlm.decode.rows import check_particles
+from jaxlm.decode.samplers import Sampler
+from jaxlm.decode.state import Kinds
+from jaxlm.decode.text import text_rule
+from jaxlm.hf.bundle import Bundle
+from jaxlm.rewards.base import Prompts, Reward, Rows
+from jaxlm.search.base import Answer, SearchResult, Steps
+from jaxlm.search.engine import Population, StepStop, Tools, absorb, begin, loop, move, view
+from jaxlm.search.memory import check_memory
+
+CHOICES = ("best", "draw", "resampled")
+begin_jit = jax.jit(begin, static_argnames=("lm", "steps", "kinds", "particles"))
+loop_jit = jax.jit(loop, static_argnames=("lm", "steps"), donate_argnames="pop")
+move_jit = jax.jit(move, static_argnames=("lm", "steps"), donate_argnames="pop")
+absorb_jit = jax.jit(absorb, static_argnames="steps", donate_argnames="pop")
+view_jit = jax.jit(view)
+final_jit = jax.jit(lambda method, held: method.final(held))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checked request."""
+
+    bundle: Bundle
+    job: Job
+    steps: Steps
+    tools: Tools
+    kinds: Kinds
+    reward: Reward
+    particles: int
+    at_once: int
+    choose: str
+
+    def unwrap(self, found: list[SearchResult]) -> Any:
+        """A list when one was given."""
+        return found if self.job.many else found[0]
+
+
+def make_task(
+    bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, method: Any, *,
+    particles: int, steps: Steps, sampler: Sampler, cache: CacheKind | Kinds | str,
+    key: jax.Array | None, at_once: int | None = None, quorum: int = 1, memory: int | None = None,
+    choose: str = "best",
+) -> Task:
+    """Check everything that can be wrong with a request, the memory too, before any compute."""
+    check_particles(particles)
+    if not isinstance(steps, Steps):
+        raise ConfigError(f"steps is {steps!r}; expected a Steps, such as Steps('\\n')")
+    if choose not in CHOICES:
+        raise ConfigError(f"choose is {choose!r}; expected 'best' or 'draw'")
+    if missing := [n for n in ("on_device", "init", "score", "gather") if not hasattr(reward, n)]:
+        raise ConfigError(f"reward is {reward!r}, which lacks {missing}; expected a Reward as in "
+                          "jaxlm.rewards.base")
+    job = prepare(bundle, prompts, steps.max_new_tokens, key, steps.stop_ids, None, steps.stop)
+    kinds = placed(bundle, sampler, cache)
+    rule = text_rule(bundle, job.strings, steps.delimiters, ids=job.stop.ids)
+    stop = StepStop(rule, np.int32(steps.cap))
+    tools = Tools(bundle.params, sampler, stop, method, np.int32(whole("quorum", quorum)))
+    count = len(job.prompts)
+    at_once = min(whole("at_once", count if at_once is None else at_once), count)
+    check_memory(bundle, kinds, at_once, job.tokens_BT.shape[1], particles, steps.max_new_tokens,
+                 memory)
+    return Task(bundle, job, steps, tools, kinds, reward, particles, at_once, choose)
+
+
+def search(task: Task) -> list[SearchResult]:
+    """All prompts, `at_once` in the batch; one that ends makes room for the next."""
+    total, slots = len(task.job.prompts), list(range(task.at_once))
+    waiting = list(range(task.at_once, total))
+    found: dict[int, SearchResult] = {}
+    pop, carry = start(task, slots)
+    while len(found) < total:
+        pop, carry = grow(task, pop, carry, slots, 1 if waiting else len(slots))
+        host, final = readable(pop), to_host(final_jit(task.tools.method, pop.held))
+        for slot in np.flatnonzero(host.over_R):
+            if slots[slot] in found:
+                continue
+            found[slots[slot]] = read(task, host, final, int(slot), slots[slot])
+            if waiting:
+                slots[slot] = waiting.pop(0)
+                new, new_carry = start(task, [slots[slot]])
+                pop = put_jit(pop, new, int(slot))
+                carry = put(carry, new_carry, int(slot))
+    worked = float(host.spent[1]) / max(float(host.spent[0]), 1.0)
+    return [replace(found[i], row_utilisation=worked) for i in range(total)]
+
+
+def start(task: Task, which: Sequence[int]) -> tuple[Population, Any]:
+    """Some prompts before their first step; a host reward's carry stands beside the population."""
+    index = np.asarray(which)
+    take = lambda x: x if len(index) == len(task.job.prompts) else x[index]
+    tokens_RT, lengths_R, keys_R = map(
+        take, (task.job.tokens_BT, task.job.lengths_B, task.job.keys_B))
+    pop = begin_jit(task.bundle.lm, task.steps, task.tools, tokens_RT, lengths_R, kinds=task.kinds,
+                    keys_R=keys_R, particles=task.particles)
+    texts = [task.bundle.tokenizer.decode(task.job.prompts[i]) for i in which]
+    carry = task.reward.init(Prompts(tokens_RT, lengths_R, texts), task.particles,
+                             task.steps.max_new_tokens)
+    return (pop.replace(carry=carry), None) if task.reward.on_device else (pop, carry)
+
+
+def grow(
+    task: Task, pop: Population, carry: Any, slots: Sequence[int], enough: int
+) -> tuple[Population, Any]:
+    """Rounds until `enough` prompts are over: one program, or one hop to the host a round."""
+    static, reward = (task.bundle.lm, task.steps, task.tools), task.reward
+    known: dict[tuple, str] = {}
+    if reward.on_device:
+        return loop_jit(*static, reward, pop, np.int32(enough)), None
+    while int(pop.over_R.sum()) < enough:
+        pop, ancestors_RP = move_jit(*static, pop)
+        carry = reward.gather(carry, to_host(ancestors_RP))
+        seen = to_host(view_jit(pop))
+        given, carry = reward.score(carry, seen._replace(
+            texts=[texts_of(task, slots, seen, row, known) for row in range(len(seen.start_B))]))
+        score_B = np.asarray(given, np.float32)
+        if score_B.shape != seen.start_B.shape:
+            raise ConfigError(f"the reward gave scores of shape {score_B.shape}; expected one for "
+                              f"each of {len(seen.start_B)} rows")
+        pop = absorb_jit(task.steps, task.tools.method, pop, jnp.asarray(score_B))
+    return pop, carry
+
+
+def texts_of(
+    task: Task, slots: Sequence[int], seen: Rows, row: int, known: dict[tuple, str]
+) -> str:
+    """The answer so far of one row; `known` keeps those of rows that did not grow."""
+    which = slots[row // task.particles]
+    drawn = seen.tokens_BS[row, seen.start_B[row]: seen.length_B[row]]
+    name = (which, drawn.tobytes())
+    if name not in known:
+        known[name] = answer_text(task, task.job.prompts[which], drawn.tolist())[1]
+    return known[name]
+
+
+def answer_text(task: Task, prompt: list[int], drawn: list[int]) -> tuple[str, str]:
+    """Why an answer ended, and its text."""
+    finish, text = ending(task.bundle, task.job, prompt, drawn, True)
+    before = task.bundle.tokenizer.decode(prompt)
+    if finish == "length" and len(drawn) < task.steps.max_new_tokens:
+        finish = "steps"
+    return finish, text.removeprefix(before)
+
+
+def put(tree: Any, new: Any, slot: Any) -> Any:
+    """One prompt's leaves in place of those of `slot`; what leads with no axis stays."""
+    def one(leaf, part):
+        if leaf.ndim == 0:
+            return leaf
+        start = slot * part.shape[0]
+        if isinstance(leaf, np.ndarray):
+            leaf = leaf.copy()
+            leaf[start: start + len(part)] = part
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf.at[start].set(part[0]) if len(part) == 1 else jax.random.wrap_key_data(
+                one(jax.random.key_data(leaf), jax.random.key_data(part)),
+                impl=jax.random.key_impl(leaf))
+        return jax.lax.dynamic_update_slice_in_dim(leaf, part.astype(leaf.dtype), start, 0)
+
+    return jax.tree.map(one, tree, new)
+
+
+@partial(jax.jit, donate_argnums=0)
+def put_jit(pop: Population, new: Population, slot: jax.Array) -> Population:
+    """`put` on the device; what was spent stays."""
+    return put(pop, new, slot).replace(spent=pop.spent)
+
+
+def readable(pop: Population) -> Population:
+    """What is read of a population, as numpy: all but its caches, logits and the reward's carry."""
+    rows = pop.rows.replace(caches=(), logits_BV=None, sampler=(), keys_B=None)
+    return to_host(pop.replace(rows=rows, carry=None, keys_R=None))
+
+
+def read(
+    task: Task, host: Population, final: tuple[Any, Any, Any], slot: int, which: int
+) -> SearchResult:
+    """One prompt's result."""
+    prompt, (weights_RP, evidence_R, broken_R) = task.job.prompts[which], final
+    log_weights, steps = weights_RP[slot], int(host.step_R[slot])
+    first = slot * task.particles
+    answers = [read_row(task, host, prompt, first + p, float(log_weights[p]))
+               for p in range(task.particles)]
+    answers, chosen = pick(answers, log_weights, task.choose, task.job.keys_B, which)
+    line = lambda x: x[slot, :steps]
+    size, resampled, ancestors, roots = map(line, host.trail)
+    return SearchResult(
+        prompt=task.bundle.tokenizer.decode(prompt), answers=tuple(answers), chosen=chosen,
+        log_evidence=float(evidence_R[slot]), ess=size, resampled=resampled, ancestors=ancestors,
+        unique_roots=roots, tokens_drawn=int(host.drawn_R[slot]), steps=steps, row_utilisation=0.0,
+        flags=("broken",) if broken_R[slot] else ())
+
+
+def read_row(
+    task: Task, host: Population, prompt: list[int], row: int, log_weight: float
+) -> Answer:
+    """One answer; NumericsError when the model gave NaN."""
+    begin_at, end = int(host.start_B[row]), int(host.at_B[row])
+    drawn = host.rows.tokens_BS[row, begin_at:end].tolist()
+    logprobs = host.rows.logprob_BS[row, begin_at:end]
+    if not np.isfinite(logprobs).all():
+        raise NumericsError("the model gave a logit that is NaN or infinite; check the weights, or "
+                            "load in float32")
+    finish, text = answer_text(task, prompt, drawn)
+    count, score = int(host.steps_B[row]), lambda x: float(np.nan_to_num(x, nan=0.0))
+    return Answer(
+        text, tuple(drawn), float(logprobs.sum(dtype=np.float64)), score(host.score_B[row]),
+        log_weight, finish, tuple(map(score, host.scores_BT[row, :count])),
+        tuple(host.ends_BT[row, :count].tolist()))
+
+
+def pick(
+    answers: list[Answer], log_weights: np.ndarray, choose: str, keys_R: jax.Array, which: int
+) -> tuple[list[Answer], int]:
+    """The answers, and which is chosen: the best, a draw, or the best after one resampling."""
+    if choose != "best":
+        key = jax.random.fold_in(keys_R[which], 0)
+        drawn = jax.random.categorical(key, _known(log_weights), shape=(len(answers),)).tolist()
+        if choose == "draw":
+            return answers, drawn[0]
+        answers = [answers[i] for i in drawn]
+    return answers, int(np.argmax([answer.score for answer in answers]))
+
+
+def _known(log_weights: np.ndarray) -> jax.Array:
+    """Log-weights that can be drawn by: without any weight, all alike."""
+    good = np.isfinite(log_weights)
+    known = np.where(good, log_weights, -np.inf) if good.any() else np.zeros(len(good))
+    return jnp.asarray(known, jnp.float32)
+
+

@@ -1,0 +1,210 @@
+"""The thread that owns the device: requests in from any event loop, progress back to it."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxlm.core.errors import JaxlmError
+from jaxlm.decode.batcher import Batcher, Progress, Request
+
+
+class Refused(JaxlmError):
+    """A request that cannot be taken now; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+class Ticket:
+    """The progress of one client's requests, awaited in its event loop.
+
+    Leave the context to cancel what is not over: when a client goes, its rows are free again at
+    the end of the chunk.
+    """
+
+    def __init__(self, requests: Sequence[Request]):
+        self.requests = list(requests)
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Progress | Refused] = asyncio.Queue()
+
+    async def next(self) -> Progress:
+        """The next progress of any of the requests.
+
+        Raises: Refused when the engine will not finish them.
+        """
+        got = await self.queue.get()
+        if isinstance(got, Refused):
+            raise got
+        return got
+
+    def __enter__(self) -> "Ticket":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for request in self.requests:
+            request.cancelled = True
+
+
+class Engine:
+    """Runs a batcher, and whole jobs between its chunks, in a thread of its own.
+
+    Args: waiting: answers that may wait for a row; more are refused.
+    """
+
+    def __init__(self, batcher: Batcher, waiting: int = 256):
+        self.batcher, self.limit = batcher, waiting + batcher.rows
+        self.failure: str | None = None
+        self._wake = threading.Condition()
+        self._new: deque[tuple[Ticket, Request]] = deque()
+        self._jobs: deque[tuple[Callable[[], Any], asyncio.Future]] = deque()
+        self._tickets: dict[int, Ticket] = {}  # by request
+        self._closing, self._deadline = False, float("inf")
+        self._thread = threading.Thread(target=self._run, name="jaxlm-engine", daemon=True)
+
+    @property
+    def pending(self) -> int:
+        """Answers that are not over, waiting ones included."""
+        return len(self._new) + len(self._tickets) + len(self._jobs)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def drain(self, grace: float) -> None:
+        """Take no more; after `grace` seconds, end what is left with a reason."""
+        self._deadline = min(self._deadline, time.monotonic() + grace)
+        self._closing = True
+
+    def close(self, grace: float = 0.0) -> None:
+        """`drain`, and wait for the thread to end."""
+        self.drain(grace)
+        with self._wake:
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, requests: Sequence[Request]) -> Ticket:
+        """Let requests wait for rows; from inside an event loop.
+
+        Raises: Refused with 429 when too many wait, or 503 when the engine is closing or broken.
+        """
+        self._check(len(requests))
+        ticket = Ticket(requests)
+        with self._wake:
+            self._new += [(ticket, request) for request in requests]
+            self._wake.notify()
+        return ticket
+
+    def call(self, job: Callable[[], Any]) -> asyncio.Future:
+        """Run a whole job on the device between two chunks; its result, or what it raised."""
+        self._check(1)
+        future = asyncio.get_running_loop().create_future()
+        with self._wake:
+            self._jobs.append((job, future))
+            self._wake.notify()
+        return future
+
+    def _check(self, count: int) -> None:
+        if self.failure is not None:
+            raise Refused(f"the server has failed: {self.failure}", 503)
+        if self._closing:
+            raise Refused("the server is shutting down", 503)
+        if count > self.limit:
+            raise Refused(f"{count} answers are asked for; expected at most {self.limit}, the rows "
+                          "and the places in the queue", 400)
+        if self.pending + count > self.limit:
+            raise Refused(f"{self.pending} answers are being made and the queue is full; try "
+                          "again later", 429)
+
+    def _run(self) -> None:
+        """Until closed: take what is new, run one job, advance one chunk, report."""
+        while self._wait():
+            try:
+                self._job()
+                self._report(self.batcher.step())
+            except Exception as error:  # the pool's arrays were donated: nothing can go on
+                self.failure = f"{type(error).__name__}: {error}"
+                self._refuse(Refused(f"the server has failed: {self.failure}", 500))
+                return
+            if time.monotonic() > self._deadline:
+                self._refuse(Refused("the server is shutting down; the answer is not complete",
+                                     503))
+                return
+
+    def _wait(self) -> bool:
+        """Sleep until there is work, and take it; False when closed and nothing is left."""
+        with self._wake:
+            while not (self._new or self._jobs or self.batcher.busy):
+                if self._closing:
+                    return False
+                self._wake.wait(timeout=0.5)  # a signal handler cannot notify
+            while self._new:
+                ticket, request = self._new.popleft()
+                self._tickets[id(request)] = ticket
+                self.batcher.add(request)
+        return True
+
+    def _job(self) -> None:
+        """Run one whole job, if its client still waits."""
+        if not self._jobs:
+            return
+        job, future = self._jobs[0]
+        try:
+            if not future.cancelled():
+                result = job()
+                self._post(future.get_loop(), _settle, future, result, None)
+        except Exception as error:  # a job's own: the pool is untouched
+            self._post(future.get_loop(), _settle, future, None, error)
+        finally:
+            self._jobs.popleft()
+
+    def _report(self, progress: list[Progress]) -> None:
+        """Send what is new to its event loops, and forget what is over or cancelled."""
+        by_loop: dict[Any, list[tuple[asyncio.Queue, Progress]]] = {}
+        for one in progress:
+            ticket = self._tickets.get(id(one.request))
+            if ticket is None:
+                continue
+            if one.text or one.finish or one.request.stream:
+                by_loop.setdefault(ticket.loop, []).append((ticket.queue, one))
+            if one.finish:
+                del self._tickets[id(one.request)]
+        for loop, items in by_loop.items():
+            self._post(loop, _deliver, items)
+        for name, ticket in list(self._tickets.items()):
+            if all(request.cancelled for request in ticket.requests):
+                del self._tickets[name]
+
+    def _refuse(self, reason: Refused) -> None:
+        """End everything that is not over."""
+        with self._wake:
+            tickets = {id(t): t for t in [*self._tickets.values(), *(t for t, _ in self._new)]}
+            jobs = list(self._jobs)
+            self._new.clear(), self._jobs.clear(), self._tickets.clear()
+            self._closing = True
+        for ticket in tickets.values():
+            self._post(ticket.loop, ticket.queue.put_nowait, reason)
+        for _, future in jobs:
+            self._post(future.get_loop(), _settle, future, None, reason)
+
+    def _post(self, loop: asyncio.AbstractEventLoop, call: Callable, *arguments: Any) -> None:
+        """Call in an event loop, unless it is closed already."""
+        try:
+            loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:
+            if not loop.is_closed():
+                raise
+
+
+def _deliver(items: list[tuple[asyncio.Queue, Progress]]) -> None:
+    for queue, progress in items:
+        queue.put_nowait(progress)
+
+
+def _settle(future: asyncio.Future, result: Any, error: Exception | None) -> None:
+    if not future.done():
+        future.set_exception(error) if error is not None else future.set_result(result)

@@ -1,0 +1,176 @@
+"""Solving: every method runs, results survive a kill, failures stay their own."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.core.errors import ConfigError
+from jaxlm.eval.arithmetic_reward import arithmetic_reward
+from jaxlm.eval.solve import Job, Results, key_for, solve, summary
+from jaxlm.eval.tasks import ANSWER_LINE, Problem, held_out
+from jaxlm.rewards.answers import extract
+from jaxlm.rewards.call import TextReward
+from jaxlm.search.base import Steps
+from jaxlm.search.methods import METHODS, Request, Solution, method
+from tests.source_tree import ROOT
+
+SETTINGS = {"seed": 0}
+PROBLEMS = held_out("easy", 3).problems
+
+
+@pytest.fixture(scope="module")
+def request_():
+    return Request(jaxlm.load("tiny"), arithmetic_reward(), particles=4, temperature=0.8,
+                   steps=Steps(("\n",), max_steps=6, max_new_tokens=48),
+                   extract=lambda text: extract(text, ANSWER_LINE))
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """A method without a model: the answer is the prompt's last digit; some prompts fail."""
+    seen = []
+
+    def run(request, prompts, keys_R):
+        from jaxlm.rewards.base import RewardError
+
+        seen.append(list(prompts))
+        if bad := [i for i, prompt in enumerate(prompts) if "bad" in prompt]:
+            raise RewardError("it hangs", bad, ["it hangs"])
+        noise = np.asarray(jax.vmap(jax.random.uniform)(keys_R))
+        return [Solution(prompt, prompt[-1], float(x), math.nan, (2.0,), 5, ())
+                for prompt, x in zip(prompts, noise, strict=True)]
+
+    monkeypatch.setitem(METHODS, "fake", type(METHODS["rpc"])(run, False))
+    return seen
+
+
+def problems(*texts):
+    return [Problem(f"id {text}", text, text[-1]) for text in texts]
+
+
+def run(path, some, batch=2, **options):
+    results = Results(path, SETTINGS)
+    solve(some, Request(None), Job("fake", 4), results, batch=batch, **options)
+    results.close()
+    return {record["id"]: record for record in results.records.values()}
+
+
+def test_a_problem_that_fails_takes_no_other_with_it(tmp_path, faked):
+    found = run(tmp_path / "r.jsonl", problems("a1", "bad2", "c3"), batch=3)
+    assert [record.get("failed") is not None for record in found.values()] == [False, True, False]
+    assert "it hangs" in found["id bad2"]["failed"] and found["id c3"]["correct"] is True
+    row = summary(list(found.values()))[0]
+    assert (row.problems, row.failed) == (3, 1) and abs(row.accuracy.value - 2 / 3) < 1e-9
+    again = len(faked)
+    run(tmp_path / "r.jsonl", problems("a1", "bad2", "c3"))
+    assert len(faked) == again  # nothing was left to do
+    run(tmp_path / "r.jsonl", problems("a1", "bad2", "c3"), retry_failed=True)
+    assert faked[again:] == [["bad2"]]
+
+
+def test_order_and_batch_do_not_matter(tmp_path, faked):
+    some = problems("a1", "b2", "c3", "d4", "e5")
+    one = run(tmp_path / "a.jsonl", some, batch=1)
+    other = run(tmp_path / "b.jsonl", some[::-1], batch=3)
+    strip = lambda record: {**record, "seconds": 0}
+    assert {k: strip(v) for k, v in one.items()} == {k: strip(v) for k, v in other.items()}
+    keys = {str(jax.random.key_data(key_for(seed, p))) for p in some for seed in (0, 1)}
+    assert len(keys) == 10
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "id b2", "meth', b"{", b""])
+def test_a_torn_last_line_is_dropped_and_done_again(tmp_path, faked, torn):
+    path = tmp_path / "r.jsonl"
+    run(path, problems("a1"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn)
+    found = run(path, problems("a1", "b2"))
+    assert list(found) == ["id a1", "id b2"] and path.read_bytes().startswith(whole)
+    assert all(json.loads(line) for line in path.read_bytes().splitlines())
+
+
+def test_other_settings_and_other_files_are_refused(tmp_path, faked):
+    path = tmp_path / "r.jsonl"
+    run(path, problems("a1"))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="seed"):
+        Results(path, {"seed": 1})
+    for text in ("my notes", "my notes\nand more\n"):
+        (tmp_path / "notes").write_text(text)
+        with pytest.raises(ConfigError):
+            Results(tmp_path / "notes", SETTINGS)
+        assert (tmp_path / "notes").read_text() == text
+    assert path.read_bytes() == before
+
+
+def test_unknown_methods_and_missing_rewards_are_named():
+    with pytest.raises(ConfigError, match="particle-filter"):
+        method("magic")
+    with pytest.raises(ConfigError, match="needs a reward"):
+        method("best-of-n")
+
+
+@pytest.mark.parametrize("name", ["particle-filter", "best-of-n", "self-consistency", "greedy"])
+def test_methods_on_the_bundled_model(tmp_path, request_, name):
+    results = Results(tmp_path / "r.jsonl", SETTINGS)
+    solve(PROBLEMS, request_, Job(name, 4), results, batch=3)
+    rows = list(results.records.values())
+    assert sum(row["correct"] for row in rows) >= 2 and all(row["tokens"] > 0 for row in rows)
+    assert (rows[0]["log_evidence"] is not None) == (name == "particle-filter")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_runs(tmp_path, request_, name):
+    results = Results(tmp_path / "r.jsonl", SETTINGS)
+    solve(PROBLEMS[:2], request_, Job(name, 8), results)
+    assert all(row["correct"] is not None for row in results.records.values())
+
+
+def test_a_reward_that_raises_is_that_problem_s_alone(tmp_path, request_):
+    bad = PROBLEMS[1].prompt
+
+    def scores(prompts, answers):
+        if bad in prompts:
+            raise RuntimeError("no such problem")
+        return [0.5] * len(answers)
+
+    reward = TextReward(scores, retries=0, wait_s=0)
+    results = Results(tmp_path / "r.jsonl", SETTINGS)
+    solve(PROBLEMS, replace(request_, reward=reward), Job("best-of-n", 4), results, batch=3)
+    failed = [record.get("failed") for record in results.records.values()]
+    assert failed[0] is None and "no such problem" in failed[1] and failed[2] is None
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_and_loses_nothing(tmp_path):
+    out = tmp_path / "r.jsonl"
+    command = [sys.executable, "-m", "jaxlm", "solve", "tiny", "--data", "easy", "--limit", "6",
+               "--method", "best-of-n", "--particles", "2", "--prm", "checker", "--batch", "1",
+               "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 400
+    while time.monotonic() < until and not (out.exists() and out.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = out.read_bytes()
+    kept = kept[:kept.rfind(b"\n") + 1]
+    assert kept.count(b"\n") >= 3
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(kept) and "best-of-n" in done.stdout
+    ids = [json.loads(line)["id"] for line in out.read_bytes().splitlines()[1:]]
+    assert len(ids) == len(set(ids)) == 6 and out.with_suffix(".png").exists()

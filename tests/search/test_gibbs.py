@@ -1,0 +1,65 @@
+"""Particle Gibbs and tempering over text: the law by enumeration; wrong kernels are refused."""
+
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.core.errors import ConfigError
+from jaxlm.decode.samplers import Mirostat2
+from jaxlm.search.gibbs import particle_gibbs
+from tests.search.toy import PROMPT, REWARD, SAMPLER, STEPS, bundle, exact, log_potential
+
+CHAINS, SWEEPS = 384, 6
+
+
+def run(chains=CHAINS, **options):
+    options = {"particles": 4, "sweeps": SWEEPS, "steps": STEPS, "sampler": SAMPLER, **options}
+    return particle_gibbs(bundle(), [PROMPT] * chains, REWARD, key=jax.random.key(5), **options)
+
+
+def worst(chains, law):
+    """The largest |z| of the last reference's frequencies over independent chains.
+
+    Texts that are too rare for a z score are counted together.
+    """
+    found = Counter(chain.references[-1].tokens for chain in chains)
+    common = [text for text, p in law.items() if p * len(chains) > 5]
+    rare = 1 - sum(law[text] for text in common)
+    p = np.array([*(law[text] for text in common), rare])
+    n = np.array([found[text] for text in common])
+    n = np.append(n, len(chains) - n.sum()) / len(chains)
+    return np.abs((n - p) / np.sqrt(p * (1 - p) / len(chains))).max()
+
+
+def test_the_chain_s_law_is_the_target_s():
+    chains = run()
+    law = exact(bundle())[1]
+    assert worst(chains, law) < 4
+    for other in (2.0, 0.0):  # powers of the weights
+        assert worst(chains, exact(bundle(), other)[1]) > 10
+    moved = np.mean([a.tokens != b.tokens for c in chains
+                     for a, b in zip(c.references[1:], c.references[2:], strict=False)])
+    assert 0.2 < moved < 1.0
+    for answer in chains[0].references:
+        assert abs(sum(np.log(s / (1 - s)) for s in answer.step_scores)
+                   - log_potential(answer.tokens)) < 1e-4
+
+
+@pytest.mark.slow
+def test_tempered_chains_swap_and_keep_the_first_one_s_law():
+    chains = run(temperatures=(1.0, 3.0), sweeps=8)
+    assert worst(chains, exact(bundle())[1]) < 4
+    assert 0.1 < np.mean([chain.swapped for chain in chains]) < 1.0
+    hot = run(temperatures=(3.0, 1.0), sweeps=8)
+    assert worst(hot, exact(bundle(), 1 / 3)[1]) < 4 and worst(hot, exact(bundle())[1]) > 6
+
+
+def test_bad_calls_are_named():
+    with pytest.raises(ConfigError, match="at least 2"):
+        run(1, particles=1)
+    with pytest.raises(ConfigError, match="Mirostat2 keeps a state"):
+        run(1, sampler=Mirostat2())
+    with pytest.raises(ConfigError, match="temperatures"):
+        run(1, temperatures=(1.0, 0.0))

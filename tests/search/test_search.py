@@ -1,0 +1,186 @@
+"""What every search keeps: a prompt's answers are its own, over every cache, on device and host."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.cache import Dense
+from jaxlm.core.errors import ConfigError, DeviceError, ShapeError
+from jaxlm.models.config import LayerPlan
+from jaxlm.rewards.base import Stateless
+from jaxlm.search.base import Steps, evidence
+from jaxlm.search.beam import beam_search, dvts
+from jaxlm.search.memory import check_memory
+from jaxlm.search.particles import particle_filter
+from tests.search.toy import END, HOST, REWARD, SAMPLER, STEPS, bundle, ends, score_of
+
+PROMPTS = [[0, 1, 1], [1], [0, 0, 1, 2, 0], [2, 1]]
+LONG = Steps("\n", tokens=5, max_steps=5, max_new_tokens=24, stop_ids=(END,))
+KEYS = jax.random.split(jax.random.key(3), len(PROMPTS))
+OPTIONS = {"particles": 4, "steps": STEPS, "sampler": SAMPLER, "threshold": 2.0}
+
+
+def run(prompts=PROMPTS, reward=REWARD, keys=KEYS, model=None, **options):
+    return particle_filter(model or bundle(), prompts, reward, key=keys, **{**OPTIONS, **options})
+
+
+def answers(results):
+    return [[answer.tokens for answer in result.answers] for result in results]
+
+
+@pytest.fixture(scope="module")
+def together():
+    return run()
+
+
+def test_answers_are_scored_by_step_and_bounded(together):
+    for result in together:
+        assert result.ess.shape == result.resampled.shape == (result.steps,)
+        assert result.ancestors.shape == (result.steps, 4) and result.flags == ()
+        for answer in result.answers:
+            assert list(answer.step_ends) == ends(answer.tokens)
+            scores = [score_of(answer.tokens[:end]) for end in answer.step_ends]
+            np.testing.assert_allclose(answer.step_scores, scores, atol=1e-6)
+            assert answer.finish == ("stop" if answer.tokens[-1] == END else "length")
+        assert result.text == max(result.answers, key=lambda answer: answer.score).text
+        longest = max(len(answer.tokens) for answer in result.answers)
+        assert longest <= result.tokens_drawn <= 4 * STEPS.max_new_tokens
+
+
+def test_a_prompt_s_answers_are_its_own(together):
+    """Alone, in another place, in step with the others, or in a queue: the same texts."""
+    assert answers(run()) == answers(together)
+    back = run(PROMPTS[::-1], keys=KEYS[::-1])[::-1]
+    assert answers(back) == answers(together)
+    assert answers(run(quorum=4)) == answers(together)
+    queued = run(at_once=2)
+    assert answers(queued) == answers(together)
+    for one, other in zip(queued, together, strict=True):
+        np.testing.assert_allclose(one.log_evidence, other.log_evidence, rtol=1e-5)
+        np.testing.assert_array_equal(one.ancestors, other.ancestors)
+        assert one.tokens_drawn == other.tokens_drawn
+
+
+def test_a_reward_on_the_host_gives_the_same_answers_and_sees_texts(together):
+    seen = []
+
+    def score(rows):
+        assert all(isinstance(leaf, np.ndarray) for leaf in rows[:4])
+        seen.extend(rows.texts)
+        return HOST.function(rows)
+
+    found = run(reward=Stateless(score, on_device=False))
+    assert answers(found) == answers(together)
+    assert {answer.text for result in found for answer in result.answers} <= set(seen)
+
+
+@pytest.mark.parametrize("cache", [
+    "dense", pytest.param("kivi2", marks=pytest.mark.slow),
+    pytest.param("squat2", marks=pytest.mark.slow)])
+def test_over_every_cache_and_a_skipped_layer(cache):
+    """Log-probabilities of what was drawn, by full passes: a row whose cache had not followed its
+    text would not have them."""
+    plan = (LayerPlan(skip_attention=True), LayerPlan())
+    model = bundle(2, plan, width=32)
+    found = particle_filter(model, PROMPTS[:2], REWARD, particles=4, steps=LONG, sampler=SAMPLER,
+                            cache=cache, threshold=2.0, key=KEYS[:2])
+    for result in found:
+        assert np.isfinite(result.log_evidence) and not result.flags
+        for answer in result.answers:
+            scores = [score_of(answer.tokens[:end]) for end in answer.step_ends]
+            np.testing.assert_allclose(answer.step_scores, scores, atol=1e-6)
+            assert max(np.diff([0, *answer.step_ends])) <= 5
+            tokens = jnp.asarray([[*PROMPTS[found.index(result)], *answer.tokens]])
+            logits = model.lm.apply(model.params, tokens).logits[0]
+            logp = jax.nn.log_softmax(logits[-len(answer.tokens) - 1: -1], -1)
+            exact = float(logp[jnp.arange(len(answer.tokens)), jnp.asarray(answer.tokens)].sum())
+            assert abs(answer.logprob - exact) < (1e-3 if cache == "dense" else 6.0)
+
+
+BAD = {
+    "zero": lambda s: 0.0 * s, "nan": lambda s: jnp.nan * s, "inf": lambda s: jnp.inf * s,
+    "one nan": lambda s: jnp.where(jnp.arange(len(s)) % 4 == 1, jnp.nan, s),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_rewards_without_a_number_are_flagged_and_give_answers(kind):
+    on_host = Stateless(lambda rows: np.asarray(BAD[kind](HOST.function(rows))), on_device=False)
+    found = run(reward=on_host, weight="prob")
+    for result in found:
+        assert result.flags == ("broken",) and result.text is not None
+        for answer in result.answers:
+            assert np.isfinite(answer.score) and np.isfinite(answer.step_scores).all()
+        assert not np.isnan(result.log_evidence)
+        if kind != "one nan":
+            assert result.log_evidence == -np.inf
+        assert not np.isnan([answer.log_weight for answer in result.answers]).any()
+
+
+def test_one_particle_and_a_step_that_never_ends():
+    endless = Steps("\n\n\n\n\n\n\n", max_steps=3, max_new_tokens=6, stop_ids=())
+    found = run(PROMPTS[:1], keys=KEYS[:1], steps=endless, particles=1)[0]
+    assert found.chosen == 0 and found.steps == 1
+    assert [(len(answer.tokens), answer.finish) for answer in found.answers] == [(6, "length")]
+
+
+@pytest.mark.slow
+def test_a_host_s_rewards_keep_their_place_in_a_queue(together):
+    assert answers(run(reward=HOST, at_once=3)) == answers(together)
+
+
+def test_beams_and_trees_keep_the_best():
+    beams = beam_search(bundle(), PROMPTS, REWARD, budget=8, width=2, steps=STEPS, sampler=SAMPLER,
+                        key=KEYS)
+    trees = dvts(bundle(), PROMPTS, REWARD, budget=8, width=2, steps=STEPS, sampler=SAMPLER,
+                 key=KEYS)
+    for beam, tree in zip(beams, trees, strict=True):
+        for row in beam.ancestors[1:]:
+            assert all(np.bincount(row)[np.unique(row)] == 4)
+        for row in tree.ancestors[1:]:
+            assert (row // 2 == np.arange(8) // 2).all() and (row[::2] == row[1::2]).all()
+        assert np.isnan(beam.log_evidence) and np.isnan(tree.log_evidence)
+    best = lambda results: np.mean([max(a.score for a in r.answers) for r in results])
+    assert best(beams) > 0.6
+
+
+def test_evidence_of_chains():
+    chains = run([PROMPTS[0]] * 4)
+    mean, error = evidence(chains)
+    z = np.exp([chain.log_evidence for chain in chains])
+    np.testing.assert_allclose([np.exp(mean), error],
+                               [z.mean(), z.std(ddof=1) / 2 / z.mean()], rtol=1e-4)
+    with pytest.raises(ShapeError, match="one prompt"):
+        evidence(run())
+
+
+def test_more_particles_than_memory_are_refused_before_any_compute():
+    with pytest.raises(DeviceError, match=r"100000 particles.*; (\d+) particles fit") as error:
+        run(particles=100_000, memory=2**22)
+    fits = int(str(error.value).split("; ")[1].split(" ")[0])
+    assert fits > 4
+    kinds = (Dense(),)
+    check_memory(bundle(), kinds, 4, 32, fits, 4, 2**22)
+    with pytest.raises(DeviceError):
+        check_memory(bundle(), kinds, 4, 32, fits + 1, 4, 2**22)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"steps": "\n"}, "expected a Steps"), ({"weight": "logit"}, "weight is 'logit'"),
+    ({"scheme": "best"}, "resampling is 'best'"), ({"tau": 0.0}, "tau is 0.0"),
+    ({"temper": "ess"}, "temper is 'ess'"), ({"compat": "hub"}, "compat is 'hub'"),
+    ({"choose": "first"}, "choose is 'first'"), ({"particles": 0}, "particles is 0"),
+    ({"reward": len}, "expected a Reward"), ({"at_once": 0}, "at_once is 0"),
+    ({"steps": Steps("#", max_new_tokens=8)}, "no token contains")], ids=str)
+def test_bad_calls_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        run(**options)
+
+
+def test_steps_that_are_none_are_named():
+    for bad, message in [({}, "no end"), ({"tokens": 0}, "tokens is 0"),
+                         ({"delimiters": ("",)}, "not empty"),
+                         ({"tokens": 4, "max_steps": 1.5}, "max_steps is 1.5")]:
+        with pytest.raises(ConfigError, match=message):
+            Steps(**bad)

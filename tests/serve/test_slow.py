@@ -1,0 +1,133 @@
+"""The server under load: many clients, clients that die, generated input, another project."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+
+from experiments import bench_serve  # noqa: E402
+from jaxlm.hf.bundle import load  # noqa: E402
+from tests.serve.running import TEMPLATE, make_batcher, running  # noqa: E402
+from tests.tiny import write_folder  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with running(make_batcher(load(folder), rows=16, prompt_bytes=8 << 20),
+                 waiting=2000) as (found, _):
+        yield found
+
+
+def test_a_thousand_clients_each_get_their_own_answer(url):
+    assert bench_serve.mixed_requests(url, "tiny-model", 1000) == 0
+
+
+def test_the_comparison_sees_a_mixture(url):
+    """Another seed's answers are counted as mixed."""
+    assert bench_serve.mixed_requests(url, "tiny-model", 20, shift=1) > 10
+
+
+def test_clients_that_die_harm_nobody(url):
+    """Of 40 streams, 10 are cut by force; the others' answers are whole, and no row is lost."""
+    victims = set(random.Random(0).sample(range(40), 10))
+
+    async def one(client, number):
+        body = {"model": "tiny-model", "prompt": f"number {number}", "seed": number,
+                "max_tokens": 60, "stream": True}
+        text = ""
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if number in victims and text:
+                    return None
+                text += line
+        return text.count("finish_reason\":\"") == 1 and text.endswith("data: [DONE]")
+
+    async def everyone():
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(40)))
+
+    found = asyncio.run(everyone())
+    assert [number for number, whole in enumerate(found) if whole is None] == sorted(victims)
+    assert all(whole for whole in found if whole is not None)
+    until = time.monotonic() + 30
+    while "answers_pending 0" not in httpx.get(f"{url}/metrics").text:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_memory_stays_flat(url):
+    assert bench_serve.rss_growth_mb(url, "tiny-model", os.getpid(), 5000) < 50
+
+
+def test_generated_requests_never_break_the_server(url):
+    """Requests made from the server's own description of its endpoints: no status of 500."""
+    pytest.importorskip("schemathesis")
+    done = subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks",
+         "not_a_server_error", "--max-examples", "60", "--generation-deterministic"],
+        capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_its_hub_drives_a_particle_filter(url):
+    pytest.importorskip("its_hub")
+    from its_hub.api.reward_models.prm import AbstractProcessRewardModel
+    from its_hub.core.algorithms.particle_gibbs import ParticleFiltering
+    from its_hub.core.lms.openai_lm import OpenAICompatibleLanguageModel
+    from its_hub.core.lms.step_generation import StepGeneration
+
+    class Short(AbstractProcessRewardModel):
+        """Prefers short answers."""
+
+        def score(self, prompt, steps):
+            return [1 / (2 + len(step)) for step in steps]
+
+        async def ascore(self, prompt, steps):
+            return self.score(prompt, steps)
+
+    lm = OpenAICompatibleLanguageModel(url + "/v1", "none", "tiny-model", max_tries=1)
+    for generation in (
+        StepGeneration(max_steps=3, tokens_per_step=5),
+        StepGeneration(max_steps=2, step_token="e", include_stop_str_in_output=True,
+                       stop_token="q"),
+    ):
+        lm.max_completion_tokens = 12
+        found = ParticleFiltering(generation, Short()).infer(
+            lm, "Hello, ", budget=4, return_response_only=False)
+        assert len(found.responses) == 4 and all(r["content"] for r in found.responses)
+
+
+@pytest.mark.parametrize("grace", [20, 0])
+def test_sigterm_closes_the_command(folder, tmp_path, grace):
+    """An answer in flight is finished, or ends with a reason; then the process ends."""
+    template = tmp_path / "verbatim.jinja"
+    template.write_text(TEMPLATE)
+    command = [sys.executable, "-m", "jaxlm", "serve", "--model", str(folder), "--name", "m",
+               "--port", "0", "--rows", "4", "--max-len", "96", "--grace", str(grace),
+               "--chat-template", str(template)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stderr if line.startswith("serving"))
+        url = line.split(" at ")[1].strip()
+        body = {"model": "m", "prompt": "Hi", "max_tokens": 90, "stream": True}
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = "".join(lines)
+        assert rest.endswith("data: [DONE]") or "shutting down" in rest
+        assert process.wait(timeout=60) == 0
