@@ -94,6 +94,17 @@ ROWS = (
         "answers best-of-n needs over the particle filter's, hard sums, reward", TIMES),
     Row("inference_scaling", "budget_ratio_vs_dvts",
         "answers DVTS needs over the particle filter's, hard sums, reward", TIMES),
+    Row("osft_exact", "golden_max_error",
+        "OSFT over five steps, largest difference from mini_trainer's and peft's weights",
+        "{:.1e}"),
+    *(Row("osft_exact", f"leak_{side}", f"OSFT, 1,000 AdamW steps: leak into the kept {words} "
+          "subspace, over the weights' norm", "{:.1e}")
+      for side, words in (("left", "output"), ("right", "input"))),
+    Row("osft_exact", "control.update.leak_left_of_update", "the same run with the projection "
+        "before AdamW: share of the update that leaks", PERCENT),
+    Row("osft_kill", "kills", "training killed with -9, a checkpoint a step", "{:.0f} kills"),
+    Row("osft_kill", "resume_bit_exact", "of these, kills of runs that ended to the bit as the "
+        "one never killed", "{:.0f}"),
 )
 
 WANTED = (("decode_b1_ratio", "15"), ("decode_b32_ratio", "2, better 4"),

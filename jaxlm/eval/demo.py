@@ -47,7 +47,7 @@ class Plan:
     tokens: int = 64
     searched: int = 24
     budget: int = 16
-    lessons: int = 60
+    lessons: int = 40
 
     @property
     def parts(self) -> int:

@@ -20,11 +20,13 @@ from jaxlm.train.setup import plain, reader
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LARGEST = 50_000_000  # parameters; a larger model would take more than a demo's time
-WINDOW, ROWS = 96, 8
+WINDOW, ROWS, LESSONS = 96, 8, 3000  # a pass over these words takes about 60 steps
 # Name, tuning, rate: OSFT's two projections leave a part of each update, so its rate is higher.
+# Sums kept and words learnt in 40 steps, of 64: full at 1e-3 6 and 41 %, at 5e-4 19 and 31 %; OSFT
+# at 3e-3 42 and 27 %.
 WAYS: tuple[tuple[str, Tuning, float], ...] = (
-    ("full fine-tuning", Full(), 1e-3),
-    ("OSFT, half free", Osft(unfreeze_ratio=0.5, others="freeze"), 4e-3))
+    ("full fine-tuning", Full(), 5e-4),
+    ("OSFT, half free", Osft(unfreeze_ratio=0.5, others="freeze"), 3e-3))
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def teach(
         return []
     with tempfile.TemporaryDirectory() as name:
         folder, found = Path(name), []
-        train = write(folder / "train.jsonl", reversals(50 * ROWS, seed))
+        train = write(folder / "train.jsonl", reversals(LESSONS, seed))
         files = [write(folder / "first.jsonl", sums(problems, seed)),
                  write(folder / "second.jsonl", reversals(problems, seed + 1))]
         config = Config(data=Data(train=(train,), window=WINDOW), batch=ROWS, steps=steps,
