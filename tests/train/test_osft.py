@@ -48,8 +48,9 @@ def after(form, name, u=0.5, steps=1000):
 
 
 @pytest.mark.parametrize(("form", "name", "u"), [
-    *((form, "adamw", 0.5) for form in FORMS), ("update", "adamw", 0.3), ("update", "sgd", 0.5),
-    ("update", "lion", 0.5), ("update", "muon", 0.8), ("coordinates", "adamw", 0.3)])
+    *((form, "adamw", 0.5) for form in FORMS), ("update", "sgd", 0.5), ("update", "lion", 0.5),
+    ("update", "muon", 0.8), pytest.param("update", "adamw", 0.3, marks=pytest.mark.slow),
+    pytest.param("coordinates", "adamw", 0.3, marks=pytest.mark.slow)])
 def test_nothing_leaks_in_a_thousand_steps(form, name, u):
     found, trained, frozen = after(form, name, u)
     k = int(20 * (1 - u) + 1e-9)
