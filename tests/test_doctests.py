@@ -42,7 +42,7 @@ def test_page_examples(page: Path, tmp_path):
     """The blocks of one page share their names, as a reader would paste them one after another."""
     code = "\n".join(python_blocks(page.read_text()))
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, result.stderr[-2000:]
 

@@ -11,8 +11,9 @@ from nbclient import NotebookClient
 from tests.source_tree import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LONG = {"04_finetune_without_forgetting"}  # over a minute; in make test-all
 YOURS = ROOT / "notebooks" / "01_your_checkpoint.ipynb"  # its own test runs it twice
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 def read(path):
@@ -50,7 +51,9 @@ def execute(path, monkeypatch, cells=None):
     return notebook
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p != YOURS], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else [])
+    for p in NOTEBOOKS if p != YOURS])
 def test_runs(path, monkeypatch):
     execute(path, monkeypatch)
 
