@@ -34,7 +34,7 @@ from tqdm import tqdm
 import jaxlm
 from experiments import _harness
 from experiments.prm_data import Rollout, in_order, rollouts
-from experiments.prm_slips import batch as made_batch
+from experiments.prm_slips import slips_batch
 from experiments.tiny_data import Mix
 from experiments.tiny_training import Recipe, optimiser, short_run
 from jaxlm.core.tree import Params
@@ -96,7 +96,7 @@ def fit(
             state, losses = kept["state"], np.array(kept["losses"])
         for number in (bar := tqdm(range(int(state.step), steps), desc="training")):
             dense = number < steps * 4 // 5
-            rows = made_batch(np.random.default_rng([seed, number]), ROWS, WIDTH, dense)
+            rows = slips_batch(np.random.default_rng([seed, number]), ROWS, WIDTH, dense)
             state, metrics = step(state, rows, None)
             losses[number] = [float(metrics[name]) for name in names]
             bar.set_postfix(loss=losses[max(number - 19, 0): number + 1].mean(0).round(3))
