@@ -196,7 +196,9 @@ class Kivi:
                                             self.writer(state))
 
             if new is not None:
-                state = quantised.keep_tail(state, *new, jnp.zeros_like(count_B), count_B)
+                k_BKSH, v_BKSH = new
+                state = quantised.keep_tail(state, k_BKSH, v_BKSH, jnp.zeros_like(count_B),
+                                            count_B)
             return quantised.once_if(jnp.max(ready_B) > 0, code, state)
 
         return per_head(pack, self.mesh, state["k"].shape[1], state, new, count_B, ready_B)

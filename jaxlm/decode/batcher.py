@@ -60,13 +60,13 @@ class Request:
 
 class Progress(NamedTuple):
     """What is new of an answer: text, and once it is over, why ("stop", "string", "length", or
-    "error": the model gave a number that is not finite). The first `count` of the request's tokens
-    are settled."""
+    "error": the model gave a number that is not finite). The first `settled` of the request's
+    tokens will not change."""
 
     request: Request
     text: str
     finish: str | None
-    count: int
+    settled: int
 
 
 class Batcher:

@@ -104,7 +104,7 @@ class RowSampler:
         top_BN, name_BN = jax.lax.cond(jnp.any(state.asked.tops > 0), alternatives, nothing)
         rows = jnp.arange(len(token_B))
         put = lambda old, new: old.at[rows, state.at_B].set(new, mode="drop")
-        return state.replace(
+        return state.replace(  # type: ignore[attr-defined]
             at_B=state.at_B + 1, top_token_BkN=put(state.top_token_BkN, name_BN),
             logprob_Bk=put(state.logprob_Bk, logprob_of(logits_BV, token_B)),
             top_logprob_BkN=put(state.top_logprob_BkN, top_BN),

@@ -78,7 +78,7 @@ def fit(
     sizes = mesh_sizes(len(chips.devices), config.num_kv_heads, job, data, fsdp, tensor)
     mesh = make_mesh(**sizes, devices=list(chips.devices))
     cache = place_kind(cache, mesh)
-    build = {"decode": _decode, "prefill": _prefill, "train": _train,
+    build: Any = {"decode": _decode, "prefill": _prefill, "train": _train,
              "osft": partial(_tuned, tuning or Osft())}[job]
     program, param_bytes, cache_bytes = build(config, mesh, batch, context, cache, dtype)
     return Fit(chips, sizes, job, program, param_bytes, cache_bytes)
@@ -211,6 +211,7 @@ def tuned_program(
       that it returns goes.
     """
     mesh, config = lm.mesh, lm.config
+    assert mesh is not None
     shapes = jax.eval_shape(lambda tree: stack(tree, config), lm.shapes(dtype))
     key = jax.eval_shape(lambda: jax.random.key(0))
     trained, frozen = jax.eval_shape(
@@ -219,9 +220,10 @@ def tuned_program(
     places, frozen_places = (shardings(axes, tree, mesh) for axes, tree in
                              zip(tuning.axes(trained, frozen), (trained, frozen), strict=True))
     moments = jax.eval_shape(tuning.wrap(optimizer).init, trained)
-    where = TrainState(places, place_state(moments, trained, places),
-                       NamedSharding(mesh, PartitionSpec()))
-    state = TrainState(trained, moments, jax.ShapeDtypeStruct((), jnp.int32))
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    where = TrainState(places, place_state(moments, trained, places), everywhere)
+    state = TrainState(trained, moments, count)
 
     def step(state, frozen, batch):
         return tuned_step(lm_objective(lm), tuning, optimizer, state, frozen, batch, dtype=dtype)

@@ -1,6 +1,7 @@
 """A thin tokenizer: the `tokenizers` file where there is one, transformers only where needed."""
 
 import pathlib
+import threading
 from typing import Any
 
 from jaxlm.core.errors import TokenizerError
@@ -8,6 +9,8 @@ from jaxlm.hf.config import read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
          "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+
+_LOADING = threading.Lock()  # transformers' lazy modules cannot be imported by two threads at once
 
 
 class Tokenizer:
@@ -49,10 +52,12 @@ class Tokenizer:
             ) from error
 
     def _transformers(self) -> Any:
-        if self._slow is None:  # opening it takes seconds
-            from transformers import AutoTokenizer
+        with _LOADING:
+            if self._slow is None:
+                from transformers import AutoTokenizer
 
-            self._slow = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+                self._slow = AutoTokenizer.from_pretrained(
+                    str(self.folder), trust_remote_code=False)
         return self._slow
 
     @property

@@ -86,13 +86,13 @@ def extract(text: str, how: str = "auto") -> str | None:
     if how in known:
         return known[how](text)
     try:
-        found = list(re.finditer(how, text))
+        matches = list(re.finditer(how, text))
     except re.error as error:
         raise ConfigError(f"answers are extracted by {how!r}, which is neither one of "
                           f"{['auto', *known]} nor a regular expression: {error}") from error
-    if not found:
+    if not matches:
         return None
-    return found[-1].group(1 if found[-1].re.groups else 0)
+    return matches[-1].group(1 if matches[-1].re.groups else 0)
 
 
 def normal(answer: str) -> str:
@@ -228,8 +228,9 @@ class Judge:
     @staticmethod
     def _line(process: subprocess.Popen, timeout: float) -> dict[str, Any] | None:
         """The next line, or None after `timeout`, or when the process has died."""
+        assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], timeout)
-        line = process.stdout.readline() if ready else ""  # type: ignore[union-attr]
+        line = process.stdout.readline() if ready else ""
         return json.loads(line) if line else None
 
     def close(self) -> None:

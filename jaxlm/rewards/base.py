@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from flax import struct
 
 from jaxlm.core.errors import JaxlmError
 
 Carry = Any  # what a reward keeps between steps; leaves lead with B = R P, shared prompts with R
+Scores = jax.Array | np.ndarray  # float32 (B,), on the device or on the host
 
 
 class Prompts(NamedTuple):
@@ -47,7 +49,7 @@ class Reward(Protocol):
     def init(self, prompts: Prompts, particles: int, slots: int) -> Carry:
         """Read the prompts, once each; `slots` bounds the tokens a row adds to its prompt."""
 
-    def score(self, carry: Carry, rows: Rows) -> tuple[jax.Array, Carry]:
+    def score(self, carry: Carry, rows: Rows) -> tuple[Scores, Carry]:
         """float32 (B,) of the answers so far. A row that did not grow keeps the score it had."""
 
     def gather(self, carry: Carry, ancestors_RP: jax.Array) -> Carry:

@@ -107,7 +107,8 @@ def _em(logs: np.ndarray, share: float, rounds: int, tolerance: float) -> Mixtur
     for _ in range(rounds):
         found = [fit_weibull(logs, part) for part in duty]
         weights = duty.sum(1).clip(1e-12) / len(logs)
-        made = Mixture(weights, *map(np.array, zip(*found, strict=True)), loglik=0.0)
+        shapes, scales = map(np.array, zip(*found, strict=True))
+        made = Mixture(weights, shapes, scales, loglik=0.0)
         parts = made.log_parts(logs)
         total = np.logaddexp(*parts)
         duty, loglik = np.exp(parts - total), float(total.sum())

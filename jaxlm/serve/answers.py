@@ -162,7 +162,7 @@ async def events(
                 new = id(choice) not in begun
                 begun.add(id(choice))
                 if new or progress.text or progress.finish or answer.given.tops is not None:
-                    piece = answer.piece(choice, progress.text, progress.count, new)
+                    piece = answer.piece(choice, progress.text, progress.settled, new)
                     yield sse(piece)
             if options is not None and options.include_usage:
                 yield sse(answer.piece(answer.choices[0], "", 0, False)

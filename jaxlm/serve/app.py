@@ -229,7 +229,8 @@ class Server:
 
     def _first(self) -> Callable[[], None]:
         """Records the time to the first token, once."""
-        began, told = time.perf_counter(), []
+        began = time.perf_counter()
+        told: list[bool] = []
 
         def first() -> None:
             if not told:

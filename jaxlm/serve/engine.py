@@ -184,7 +184,9 @@ class Engine:
         with self._wake:
             tickets = {id(t): t for t in [*self._tickets.values(), *(t for t, _ in self._new)]}
             jobs = list(self._jobs)
-            self._new.clear(), self._jobs.clear(), self._tickets.clear()
+            self._new.clear()
+            self._jobs.clear()
+            self._tickets.clear()
             self._closing = True
         for ticket in tickets.values():
             self._post(ticket.loop, ticket.queue.put_nowait, reason)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.pool import row_key, seed_words
 from jaxlm.hf.bundle import Bundle
@@ -53,9 +55,11 @@ class Methods:
             raise ConfigError(f"{', '.join(ignored)} cannot be had with method {name}; leave out")
         if len(prompts) > 1 or given.n not in (None, 1):
             raise ConfigError(f"method {name} gives one answer to one prompt; leave n out")
+        step = given.step or "\n"
+        ends = step if isinstance(step, str) else tuple(step)
         asked = methods.Request(
             self.bundle, self.reward, budget, cache=self.cache,
-            steps=Steps(given.step or "\n", max_steps=given.max_steps or 40, stop=given.stops,
+            steps=Steps(ends, max_steps=given.max_steps or 40, stop=given.stops,
                         max_new_tokens=limit),
             temperature=0.8 if given.temperature is None else given.temperature)
         return partial(solve, name, asked, prompts[0], seed)
@@ -63,7 +67,7 @@ class Methods:
 
 def solve(name: str, asked: methods.Request, prompt: Any, seed: int) -> Solution:
     """Run a method on one prompt."""
-    keys_R = row_key(seed_words(seed), 0)[None]
+    keys_R = row_key(jnp.asarray(seed_words(seed)), jnp.int32(0))[None]
     if name not in BEAMS:
         return METHODS[name].run(asked, [prompt], keys_R)[0]
     found = BEAMS[name](

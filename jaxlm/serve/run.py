@@ -19,7 +19,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Of the first signal; a second one ends at once."""
         self.engine.drain(self.grace)
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit  # uvicorn's own would raise the signal again at the end
+        self.should_exit = True
 
 
 def config_of(app: FastAPI, grace: float) -> uvicorn.Config:

@@ -77,9 +77,9 @@ class Request(Strict):
         return given
 
     @property
-    def stops(self) -> list[str]:
-        """Stop strings as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings, however they were given."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]

@@ -233,7 +233,7 @@ class Osft:
                                   "`batches` or `importance` to start, or take 'uniform'")
             importance = ranks.importance(lm, params, batches)
 
-        used = set()
+        used: set[str] = set()
 
         def share(module):
             hits = [(p, ratio) for p, ratio in self.patterns if ranks.matches(module, p)]

