@@ -2,7 +2,7 @@
 
 Command: python experiments/train_prm.py --out experiments/results/train_prm/cpu.json
 Hardware: 2 CPU cores, 4 GB.
-Minutes: about 6 of processor time by its first 60 steps; a stopped run goes on where it was.
+Minutes: about 6 of processor time, estimated from 60 steps; a stopped run goes on where it was.
 Expected: not known, for it has not been run to its end. The result that is committed is of the
   recipe before it, which learnt from labelled rollouts and is worse than one sample.
 
