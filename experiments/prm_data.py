@@ -1,6 +1,7 @@
 """Rollouts of a model on arithmetic problems, labelled step by step, as batches for a reward model.
 
-A step is a line. It is labelled 1 where it and every line before it is right, at its newline.
+A step is a line. It is labelled at its newline: 1 where it rightly follows from what stands above,
+and for the answer's line, where nothing above it is wrong either.
 """
 
 from collections.abc import Iterator
@@ -32,9 +33,8 @@ class Rollout:
 
     @property
     def labels(self) -> list[bool]:
-        """Of each line that ends in a newline: is all so far right?"""
-        verdicts = np.array(step_verdicts(self.prompt, self.answer), bool)
-        return np.logical_and.accumulate(verdicts)[: self.answer.count("\n")].tolist()
+        """Of each line that ends in a newline: is it right?"""
+        return list(step_verdicts(self.prompt, self.answer)[: self.answer.count("\n")])
 
 
 def rollouts(
@@ -88,18 +88,6 @@ def by_width(some: list[Rollout]) -> dict[int, list[int]]:
         size = 1 + len(rollout.prompt) + len(rollout.answer)
         found[next(width for width in WIDTHS if size <= width)].append(i)
     return found
-
-
-def epoch(some: list[Rollout], rows: int, seed: int) -> list[tuple[int, list[int]]]:
-    """(width, indices) of the batches of one pass, in random order; each rollout at most once."""
-    rng = np.random.default_rng(seed)
-    batches = [
-        (width, part.tolist())
-        for width, indices in by_width(some).items()
-        for part in np.array_split(rng.permutation(indices), range(rows, len(indices), rows))
-        if len(part)
-    ]
-    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def in_order(some: list[Rollout], rows: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:

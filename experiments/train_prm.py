@@ -1,24 +1,24 @@
-"""Trains a small process reward model for the bundled model, on its own labelled rollouts.
+"""Trains a small process reward model for the bundled model, on slips made on purpose.
 
-Command: python experiments/train_prm.py --stop 150 --test 64
-    --out experiments/results/train_prm/cpu.json
+Command: python experiments/train_prm.py --out experiments/results/train_prm/cpu.json
 Hardware: 2 CPU cores, 4 GB.
-Minutes: 17 of processor time; a stopped run goes on where it was. Without --stop, 252 steps.
-Expected: not yet a useful model. On rollouts of 64 held-out hard sums at temperature 0.8 a step's
-  AUC is 0.81, but 0.75 among steps before which nothing is wrong, and the best of 16 by the last
-  score is right on 39 % of the problems where one sample is on 64 %: after 150 steps the score
-  knows how hard a problem is and how large its totals are, and not whether a line's arithmetic
-  is right.
+Minutes: 6; a stopped run goes on where it was.
+Expected: not good enough to search by: the best of 16 by its score is right less often than one
+  sample (see docs/rewards.md).
 
-The bundled model answers hard and medium problems of the train side; the exact checker labels each
-step by whether all is right up to its end. A model of the same shape, started from the bundled one,
-learns these labels with a token-classification head, and is written as a Hugging Face folder that
-jaxlm.load, jaxlm.rewards.process_reward and transformers read.
+Right worked solutions cost nothing to write, nor do wrong ones: `prm_slips` makes slips of every
+size, and the exact checker labels each line. The first layers of the bundled model learn from them
+to check a line, with a token-classification head. While half of all lines are wrong they also learn
+by how much a result is off: a right result is then told from one that is off by ten after one
+off by a hundred, and not in one leap. In the last fifth at most one line of a problem is wrong, as
+in the model's own answers. Those are drawn for the test side alone. The reward model is written as
+a Hugging Face folder that jaxlm.load, jaxlm.rewards.process_reward and transformers read.
 """
 
 import argparse
 import os
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,46 +33,60 @@ from tqdm import tqdm
 
 import jaxlm
 from experiments import _harness
-from experiments.prm_data import Rollout, epoch, in_order, rollouts, rows_of
+from experiments.prm_data import Rollout, in_order, rollouts
+from experiments.prm_slips import slips_batch
+from experiments.tiny_data import Mix
+from experiments.tiny_training import Recipe, optimiser, short_run
 from jaxlm.core.tree import Params
 from jaxlm.eval.arithmetic_reward import problem_of
 from jaxlm.eval.skills import any_of, clustered, final_answer, majority, share
+from jaxlm.hf.bundle import Bundle
 from jaxlm.models.lm import LM
 from jaxlm.train.step import Objective, init_state, train_step
 
-ROWS = 32
+ROWS, WIDTH = 16, 128  # of a training batch
+JUDGED = 32  # rollouts scored together
 
 
 def objective_of(lm: LM) -> Objective:
-    """Mean cross-entropy of the labels, where there are any."""
+    """Cross-entropy of the labels, and the squared error of a line's gap read by `params["gap"]`.
+
+    Both are means over the labelled newlines.
+    """
 
     def objective(params, batch, key):
-        logits_BTL = lm.classify(params, batch["tokens"])
+        final_BTD = lm.apply(params, batch["tokens"], logits_at=None).final
         seen_BT = batch["labels"] >= 0
-        losses_BT = optax.softmax_cross_entropy_with_integer_labels(
-            logits_BTL, jnp.maximum(batch["labels"], 0))
-        loss = jnp.sum(losses_BT * seen_BT) / jnp.maximum(seen_BT.sum(), 1)
-        return loss, {"loss": loss}
+        mean = lambda x_BT: jnp.sum(x_BT * seen_BT) / jnp.maximum(seen_BT.sum(), 1)
+        loss = mean(optax.softmax_cross_entropy_with_integer_labels(
+            lm.head(params, final_BTD), jnp.maximum(batch["labels"], 0)))
+        gap = mean((final_BTD @ params["gap"] - batch["gaps"]) ** 2)
+        return loss + gap, {"loss": loss, "gap": gap}
 
     return objective
 
 
-def fit(
-    lm: LM, params: Params, some: list[Rollout], epochs: int, rate: float, work: Path, seed: int,
-    stop: int | None = None, save_every: int = 50,
-) -> tuple[Params, list[float]]:
-    """AdamW under a cosine schedule; goes on from the last checkpoint in `work`.
+def start(bundle: Bundle, layers: int) -> tuple[LM, Params]:
+    """The bundle's first layers under two labels and a reading of the gap, both zero."""
+    lm = LM(replace(bundle.lm.config, num_layers=layers), labels=2, per_token=True)
+    shapes = lm.shapes()
+    params = {name: bundle.params[name] if name in bundle.params else
+              jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+              for name, tree in shapes.items()}
+    return lm, jax.tree.map(jnp.copy, params | {"gap": jnp.zeros(lm.config.dim)})
 
-    `stop`: end after so many steps, under the schedule of the whole.
-    Returns: parameters, and the mean losses of up to ten equal parts of the run.
+
+def fit(
+    lm: LM, params: Params, steps: int, rate: float, work: Path, seed: int, save_every: int = 50,
+) -> tuple[Params, dict[str, list[float]]]:
+    """Muon under a rate that falls at the end; goes on from the last checkpoint in `work`.
+
+    Returns: parameters, and the means of both losses over up to twenty equal parts of the run.
     """
-    plan = [part for number in range(epochs) for part in epoch(some, ROWS, seed + number)]
-    steps, last = len(plan), min(stop or len(plan), len(plan))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(20, steps), max(steps, 21))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
+    recipe = Recipe(lambda step: Mix((ROWS, WIDTH)), short_run(steps), lr=rate, seed=seed)
+    optimizer, names = optimiser(recipe), ("loss", "gap")
     step = jax.jit(partial(train_step, objective_of(lm), optimizer), donate_argnums=0)
-    params = jax.tree.map(jnp.copy, params)  # the step takes its state's buffers
-    state, losses = init_state(params, optimizer), np.zeros(steps, np.float32)
+    state, losses = init_state(params, optimizer), np.zeros((steps, 2), np.float32)
     with ocp.CheckpointManager(
         work.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
     ) as manager:
@@ -80,17 +94,19 @@ def fit(
             kept = {"state": state, "losses": losses}
             kept = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(kept))
             state, losses = kept["state"], np.array(kept["losses"])
-        for number in tqdm(range(int(state.step), last), desc="training"):
-            width, indices = plan[number]
-            batch = rows_of([some[i] for i in indices], width, ROWS)
-            state, metrics = step(state, batch, None)
-            losses[number] = float(metrics["loss"])
-            if (number + 1) % save_every == 0 or number + 1 == last:
+        for number in (bar := tqdm(range(int(state.step), steps), desc="training")):
+            dense = number < steps * 4 // 5
+            rows = slips_batch(np.random.default_rng([seed, number]), ROWS, WIDTH, dense)
+            state, metrics = step(state, rows, None)
+            losses[number] = [float(metrics[name]) for name in names]
+            bar.set_postfix(loss=losses[max(number - 19, 0): number + 1].mean(0).round(3))
+            if (number + 1) % save_every == 0 or number + 1 == steps:
                 kept = {"state": state, "losses": losses}
                 manager.save(number + 1, args=ocp.args.StandardSave(kept))
                 manager.wait_until_finished()
-    parts = np.array_split(losses[:last], min(10, last))
-    return state.params, [float(np.mean(part)) for part in parts]
+    parts = np.array_split(losses, min(20, steps))
+    return state.params, {name: [float(part[:, i].mean()) for part in parts]
+                          for i, name in enumerate(names)}
 
 
 def step_scores(lm: LM, params: Params, some: list[Rollout]) -> list[np.ndarray]:
@@ -100,7 +116,7 @@ def step_scores(lm: LM, params: Params, some: list[Rollout]) -> list[np.ndarray]
         return jax.nn.softmax(lm.classify(params, tokens_BT))[..., 1]
 
     found: list[np.ndarray] = [np.zeros(0)] * len(some)
-    for indices, batch in in_order(some, ROWS):
+    for indices, batch in in_order(some, JUDGED):
         scores_BT = np.asarray(probability(batch["tokens"]))
         for row, i in enumerate(indices):
             found[i] = scores_BT[row][batch["labels"][row] >= 0]
@@ -128,8 +144,8 @@ def judged(some: list[Rollout], scores: list[np.ndarray], bins: int = 10) -> dic
     """
     p = np.concatenate(scores)
     y = np.concatenate([np.array(rollout.labels, bool) for rollout in some])
-    clean = np.concatenate([np.r_[True, rollout.labels[:-1]][: len(rollout.labels)].astype(bool)
-                            for rollout in some])
+    clean = np.concatenate([np.cumprod(np.r_[True, r.labels])[: len(r.labels)].astype(bool)
+                            for r in some])
     which = np.minimum((p * bins).astype(int), bins - 1)
     parts = [(float(p[which == b].mean()), float(y[which == b].mean()), int((which == b).sum()))
              for b in range(bins) if (which == b).any()]
@@ -164,39 +180,37 @@ def chosen(groups: list[list[Rollout]], scores: list[np.ndarray], count: int) ->
     return {name: {"value": s.value, "error": s.error} for name, s in found.items()}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Draw rollouts, train, write the folder, judge it on the test side."""
-    if args.smoke:
-        args.problems, args.epochs, args.test = 8, 1, 4
-        args.work = Path(tempfile.mkdtemp())
-        args.folder = args.work / "prm"
-    bundle = jaxlm.load(args.model, dtype=jnp.float32)
-    settings = {"model": str(args.model), "samples": args.samples, "seed": args.seed}
-    args.work.mkdir(parents=True, exist_ok=True)
-    keep = _harness.Resumable(args.work / "rollouts.json", settings)
-    draw = partial(rollouts, bundle, seed=args.seed, keep=keep)
-    some = [r for level, problems in (("hard", args.problems), ("medium", args.problems // 4))
-            for group in draw(level, "train", problems, args.samples) for r in group]
-    lm = LM(bundle.lm.config, labels=2, per_token=True)
-    start = lm.init(jax.random.key(args.seed)) | {
-        k: v for k, v in bundle.params.items() if k not in ("score", "head")}
-    params, losses = fit(lm, start, some, args.epochs, args.rate, args.work / "checkpoints",
-                         args.seed, args.stop)
+def write(bundle: Bundle, lm: LM, params: Params, folder: Path) -> None:
+    """The reward model as a folder, without its reading of the gap."""
     extra = bundle.extra | {"id2label": {"0": "wrong", "1": "right"},
                             "label2id": {"wrong": 0, "right": 1}}
-    jaxlm.save(bundle.replace(lm=lm, params=params, extra=extra), args.folder, overwrite=True)
-    metrics: dict[str, Any] = {"rollouts": len(some), "epochs": args.epochs, "stop": args.stop,
-                               "losses": losses}
+    params = {name: tree for name, tree in params.items() if name != "gap"}
+    jaxlm.save(bundle.replace(lm=lm, params=params, extra=extra), folder, overwrite=True)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, write the folder, draw rollouts of the test side, judge them."""
+    if args.smoke:
+        args.steps, args.layers, args.test, args.work = 4, 2, 4, Path(tempfile.mkdtemp())
+        args.folder = args.work / "prm"
+    bundle = jaxlm.load("tiny", dtype=jnp.float32)
+    lm, params = start(bundle, args.layers)
+    args.work.mkdir(parents=True, exist_ok=True)
+    name = f"slips-{args.layers}-{args.steps}-{args.rate}-{args.seed}"
+    params, losses = fit(lm, params, args.steps, args.rate, args.work / name, args.seed)
+    write(bundle, lm, params, args.folder)
+    keep = _harness.Resumable(args.work / "answers.json", {"model": "tiny", "seed": args.seed})
+    metrics: dict[str, Any] = {"steps": args.steps, "layers": args.layers, "losses": losses}
     for level, problems, samples in (("hard", args.test, 16), ("medium", args.test // 2, 4)):
-        groups = draw(level, "test", problems, samples)
+        groups = rollouts(bundle, level, "test", problems, samples, args.seed, keep)
         flat = [r for group in groups for r in group]
         scores = step_scores(lm, params, flat)
         metrics[level] = judged(flat, scores) | {"problems": problems, "samples": samples}
         counts = [count for count in (2, 4, 8, 16) if count <= samples]
         metrics[level] |= {f"of{count}": chosen(groups, scores, count) for count in counts}
         print(level, metrics[level], flush=True)
-    metrics["best_of_16_gain"] = (metrics["hard"]["of16"]["best_last"]["value"]
-                                  - metrics["hard"]["of16"]["one"]["value"])
+    of16 = metrics["hard"]["of16"]
+    metrics["best_of_16_gain"] = of16["best_prod"]["value"] - of16["one"]["value"]
     return metrics
 
 
@@ -207,17 +221,14 @@ def default_home() -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to train on, for how long, and where the model goes."""
-    parser.add_argument("--model", default="tiny", help="whose rollouts: 'tiny' or a folder")
     parser.add_argument("--folder", type=Path, default=default_home() / "prm",
                         help="folder to write the reward model to")
     parser.add_argument("--work", type=Path, default=default_home() / "train_prm",
-                        help="folder of rollouts and checkpoints")
-    parser.add_argument("--problems", type=int, default=800, help="hard ones; a quarter medium")
-    parser.add_argument("--samples", type=int, default=4, help="rollouts a problem")
-    parser.add_argument("--test", type=int, default=200, help="hard problems of the test side")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--stop", type=int, help="end after so many steps of the epochs' own")
-    parser.add_argument("--rate", type=float, default=6e-4, help="peak learning rate")
+                        help="folder of checkpoints and of the test side's answers")
+    parser.add_argument("--steps", type=int, default=440)
+    parser.add_argument("--layers", type=int, default=4, help="how many of the bundled model's")
+    parser.add_argument("--rate", type=float, default=0.01, help="peak learning rate of Muon")
+    parser.add_argument("--test", type=int, default=64, help="hard problems of the test side")
 
 
 if __name__ == "__main__":
