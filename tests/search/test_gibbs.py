@@ -8,6 +8,7 @@ import pytest
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.samplers import Mirostat2
+from jaxlm.rewards.call import TextReward
 from jaxlm.search.gibbs import particle_gibbs
 from tests.search.toy import PROMPT, REWARD, SAMPLER, STEPS, bundle, exact, log_potential
 
@@ -45,6 +46,32 @@ def test_the_chain_s_law_is_the_target_s():
     for answer in chains[0].references:
         assert abs(sum(np.log(s / (1 - s)) for s in answer.step_scores)
                    - log_potential(answer.tokens)) < 1e-4
+
+
+def test_a_chain_whose_reward_fails_ends_there_and_others_go_on():
+    """Its references so far stay; the other's are those of a run in which nothing failed."""
+    def reward(bad):
+        calls = []
+
+        def scores(prompts, texts):
+            calls.append(texts)
+            if bad in prompts and len(calls) > 6:  # in the second sweep
+                raise RuntimeError("out of order")
+            return [0.2 + 0.1 * (len(text) % 7) for text in texts]
+
+        return TextReward(scores, retries=0, wait_s=0)
+
+    prompts, names = [PROMPT, [1]], [bundle().tokenizer.decode([1]), None]
+    with pytest.warns(UserWarning, match="out of order"):
+        chains = [particle_gibbs(bundle(), prompts, reward(name), particles=4, sweeps=3,
+                                 steps=STEPS, sampler=SAMPLER, key=jax.random.key(5))
+                  for name in names]
+    (good, lost), (same, whole) = chains
+    assert [a.tokens for a in good.references] == [a.tokens for a in same.references]
+    assert good.last.failed is None and len(good.references) == 3
+    assert lost.last.failed == "RuntimeError: out of order" and lost.last.flags == ("failed",)
+    kept = [a.tokens for a in lost.references]
+    assert 1 <= len(kept) < 3 and kept == [a.tokens for a in whole.references][: len(kept)]
 
 
 @pytest.mark.slow

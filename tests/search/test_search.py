@@ -9,6 +9,7 @@ from jaxlm.cache import Dense
 from jaxlm.core.errors import ConfigError, DeviceError, ShapeError
 from jaxlm.models.config import LayerPlan
 from jaxlm.rewards.base import Stateless
+from jaxlm.rewards.call import TextReward
 from jaxlm.search.base import Steps, evidence
 from jaxlm.search.beam import beam_search, dvts
 from jaxlm.search.memory import check_memory
@@ -128,6 +129,42 @@ def test_one_particle_and_a_step_that_never_ends():
 @pytest.mark.slow
 def test_a_host_s_rewards_keep_their_place_in_a_queue(together):
     assert answers(run(reward=HOST, at_once=3)) == answers(together)
+
+
+def failing(which, at, calls):
+    """Scores by text; prompt `which` fails once an answer has `at` letters."""
+    def scores(prompts, texts):
+        calls.extend(zip(prompts, texts, strict=True))
+        if any(p == which and len(t) >= at for p, t in zip(prompts, texts, strict=True)):
+            raise RuntimeError("out of order")
+        return [0.2 + 0.1 * (sum(map(ord, text)) % 7) for text in texts]
+
+    return TextReward(scores, retries=1, wait_s=0)
+
+
+@pytest.mark.parametrize(("at", "at_once"), [
+    (0, None), (3, None), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_a_prompt_whose_reward_fails_ends_and_takes_no_other_with_it(at, at_once):
+    """The others' answers are those of a search in which nothing failed; it is not asked again."""
+    whole = run(reward=failing(None, 0, []), at_once=at_once)
+    length = [max(len(answer.text) for answer in result.answers) for result in whole]
+    which, calls = int(np.argmax(length)), []
+    bad = bundle().tokenizer.decode(PROMPTS[which])
+    assert length[which] >= at
+    with pytest.warns(UserWarning, match="out of order"):
+        found = run(reward=failing(bad, at, calls), at_once=at_once)
+    lost, kept = found.pop(which), found
+    del whole[which]
+    assert answers(kept) == answers(whole)
+    assert [r.log_evidence for r in kept] == [r.log_evidence for r in whole]
+    assert all(result.failed is None and result.flags == () for result in kept)
+    assert lost.flags == ("failed",) and lost.failed == "RuntimeError: out of order"
+    for answer in lost.answers:
+        assert len(answer.text) < max(at, 1) and np.isfinite(answer.score)
+        assert answer.finish == ("stop" if END in answer.tokens else "failed")
+    assert (lost.steps > 0) == (at > 0)  # of the steps before, scores and texts are kept
+    wrong = [text for prompt, text in calls if prompt == bad and len(text) >= at]
+    assert 0 < len(wrong) <= 3 * OPTIONS["particles"]  # two tries with the others, one alone
 
 
 def test_beams_and_trees_keep_the_best():
