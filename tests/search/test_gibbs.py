@@ -80,7 +80,8 @@ def test_tempered_chains_swap_and_keep_the_first_one_s_law():
     assert worst(chains, exact(bundle())[1]) < 4
     assert 0.1 < np.mean([chain.swapped for chain in chains]) < 1.0
     hot = run(temperatures=(3.0, 1.0), sweeps=8)
-    assert worst(hot, exact(bundle(), 1 / 3)[1]) < 4 and worst(hot, exact(bundle())[1]) > 6
+    assert worst(hot, exact(bundle(), 1 / 3)[1]) < 4
+    assert worst(hot, exact(bundle())[1]) > 6  # of exact draws: 9.3 in the median, rarely below 6.4
 
 
 def test_bad_calls_are_named():
