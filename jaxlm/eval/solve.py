@@ -152,6 +152,8 @@ def record_of(
             "seconds": round(spent, 4)}
     if isinstance(found, str):
         return {**head, "failed": found}
+    if found.failed is not None:
+        return {**head, "failed": f"the reward failed: {found.failed}"}
     number = lambda x: x if math.isfinite(x) else None
     right = None if problem.gold is None else (
         found.answer is not None and request.equal(problem.gold, found.answer))

@@ -10,7 +10,7 @@ from jaxlm.core.errors import ConfigError, ShapeError, whole
 from jaxlm.decode.stop import as_texts
 from jaxlm.smc.weights import standard_error
 
-FINISHES = ("stop", "string", "length", "steps")
+FINISHES = ("stop", "string", "length", "steps", "failed")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ class Answer:
     text: continues the prompt. tokens: everything drawn, a stop id included. logprob: their sum
     under the sampling distribution. score: the reward's last one; a NaN counts as 0. log_weight:
     float, of the last set, -inf for a weight of zero. finish: "stop" after a stop id, "string"
-    after a stop string, "length" after `max_new_tokens`, "steps" after `max_steps`. step_scores:
-    one a step. step_ends: how many of `tokens` each step had drawn by its end.
+    after a stop string, "length" after `max_new_tokens`, "steps" after `max_steps`, "failed" where
+    the reward failed before the answer was at its end. step_scores: one a step. step_ends: how many
+    of `tokens` each step had drawn by its end.
     """
 
     text: str
@@ -92,7 +93,8 @@ class SearchResult:
     (steps,), first particles that still have offspring. tokens_drawn: tokens the model computed for
     this prompt, losers included, a copy's shared past once. steps: taken. row_utilisation: of the
     batch that this prompt ran in, the share of row-iterations that drew a token. flags: "broken"
-    where at some step all weights were zero or one was NaN.
+    where at some step all weights were zero or one was NaN, "failed" where the reward failed.
+    failed: why it did, after its retries; the answers then end at the last step that has scores.
     """
 
     prompt: str
@@ -107,6 +109,7 @@ class SearchResult:
     steps: int
     row_utilisation: float
     flags: tuple[str, ...] = ()
+    failed: str | None = None
 
     @property
     def text(self) -> str:

@@ -209,6 +209,13 @@ def absorb(steps: Steps, method: Any, pop: Population, score_B: jax.Array) -> Po
         step_R=step_R, over_R=over_R)
 
 
+def give_up(pop: Population, failed_R: jax.Array) -> Population:
+    """Prompts that got no score are over, and stand where they last had one."""
+    failed_B = jnp.repeat(failed_R, len(pop.at_B) // len(failed_R))
+    return pop.replace(ready_R=pop.ready_R & ~failed_R, over_R=pop.over_R | failed_R,
+                       rows=pop.rows.replace(done_B=pop.rows.done_B | failed_B))
+
+
 def loop(
     lm: LM, steps: Steps, tools: Tools, reward: Any, pop: Population, enough: jax.Array | int
 ) -> Population:

@@ -32,7 +32,17 @@ from jaxlm.rewards.base import Reward
 from jaxlm.search.base import Answer, SearchResult, Steps
 from jaxlm.search.engine import Population
 from jaxlm.search.particles import LINES, WARM, Filter, filter_of
-from jaxlm.search.run import Task, final_jit, grow, make_task, read, read_row, readable, start
+from jaxlm.search.run import (
+    Task,
+    final_jit,
+    give_up_jit,
+    grow,
+    make_task,
+    read,
+    read_row,
+    readable,
+    start,
+)
 from jaxlm.smc.gibbs import GibbsState, swap
 from jaxlm.smc.weights import normalise
 
@@ -72,7 +82,8 @@ class Pinned:
 class Chain:
     """A chain of answers to one prompt.
 
-    references: one a sweep; after a few sweeps they are draws, not independent, from the law.
+    references: one a sweep, fewer where the reward failed (`last.failed` says why); after a few
+    sweeps they are draws, not independent, from the law.
     last: the last sweep's particles; its `log_evidence` is biased, the reference being given.
     swapped: the share of exchanges between temperatures that were accepted, NaN for one.
     """
@@ -128,29 +139,37 @@ def particle_gibbs(
 
 
 def run_chains(task: Task, keys_R: jax.Array, sweeps: int, tau: np.ndarray) -> list[Chain]:
-    """All chains of all prompts, sweep by sweep."""
+    """All chains of all prompts, sweep by sweep; those of a prompt whose reward fails end there."""
     prompts, chains = len(keys_R), len(tau)
     slots = list(range(prompts * chains))
     references: list[list[Answer]] = [[] for _ in range(prompts)]
     exchanged, tried = np.zeros(prompts), 0
+    last: dict[int, SearchResult] = {}
     for sweep in range(sweeps):
         here = replace(task, job=replace(task.job, keys_B=fold(task.job.keys_B, sweep)))
-        pop, _ = grow(here, *start(here, slots), slots, len(slots))
+        pop, carry = start(here, slots)
+        if last:
+            pop = give_up_jit(pop, np.isin(np.arange(prompts).repeat(chains), list(last)))
+        pop, _, failed = grow(here, pop, carry, slots, len(slots))
         odd = sweep % 2 == 1 and chains > 2
         state, swapped = next_references(here.steps, here.tools.method, fold(here.job.keys_B, 1),
                                          fold(keys_R, sweep), pop, 1 / tau, odd)
         host, final = readable(pop), to_host(final_jit(task.tools.method, pop.held))
         (tokens_CS, count_C, row_C), swapped_RM = to_host((state.path, swapped))
         exchanged, tried = exchanged + swapped_RM.sum(1) / 2, tried + (chains - odd) // 2
-        for i, prompt in enumerate(task.job.prompts[::chains]):
-            row = int(row_C[i * chains])
-            references[i].append(read_row(here, host, prompt, row, float(final[0].flat[row])))
+        for i in sorted(set(range(prompts)) - set(last)):
+            first, row = i * chains, int(row_C[i * chains])
+            reason = next((failed[c] for c in range(first, first + chains) if c in failed), None)
+            if reason is None:
+                references[i].append(read_row(here, host, task.job.prompts[first], row,
+                                              float(final[0].flat[row])))
+            if reason is not None or sweep == sweeps - 1:
+                last[i] = read(here, host, final, first, first, reason)
         task = replace(task, tools=task.tools._replace(
             sampler=pin(task.tools.sampler, tokens_CS, count_C, task.particles)))
     worked = float(host.spent[1]) / max(float(host.spent[0]), 1.0)
     rate = exchanged / tried if tried else np.full(prompts, np.nan)
-    return [Chain(tuple(references[i]), replace(read(here, host, final, i * chains, i * chains),
-                                                row_utilisation=worked), float(rate[i]))
+    return [Chain(tuple(references[i]), replace(last[i], row_utilisation=worked), float(rate[i]))
             for i in range(prompts)]
 
 

@@ -16,7 +16,7 @@ from jaxlm.core.errors import ConfigError, whole
 from jaxlm.decode.samplers import Categorical
 from jaxlm.hf.bundle import Bundle
 from jaxlm.rewards.answers import Same, extract, same
-from jaxlm.rewards.base import Reward, Stateless
+from jaxlm.rewards.base import Reward, RewardError, Stateless
 from jaxlm.search import perplexity, select
 from jaxlm.search.base import SearchResult, Steps
 from jaxlm.search.beam import beam_search, dvts
@@ -75,6 +75,7 @@ class Solution:
     tokens: int
     flags: tuple[str, ...]
     finish: str = "stop"  # as `Answer.finish`
+    failed: str | None = None  # as `SearchResult.failed`
 
 
 Run = Callable[[Request, Sequence[str], jax.Array], list[Solution]]
@@ -94,7 +95,12 @@ def draw(
 def as_rollouts(
     request: Request, results: Sequence[SearchResult], temperatures: Sequence[float] | None = None
 ) -> Rollouts:
-    """All answers of several draws for one prompt."""
+    """All answers of several draws for one prompt.
+
+    Raises: RewardError where the reward failed: what was drawn until then is no fair sample.
+    """
+    if lost := first_failed(results):
+        raise RewardError(f"the reward failed: {lost.failed}", [0], [str(lost.failed)])
     answers = [answer for result in results for answer in result.answers]
     at = temperatures or [request.temperature] * len(results)
     return rollouts(
@@ -103,6 +109,11 @@ def as_rollouts(
         lengths=[len(answer.tokens) for answer in answers],
         rewards=[answer.score for answer in answers] if request.reward else None,
         temperatures=np.repeat(at, [len(result.answers) for result in results]).tolist())
+
+
+def first_failed(results: Sequence[SearchResult]) -> SearchResult | None:
+    """The first whose reward failed."""
+    return next((result for result in results if result.failed is not None), None)
 
 
 def by_search(search: Callable[..., Any], budget: str = "particles", **options: Any) -> Run:
@@ -153,22 +164,26 @@ def solution(request: Request, result: SearchResult) -> Solution:
     chosen = result.answers[result.chosen]
     return Solution(chosen.text, request.extract(chosen.text), chosen.score, result.log_evidence,
                     tuple(map(float, result.ess)), result.tokens_drawn, result.flags,
-                    chosen.finish)
+                    chosen.finish, result.failed)
 
 
 def by_choice(choose: Callable[[Rollouts], Choice], rewarded: bool) -> Run:
     """A method that only selects."""
     def run(request, prompts, keys_R):
-        return [chosen(request, [found], choose(as_rollouts(request, [found])), rewarded)
+        return [chosen(request, [found], choose, rewarded)
                 for found in draw(request, prompts, keys_R)]
 
     return run
 
 
 def chosen(
-    request: Request, results: Sequence[SearchResult], choice: Choice, rewarded: bool
+    request: Request, results: Sequence[SearchResult], choose: Callable[[Rollouts], Choice],
+    rewarded: bool, temperatures: Sequence[float] | None = None,
 ) -> Solution:
-    """The answer that a selection made."""
+    """The answer that a selection makes; where the reward failed, none is made."""
+    if lost := first_failed(results):
+        return replace(solution(request, lost), log_evidence=float("nan"), ess=())
+    choice = choose(as_rollouts(request, results, temperatures))
     answer = [answer for result in results for answer in result.answers][choice.index]
     score = answer.score if rewarded else float(choice.scores_P[choice.index])
     flags = tuple(sorted({flag for result in results for flag in result.flags}))
@@ -192,11 +207,8 @@ def several_temperatures(
     each = [len(part) for part in np.array_split(np.arange(request.particles), count)]
     keys = [jax.vmap(jax.random.fold_in, (0, None))(keys_R, i) for i in range(count)]
     found = [draw(request, prompts, k, n, t) for k, n, t in zip(keys, each, at, strict=True)]
-    out = []
-    for results in zip(*found, strict=True):
-        vote = select.multi_temperature_vote(as_rollouts(request, results, at))
-        out.append(chosen(request, results, vote, False))
-    return out
+    return [chosen(request, results, select.multi_temperature_vote, False, at)
+            for results in zip(*found, strict=True)]
 
 
 @dataclass(frozen=True)

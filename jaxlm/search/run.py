@@ -1,6 +1,7 @@
 """From text to text: a search's request checked, its loop driven, its answers read."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,9 +19,19 @@ from jaxlm.decode.samplers import Sampler
 from jaxlm.decode.state import Kinds
 from jaxlm.decode.text import text_rule
 from jaxlm.hf.bundle import Bundle
-from jaxlm.rewards.base import Prompts, Reward, Rows
+from jaxlm.rewards.base import Prompts, Reward, RewardError, Rows
 from jaxlm.search.base import Answer, SearchResult, Steps
-from jaxlm.search.engine import Population, StepStop, Tools, absorb, begin, loop, move, view
+from jaxlm.search.engine import (
+    Population,
+    StepStop,
+    Tools,
+    absorb,
+    begin,
+    give_up,
+    loop,
+    move,
+    view,
+)
 from jaxlm.search.memory import check_memory
 
 CHOICES = ("best", "draw", "resampled")
@@ -28,6 +39,7 @@ begin_jit = jax.jit(begin, static_argnames=("lm", "steps", "kinds", "particles")
 loop_jit = jax.jit(loop, static_argnames=("lm", "steps"), donate_argnames="pop")
 move_jit = jax.jit(move, static_argnames=("lm", "steps"), donate_argnames="pop")
 absorb_jit = jax.jit(absorb, static_argnames="steps", donate_argnames="pop")
+give_up_jit = jax.jit(give_up, donate_argnums=0)
 view_jit = jax.jit(view)
 final_jit = jax.jit(lambda method, held: method.final(held))
 
@@ -85,12 +97,13 @@ def search(task: Task) -> list[SearchResult]:
     found: dict[int, SearchResult] = {}
     pop, carry = start(task, slots)
     while len(found) < total:
-        pop, carry = grow(task, pop, carry, slots, 1 if waiting else len(slots))
+        pop, carry, failed = grow(task, pop, carry, slots, 1 if waiting else len(slots))
         host, final = readable(pop), to_host(final_jit(task.tools.method, pop.held))
         for slot in np.flatnonzero(host.over_R):
             if slots[slot] in found:
                 continue
-            found[slots[slot]] = read(task, host, final, int(slot), slots[slot])
+            found[slots[slot]] = read(task, host, final, int(slot), slots[slot],
+                                      failed.get(int(slot)))
             if waiting:
                 slots[slot] = waiting.pop(0)
                 new, new_carry = start(task, [slots[slot]])
@@ -116,24 +129,44 @@ def start(task: Task, which: Sequence[int]) -> tuple[Population, Any]:
 
 def grow(
     task: Task, pop: Population, carry: Any, slots: Sequence[int], enough: int
-) -> tuple[Population, Any]:
-    """Rounds until `enough` prompts are over: one program, or one hop to the host a round."""
+) -> tuple[Population, Any, dict[int, str]]:
+    """Rounds until `enough` prompts are over: one program, or one hop to the host a round.
+
+    Returns: the population, the reward's carry, and for which slots the reward failed, and why.
+    """
     static, reward = (task.bundle.lm, task.steps, task.tools), task.reward
     known: dict[tuple, str] = {}
+    failed: dict[int, str] = {}
     if reward.on_device:
-        return loop_jit(*static, reward, pop, np.int32(enough)), None
+        return loop_jit(*static, reward, pop, np.int32(enough)), None, failed
     while int(pop.over_R.sum()) < enough:
         pop, ancestors_RP = move_jit(*static, pop)
         carry = reward.gather(carry, to_host(ancestors_RP))
         seen = to_host(view_jit(pop))
-        given, carry = reward.score(carry, seen._replace(
-            texts=[texts_of(task, slots, seen, row, known) for row in range(len(seen.start_B))]))
+        texts = [texts_of(task, slots, seen, row, known) for row in range(len(seen.start_B))]
+        given, carry, lost = scored(reward, carry, seen._replace(texts=texts))
+        if lost:
+            failed |= lost
+            pop = give_up_jit(pop, np.isin(np.arange(len(slots)), list(lost)))
         score_B = np.asarray(given, np.float32)
         if score_B.shape != seen.start_B.shape:
             raise ConfigError(f"the reward gave scores of shape {score_B.shape}; expected one for "
                               f"each of {len(seen.start_B)} rows")
         pop = absorb_jit(task.steps, task.tools.method, pop, jnp.asarray(score_B))
-    return pop, carry
+    return pop, carry, failed
+
+
+def scored(reward: Reward, carry: Any, rows: Rows) -> tuple[Any, Any, Mapping[int, str]]:
+    """Scores, carry, and the slots that got none: one prompt's failure is not the others'."""
+    try:
+        return *reward.score(carry, rows), {}
+    except RewardError as error:
+        if error.scores_B is None or error.carry is None:
+            raise
+        lost = dict(zip(map(int, error.prompts), error.reasons, strict=True))
+        warnings.warn(f"the reward failed for {len(lost)} of the batch's prompts, which end here: "
+                      f"{error.reasons[0]}", stacklevel=2)
+        return error.scores_B, error.carry, lost
 
 
 def texts_of(
@@ -189,14 +222,17 @@ def readable(pop: Population) -> Population:
 
 
 def read(
-    task: Task, host: Population, final: tuple[Any, Any, Any], slot: int, which: int
+    task: Task, host: Population, final: tuple[Any, Any, Any], slot: int, which: int,
+    failed: str | None = None,
 ) -> SearchResult:
-    """One prompt's result."""
+    """One prompt's result; `failed`: why the reward has no more scores for it."""
     prompt, (weights_RP, evidence_R, broken_R) = task.job.prompts[which], final
     log_weights, steps = weights_RP[slot], int(host.step_R[slot])
     first = slot * task.particles
     answers = [read_row(task, host, prompt, first + p, float(log_weights[p]))
                for p in range(task.particles)]
+    if failed is not None:
+        answers = [replace(a, finish="failed") if a.finish == "steps" else a for a in answers]
     answers, chosen = pick(answers, log_weights, task.choose, task.job.keys_B, which)
     line = lambda x: x[slot, :steps]
     size, resampled, ancestors, roots = map(line, host.trail)
@@ -204,7 +240,8 @@ def read(
         prompt=task.bundle.tokenizer.decode(prompt), answers=tuple(answers), chosen=chosen,
         log_evidence=float(evidence_R[slot]), ess=size, resampled=resampled, ancestors=ancestors,
         unique_roots=roots, tokens_drawn=int(host.drawn_R[slot]), steps=steps, row_utilisation=0.0,
-        flags=("broken",) if broken_R[slot] else ())
+        flags=("broken",) * bool(broken_R[slot]) + ("failed",) * (failed is not None),
+        failed=failed)
 
 
 def read_row(

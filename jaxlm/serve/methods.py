@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.pool import row_key, seed_words
 from jaxlm.hf.bundle import Bundle
-from jaxlm.rewards.base import Reward
+from jaxlm.rewards.base import Reward, RewardError
 from jaxlm.search import methods
 from jaxlm.search.base import Steps
 from jaxlm.search.beam import beam_search, dvts
@@ -66,7 +66,15 @@ class Methods:
 
 
 def solve(name: str, asked: methods.Request, prompt: Any, seed: int) -> Solution:
-    """Run a method on one prompt."""
+    """Run a method on one prompt; RewardError where the reward failed."""
+    found = answer(name, asked, prompt, seed)
+    if found.failed is not None:
+        raise RewardError(f"the reward failed: {found.failed}", [0], [found.failed])
+    return found
+
+
+def answer(name: str, asked: methods.Request, prompt: Any, seed: int) -> Solution:
+    """What a method makes of one prompt."""
     keys_R = row_key(jnp.asarray(seed_words(seed)), jnp.int32(0))[None]
     if name not in BEAMS:
         return METHODS[name].run(asked, [prompt], keys_R)[0]

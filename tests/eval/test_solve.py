@@ -137,19 +137,24 @@ def test_every_method_runs(tmp_path, request_, name):
     assert all(row["correct"] is not None for row in results.records.values())
 
 
-def test_a_reward_that_raises_is_that_problem_s_alone(tmp_path, request_):
-    bad = PROBLEMS[1].prompt
+@pytest.mark.parametrize("name", [
+    "best-of-n", *(pytest.param(other, marks=pytest.mark.slow)
+                   for other in ("particle-filter", "particle-gibbs", "multi-temperature"))])
+def test_a_reward_that_raises_is_that_problem_s_alone(tmp_path, request_, name):
+    bad, calls = PROBLEMS[1].prompt, []
 
     def scores(prompts, answers):
+        calls.append(set(prompts))
         if bad in prompts:
             raise RuntimeError("no such problem")
         return [0.5] * len(answers)
 
     reward = TextReward(scores, retries=0, wait_s=0)
     results = Results(tmp_path / "r.jsonl", SETTINGS)
-    solve(PROBLEMS, replace(request_, reward=reward), Job("best-of-n", 4), results, batch=3)
+    solve(PROBLEMS, replace(request_, reward=reward), Job(name, 4), results, batch=3)
     failed = [record.get("failed") for record in results.records.values()]
     assert failed[0] is None and "no such problem" in failed[1] and failed[2] is None
+    assert len(set().union(*calls)) == 3 and sum(bad in asked for asked in calls) <= 8
 
 
 @pytest.mark.slow

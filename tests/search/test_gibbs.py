@@ -8,6 +8,7 @@ import pytest
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.samplers import Mirostat2
+from jaxlm.rewards.call import TextReward
 from jaxlm.search.gibbs import particle_gibbs
 from tests.search.toy import PROMPT, REWARD, SAMPLER, STEPS, bundle, exact, log_potential
 
@@ -47,13 +48,40 @@ def test_the_chain_s_law_is_the_target_s():
                    - log_potential(answer.tokens)) < 1e-4
 
 
+def test_a_chain_whose_reward_fails_ends_there_and_others_go_on():
+    """Its references so far stay; the other's are those of a run in which nothing failed."""
+    def reward(bad):
+        calls = []
+
+        def scores(prompts, texts):
+            calls.append(texts)
+            if bad in prompts and len(calls) > 6:  # in the second sweep
+                raise RuntimeError("out of order")
+            return [0.2 + 0.1 * (len(text) % 7) for text in texts]
+
+        return TextReward(scores, retries=0, wait_s=0)
+
+    prompts, names = [PROMPT, [1]], [bundle().tokenizer.decode([1]), None]
+    with pytest.warns(UserWarning, match="out of order"):
+        chains = [particle_gibbs(bundle(), prompts, reward(name), particles=4, sweeps=3,
+                                 steps=STEPS, sampler=SAMPLER, key=jax.random.key(5))
+                  for name in names]
+    (good, lost), (same, whole) = chains
+    assert [a.tokens for a in good.references] == [a.tokens for a in same.references]
+    assert good.last.failed is None and len(good.references) == 3
+    assert lost.last.failed == "RuntimeError: out of order" and lost.last.flags == ("failed",)
+    kept = [a.tokens for a in lost.references]
+    assert 1 <= len(kept) < 3 and kept == [a.tokens for a in whole.references][: len(kept)]
+
+
 @pytest.mark.slow
 def test_tempered_chains_swap_and_keep_the_first_one_s_law():
     chains = run(temperatures=(1.0, 3.0), sweeps=8)
     assert worst(chains, exact(bundle())[1]) < 4
     assert 0.1 < np.mean([chain.swapped for chain in chains]) < 1.0
     hot = run(temperatures=(3.0, 1.0), sweeps=8)
-    assert worst(hot, exact(bundle(), 1 / 3)[1]) < 4 and worst(hot, exact(bundle())[1]) > 6
+    assert worst(hot, exact(bundle(), 1 / 3)[1]) < 4
+    assert worst(hot, exact(bundle())[1]) > 6  # of exact draws: 9.3 in the median, rarely below 6.4
 
 
 def test_bad_calls_are_named():

@@ -7,13 +7,27 @@ import pytest
 
 from jaxlm.cache import Dense
 from jaxlm.core.errors import ConfigError, DeviceError, ShapeError
+from jaxlm.core.mesh import make_mesh, shardings
+from jaxlm.decode.samplers import Categorical
 from jaxlm.models.config import LayerPlan
 from jaxlm.rewards.base import Stateless
+from jaxlm.rewards.call import TextReward
 from jaxlm.search.base import Steps, evidence
 from jaxlm.search.beam import beam_search, dvts
 from jaxlm.search.memory import check_memory
-from jaxlm.search.particles import particle_filter
-from tests.search.toy import END, HOST, REWARD, SAMPLER, STEPS, bundle, ends, score_of
+from jaxlm.search.particles import filter_of, particle_filter
+from jaxlm.search.run import begin_jit, grow, loop_jit, make_task, start
+from tests.search.toy import (
+    END,
+    HOST,
+    REWARD,
+    SAMPLER,
+    STEPS,
+    bundle,
+    ends,
+    logits_of,
+    score_of,
+)
 
 PROMPTS = [[0, 1, 1], [1], [0, 0, 1, 2, 0], [2, 1]]
 LONG = Steps("\n", tokens=5, max_steps=5, max_new_tokens=24, stop_ids=(END,))
@@ -62,6 +76,36 @@ def test_a_prompt_s_answers_are_its_own(together):
         assert one.tokens_drawn == other.tokens_drawn
 
 
+def test_a_sweep_compiles_nothing(together):
+    programs = (begin_jit, loop_jit)
+    before = [program._cache_size() for program in programs]
+    found = [run(threshold=threshold, tau=tau, sampler=Categorical(warm))
+             for threshold, tau, warm in [(0.3, 1.0, 1.0), (2.0, 0.25, 1.0), (2.0, 1.0, 0.6)]]
+    assert [program._cache_size() for program in programs] == before and min(before) > 0
+    assert not all(result.resampled[1:].all() for result in found[0])  # each did something
+    weights = [[a.log_weight for r in results for a in r.answers] for results in (together, *found)]
+    assert all(other != weights[0] for other in weights[1:])
+
+
+@pytest.mark.slow
+def test_prompts_over_eight_devices_equal_one():
+    """Each device holds the rows of its own prompt, to the end of the search."""
+    prompts, keys, mesh = PROMPTS * 2, jax.random.split(jax.random.key(8), 8), make_mesh(data=8)
+    model = bundle()
+    places = shardings(model.lm.axes(), model.lm.shapes(), mesh)
+    spread = model.replace(params=jax.device_put(model.params, places), mesh=mesh)
+    alone, found = (run(prompts, keys=keys, model=one) for one in (model, spread))
+    assert answers(found) == answers(alone)
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_allclose(one.log_evidence, other.log_evidence, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(one.ancestors, other.ancestors)
+    task = make_task(spread, prompts, REWARD, filter_of("odds", 1.0, 2.0, "systematic"), key=keys,
+                     particles=4, steps=STEPS, sampler=SAMPLER, cache="dense")
+    pop = grow(task, *start(task, range(8)), range(8), 8)[0]
+    for leaf in jax.tree.leaves([pop.rows.caches[0].own, pop.rows.tokens_BS, pop.score_B]):
+        assert leaf.sharding.shard_shape(leaf.shape)[0] == leaf.shape[0] // 8
+
+
 def test_a_reward_on_the_host_gives_the_same_answers_and_sees_texts(together):
     seen = []
 
@@ -91,10 +135,12 @@ def test_over_every_cache_and_a_skipped_layer(cache):
             scores = [score_of(answer.tokens[:end]) for end in answer.step_ends]
             np.testing.assert_allclose(answer.step_scores, scores, atol=1e-6)
             assert max(np.diff([0, *answer.step_ends])) <= 5
-            tokens = jnp.asarray([[*PROMPTS[found.index(result)], *answer.tokens]])
-            logits = model.lm.apply(model.params, tokens).logits[0]
-            logp = jax.nn.log_softmax(logits[-len(answer.tokens) - 1: -1], -1)
-            exact = float(logp[jnp.arange(len(answer.tokens)), jnp.asarray(answer.tokens)].sum())
+            prompt, drawn = PROMPTS[found.index(result)], answer.tokens
+            row = np.zeros((1, 32), np.int32)
+            row[0, : len(prompt) + len(drawn)] = [*prompt, *drawn]
+            logits = logits_of(model.lm, model.params, jnp.asarray(row))[0, len(prompt) - 1:]
+            logp = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+            exact = logp[np.arange(len(drawn)), drawn].sum()
             assert abs(answer.logprob - exact) < (1e-3 if cache == "dense" else 6.0)
 
 
@@ -128,6 +174,42 @@ def test_one_particle_and_a_step_that_never_ends():
 @pytest.mark.slow
 def test_a_host_s_rewards_keep_their_place_in_a_queue(together):
     assert answers(run(reward=HOST, at_once=3)) == answers(together)
+
+
+def failing(which, at, calls):
+    """Scores by text; prompt `which` fails once an answer has `at` letters."""
+    def scores(prompts, texts):
+        calls.extend(zip(prompts, texts, strict=True))
+        if any(p == which and len(t) >= at for p, t in zip(prompts, texts, strict=True)):
+            raise RuntimeError("out of order")
+        return [0.2 + 0.1 * (sum(map(ord, text)) % 7) for text in texts]
+
+    return TextReward(scores, retries=1, wait_s=0)
+
+
+@pytest.mark.parametrize(("at", "at_once"), [
+    (0, None), (3, None), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_a_prompt_whose_reward_fails_ends_and_takes_no_other_with_it(at, at_once):
+    """The others' answers are those of a search in which nothing failed; it is not asked again."""
+    whole = run(reward=failing(None, 0, []), at_once=at_once)
+    length = [max(len(answer.text) for answer in result.answers) for result in whole]
+    which, calls = int(np.argmax(length)), []
+    bad = bundle().tokenizer.decode(PROMPTS[which])
+    assert length[which] >= at
+    with pytest.warns(UserWarning, match="out of order"):
+        found = run(reward=failing(bad, at, calls), at_once=at_once)
+    lost, kept = found.pop(which), found
+    del whole[which]
+    assert answers(kept) == answers(whole)
+    assert [r.log_evidence for r in kept] == [r.log_evidence for r in whole]
+    assert all(result.failed is None and result.flags == () for result in kept)
+    assert lost.flags == ("failed",) and lost.failed == "RuntimeError: out of order"
+    for answer in lost.answers:
+        assert len(answer.text) < max(at, 1) and np.isfinite(answer.score)
+        assert answer.finish == ("stop" if END in answer.tokens else "failed")
+    assert (lost.steps > 0) == (at > 0)  # of the steps before, scores and texts are kept
+    wrong = [text for prompt, text in calls if prompt == bad and len(text) >= at]
+    assert 0 < len(wrong) <= 3 * OPTIONS["particles"]  # two tries with the others, one alone
 
 
 def test_beams_and_trees_keep_the_best():

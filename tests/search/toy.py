@@ -100,7 +100,7 @@ def model_law(model: Bundle) -> Law:
     rows = np.zeros((len(listed), len(PROMPT) + LENGTH), np.int32)
     for row, text in zip(rows, listed, strict=True):
         row[: len(PROMPT) + len(text)] = [*PROMPT, *text]
-    logp = jax.nn.log_softmax(_logits(model.lm, model.params, jnp.asarray(rows)), -1)
+    logp = jax.nn.log_softmax(logits_of(model.lm, model.params, jnp.asarray(rows)), -1)
     at = lambda row, text: sum(float(logp[row, len(PROMPT) - 1 + i, token])
                                for i, token in enumerate(text))
     return {text: math.exp(at(row, text)) for row, text in enumerate(listed)}
@@ -118,7 +118,8 @@ def _jitted():
     return jax.jit(lambda lm, params, tokens: lm.apply(params, tokens).logits, static_argnums=0)
 
 
-def _logits(lm: LM, params: Params, tokens: jax.Array) -> np.ndarray:
+def logits_of(lm: LM, params: Params, tokens: jax.Array) -> np.ndarray:
+    """Of whole texts, by a full pass, float64 (B, S, V)."""
     return np.asarray(_jitted()(lm, params, tokens), np.float64)
 
 
