@@ -137,6 +137,8 @@ class Config:
       stack: run the layers as one scan, which compiles faster.
       evaluate_every, checkpoint_every: steps; 0 is at the end alone.
       keep: checkpoints that are kept.
+      previous: for "olora" and "ewc", `out` of the run that learnt the task before; `model` is then
+        the folder `model` in it.
       export: dtype of `out/model`, the Hugging Face folder written at the end; "none" writes none.
       tensorboard: write `out/tensorboard` besides `out/log.jsonl`.
     """
@@ -159,6 +161,7 @@ class Config:
     evaluate_every: int = 0
     checkpoint_every: int = 0
     keep: int = 2
+    previous: str | None = None
     seed: int = 0
     export: Literal["float32", "bfloat16", "float16", "none"] = "float32"
     tensorboard: bool = False
@@ -180,6 +183,9 @@ class Config:
         if self.rows % self.accumulate:
             raise ConfigError(f"a batch of {self.rows} rows does not divide into accumulate: "
                               f"{self.accumulate} parts; change one of them")
+        if self.previous is not None and not isinstance(self.tuning, OLora | Ewc):
+            raise ConfigError(f"previous is {self.previous!r}; of the ways of tuning only olora and "
+                              "ewc read the run before; leave it out")
         if self.data.phased and self.epochs is None:
             raise ConfigError("data.phased needs epochs, the passes over each file; got steps")
 
@@ -293,7 +299,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 # What may differ between a run and its continuation: it does not change what a step computes.
 FREE = ("model", "revision", "out", "mesh", "evaluate_every", "checkpoint_every", "keep", "export",
-        "tensorboard")
+        "tensorboard", "previous")  # the last is compared by `describe`
 FILES = ("train", "eval", "replay", "calibration")  # compared by what they hold
 
 

@@ -31,6 +31,7 @@ from jaxlm.train.evaluation import evaluate
 from jaxlm.train.flops import flops_per_token, peak_flops
 from jaxlm.train.log import Log
 from jaxlm.train.optimizers import make_optimizer, rate_of
+from jaxlm.train.previous import read_previous
 from jaxlm.train.step import TrainState, lm_objective, tuned_step
 from jaxlm.train.tuning import Tuning
 
@@ -69,7 +70,8 @@ def fit(
 
     Args:
       config: `config.model` is not read.
-      previous: `Fitted.tuned` of the task before, for O-LoRA and EWC.
+      previous: `Fitted.tuned` of the task before, for O-LoRA and EWC; default that of the folder
+        `config.previous`, where one is named.
       batches: placed batches of earlier tasks, in place of `config.data.calibration`.
     Raises: ConfigError, DataError, DeviceError before any step; NumericsError where the loss
       becomes NaN, CheckpointError for a checkpoint that does not fit or could not be written.
@@ -80,13 +82,15 @@ def fit(
     tuning = config.tuning
     optimizer = make_optimizer(config.optimizer, steps)
     wrapped, where = tuning.wrap(optimizer), setup.placer(tuning, mesh)
-    about = describe(bundle.lm, config, data.digest)
+    about = describe(bundle.lm, config, data.digest, steps)
     saved = Checkpoints(out, config.keep)
     try:
         if (step := saved.latest()) is not None:
             check_same_run(out, step, saved.meta(step), about, steps)
             state, frozen, meta = saved.restore(step, wrapped, where)
         else:
+            if previous is None and config.previous is not None:
+                previous = read_previous(bundle, config, mesh)
             trained, frozen = setup.begin(tuning, bundle, config, mesh, data, previous, batches)
             saved.save_frozen(frozen)
             state, meta = first_state(wrapped, trained, where(trained, frozen)[0]), {}
@@ -105,11 +109,12 @@ def first_state(optimizer: Any, trained: Any, places: Any) -> TrainState:
                       jax.device_put(jnp.zeros((), jnp.int32), everywhere(places)))
 
 
-def describe(lm: LM, config: Config, digest: str) -> dict[str, Any]:
+def describe(lm: LM, config: Config, digest: str, steps: int) -> dict[str, Any]:
     """What a checkpoint says of its run."""
     flat = settings(config)
     return {"model": config.model, "model_hash": setup.model_hash(lm), "settings": flat,
-            "config_hash": hash_of(flat), "data_hash": digest,
+            "config_hash": hash_of(flat), "data_hash": digest, "steps": steps,
+            "previous": config.previous,
             "mesh": dataclasses.asdict(config.mesh), "processes": jax.process_count()}
 
 
@@ -122,7 +127,7 @@ def check_same_run(
     if found["model_hash"] != ours["model_hash"]:
         raise CheckpointError(f"{at} is of another model, {found['model']!r}; this run trains "
                               f"{ours['model']!r}; {advice}")
-    theirs, mine = found["settings"], ours["settings"]
+    theirs, mine = ({**one["settings"], "previous": one.get("previous")} for one in (found, ours))
     if changed := [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]:
         listed = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in changed)
         raise CheckpointError(f"{at} was made with other settings: {listed}; {advice}")
