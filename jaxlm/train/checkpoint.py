@@ -8,12 +8,15 @@ Every array has a checksum in `meta`: orbax reads some damaged files without an 
 
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from jaxlm.core.device import versions
 from jaxlm.core.errors import CheckpointError
@@ -169,6 +172,34 @@ class Checkpoints:
                     "room, and run the same command again")
 
         return _Turned(words)
+
+
+class Timer:
+    """Whether a checkpoint is due by the clock, so that a kill costs no more than `minutes`.
+
+    Of several processes the first one's clock decides. To hear it is a meeting, so each time it
+    also says after how many steps, at the pace so far, the next one is due.
+    """
+
+    def __init__(self, minutes: float, step: int):
+        self.seconds = 60 * minutes
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """A checkpoint was just written."""
+        self.began, self.since, self.look = time.monotonic(), step, step + 1
+
+    def due(self, step: int) -> bool:
+        """Whether to write one after this step; the same in all processes."""
+        if not self.seconds or step < self.look:
+            return False
+        gone = time.monotonic() - self.began
+        left = (self.seconds - gone) * (step - self.since) / max(gone, 1e-9)
+        answer = np.asarray([gone >= self.seconds, min(max(left, 1), 1e6)], np.int32)
+        if jax.process_count() > 1:
+            answer = multihost_utils.broadcast_one_to_all(answer)
+            self.look = step + int(answer[1])
+        return bool(answer[0])
 
 
 class _Turned:

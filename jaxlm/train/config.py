@@ -136,6 +136,7 @@ class Config:
       dtype: of the compute; what is trained is float32.
       stack: run the layers as one scan, which compiles faster.
       evaluate_every, checkpoint_every: steps; 0 is at the end alone.
+      checkpoint_minutes: a checkpoint is also written so long after the last one; 0 for none.
       keep: checkpoints that are kept.
       previous: for "olora" and "ewc", `out` of the run that learnt the task before; `model` is then
         the folder `model` in it.
@@ -160,6 +161,7 @@ class Config:
     mesh: MeshSizes = MeshSizes()
     evaluate_every: int = 0
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 10.0
     keep: int = 2
     previous: str | None = None
     seed: int = 0
@@ -171,6 +173,7 @@ class Config:
             whole(name, getattr(self, name))
         for name in ("evaluate_every", "checkpoint_every", "seed"):
             whole(name, getattr(self, name), low=0)
+        number("checkpoint_minutes", self.checkpoint_minutes)
         for first, second in (("batch", "batch_tokens"), ("steps", "epochs")):
             given = [n for n in (first, second) if getattr(self, n) is not None]
             if len(given) == 2:
@@ -184,8 +187,8 @@ class Config:
             raise ConfigError(f"a batch of {self.rows} rows does not divide into accumulate: "
                               f"{self.accumulate} parts; change one of them")
         if self.previous is not None and not isinstance(self.tuning, OLora | Ewc):
-            raise ConfigError(f"previous is {self.previous!r}; of the ways of tuning only olora and "
-                              "ewc read the run before; leave it out")
+            raise ConfigError(f"previous is {self.previous!r}; of the ways of tuning only olora "
+                              "and ewc read the run before; leave it out")
         if self.data.phased and self.epochs is None:
             raise ConfigError("data.phased needs epochs, the passes over each file; got steps")
 
@@ -298,8 +301,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # What may differ between a run and its continuation: it does not change what a step computes.
-FREE = ("model", "revision", "out", "mesh", "evaluate_every", "checkpoint_every", "keep", "export",
-        "tensorboard", "previous")  # the last is compared by `describe`
+# (`previous` does, and is compared by itself, in `describe`.)
+FREE = ("model", "revision", "out", "mesh", "evaluate_every", "checkpoint_every",
+        "checkpoint_minutes", "keep", "export", "tensorboard", "previous")
 FILES = ("train", "eval", "replay", "calibration")  # compared by what they hold
 
 

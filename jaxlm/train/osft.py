@@ -229,8 +229,8 @@ class Osft:
     def kept(self, lm, params, importance=None, batches=None):
         """Path of a kernel -> k of each of its matrices; the arguments are those of `start`."""
         if self.ranks == "scheduled" and self.tasks == 1:
-            raise ConfigError("tuning.ranks 'scheduled' of one task keeps nothing; say which of how "
-                              "many it is (tuning.task, tuning.tasks), or take 'uniform'")
+            raise ConfigError("tuning.ranks 'scheduled' of one task keeps nothing; say which of "
+                              "how many it is (tuning.task, tuning.tasks), or take 'uniform'")
         if self.ranks == "importance" and importance is None:
             if batches is None:
                 raise ConfigError("tuning.ranks 'importance' needs data of the task before: name "

@@ -22,8 +22,8 @@ def read_previous(bundle: Bundle, config: Config, mesh: Mesh | None) -> tuple[An
     """
     out = pathlib.Path(str(config.previous)).expanduser()
     if not (out / "checkpoints").is_dir():
-        raise CheckpointError(f"previous is {out}, which holds no checkpoint; expected `out` of the "
-                              "run that learnt the task before")
+        raise CheckpointError(f"previous is {out}, which holds no checkpoint; expected `out` of "
+                              "the run that learnt the task before")
     saved = Checkpoints(out, read_only=True)
     try:
         if (step := saved.latest()) is None:

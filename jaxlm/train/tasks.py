@@ -19,6 +19,7 @@ from jaxlm.train.evaluation import evaluate
 from jaxlm.train.log import write_json
 from jaxlm.train.loop import Fitted, fit
 from jaxlm.train.osft import Osft
+from jaxlm.train.stopping import Stopped
 from jaxlm.train.tuning import Tuning
 
 
@@ -146,12 +147,17 @@ def continual(
     judged = Judged(out / "course.json", hash_of([settings(config), [asdict(t) for t in tasks],
                                                   [str(t) for t in tunings or ()], replay]))
     judged.add(0, judge, bundle)
-    previous, notes, fitted = None, [], None
+    previous, notes, stopped = None, [], False
     for number in range(len(tasks)):
         own = _of_task(config, tasks, number, tunings, replay)
         batches = judge.calibration(tasks[:number], own)
-        fitted = fit(bundle, own, previous=previous, batches=batches)
-        if fitted.stopped:
+        try:
+            fitted = fit(bundle, own, previous=previous, batches=batches)
+        except Stopped:
+            stopped = True
+        else:
+            stopped = fitted.stopped
+        if stopped:
             break
         bundle, previous = fitted.bundle, fitted.tuned
         notes.append(_notes(fitted))
@@ -162,7 +168,7 @@ def continual(
         [[row["tasks"][task.name]["accuracy"] for task in tasks] for row in rows],
         [[row["tasks"][task.name]["loss"] for task in tasks] for row in rows],
         {name: [row["others"][name]["perplexity"] for row in rows] for name in others or {}},
-        notes, bool(fitted and fitted.stopped), bundle)
+        notes, stopped, bundle)
 
 
 def _of_task(
