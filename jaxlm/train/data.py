@@ -63,9 +63,11 @@ class Reader:
             raise DataError(f"has half of a surrogate pair in it: {error}") from error
         found = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=whole)
         tokens, offsets = list(found.ids), list(found.offsets)
-        if whole and self.end_id is not None and tokens[-1:] != [self.end_id]:
-            tokens.append(self.end_id)
-            offsets.append((len(text), len(text) + 1))
+        if whole and self.end_id is not None:
+            if tokens[-1:] != [self.end_id]:
+                tokens.append(self.end_id)
+                offsets.append((0, 0))
+            offsets[-1] = (len(text), len(text) + 1)  # one that the tokenizer added has no place
         weights = np.ones(len(tokens), np.float32)
         if self.answers:
             inside = [any(low < end and start < high for low, high in answers)

@@ -1,5 +1,6 @@
 """Lines to tokens and weights; what is wrong with a file is said with its line."""
 
+import copy
 import json
 
 import numpy as np
@@ -45,6 +46,20 @@ def test_a_completion_is_learnt_and_its_prompt_is_not(read, bundle):
 
 def test_of_a_text_everything_is_learnt_but_its_first_token(read, bundle):
     assert learnt(read({"text": "abc"}), bundle.tokenizer) == "bc</s>"
+
+
+def test_an_end_that_the_tokenizer_adds_is_learnt_too(bundle):
+    """And there is one of it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(bundle.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", EOS)])
+    for record, wanted in (({"prompt": "2+2=", "completion": "four"}, "four</s>"),
+                           ({"text": "abc"}, "bc</s>")):
+        example = Reader(tokenizer, end_id=EOS)(record)
+        assert learnt(example, tokenizer) == wanted
+        assert list(example.tokens).count(EOS) == 1
 
 
 def test_with_loss_on_all_a_prompt_is_learnt_too(bundle):
