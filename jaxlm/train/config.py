@@ -50,8 +50,10 @@ class Data:
       chat_template: a Jinja file, in place of the tokenizer's own.
       phased: train the files in turn, each for all its epochs, instead of shuffled together.
       replay: files of earlier tasks; `replay_share` of each pass is drawn from them.
+      replay_share: in [0, 1).
       calibration: files of earlier tasks, for the tunings that ask what mattered for them; their
         first `calibration_samples` are read.
+      calibration_samples: how many.
       mask_thoughts: share of an answer's tokens that the model sees masked (2403.02178).
       mask_token: what masks them; default the tokenizer's own mask, padding or unknown token.
     """
@@ -86,7 +88,9 @@ class Optimizer:
       kind: "adamw", "lion", "muon" (Adam for what is no matrix) or "sgd".
       rate: peak learning rate.
       schedule: "constant", "linear" or "cosine" down to 0 at the last step, after `warmup` steps.
-      b1, b2: of the moments; `b1` is SGD's momentum.
+      warmup: steps in which the rate rises from 0.
+      b1: decay of the first moment, SGD's momentum; in [0, 1).
+      b2: decay of the second moment; in [0, 1).
       weight_decay: decoupled, times the rate; on matrices alone.
       clip: largest global norm of the gradient; 0 for none.
     """
@@ -110,7 +114,13 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """Mesh axes: their product is the number of devices. All 1 on one device."""
+    """Mesh axes: their product is the number of devices. All 1 on one device.
+
+    Args:
+      data: copies of the model, each with a part of the batch.
+      fsdp: parts that weights and batch are split into.
+      tensor: parts that heads and the feed-forward width are split into.
+    """
 
     data: int = 1
     fsdp: int = 1
@@ -127,19 +137,27 @@ class Config:
 
     Args:
       model: a folder, a hub id or "tiny".
+      revision: of a hub id; default its main branch.
       out: folder for checkpoints, logs and the export; a second run with it goes on.
+      data: what is learnt.
+      tuning: how: "full", "osft", "lora", "olora" or "ewc".
+      optimizer: by what steps.
       batch: rows of a step, in all devices and accumulated parts together.
       batch_tokens: instead of `batch`, inputs of a step: rows times the window.
       accumulate: parts that a batch is computed in, one after another.
-      steps, epochs: how long; one of them.
+      steps: how long; or `epochs`.
+      epochs: passes over the data; or `steps`.
       remat: recompute each block in the backward pass.
       dtype: of the compute; what is trained is float32.
       stack: run the layers as one scan, which compiles faster.
-      evaluate_every, checkpoint_every: steps; 0 is at the end alone.
+      mesh: axes of devices.
+      evaluate_every: steps between evaluations; 0 is at the end alone.
+      checkpoint_every: steps between checkpoints; 0 is at the end and by `checkpoint_minutes`.
       checkpoint_minutes: a checkpoint is also written so long after the last one; 0 for none.
       keep: checkpoints that are kept.
       previous: for "olora" and "ewc", `out` of the run that learnt the task before; `model` is then
         the folder `model` in it.
+      seed: of the order of samples and of what starts at random.
       export: dtype of `out/model`, the Hugging Face folder written at the end; "none" writes none.
       tensorboard: write `out/tensorboard` besides `out/log.jsonl`.
     """
