@@ -4,14 +4,13 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import pathlib
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxlm.core.errors import ConfigError, whole
+from jaxlm.core.errors import ConfigError, number, share, whole
 from jaxlm.core.tree import flatten
 from jaxlm.train.ewc import Ewc
 from jaxlm.train.lora import Lora, OLora
@@ -20,20 +19,6 @@ from jaxlm.train.tuning import Full
 
 TUNINGS: dict[str, type] = {"full": Full, "osft": Osft, "lora": Lora, "olora": OLora, "ewc": Ewc}
 AnyTuning = Full | Osft | Lora | OLora | Ewc
-
-
-def number(name: str, value: Any, low: float = 0.0) -> None:
-    """ConfigError unless `value` is finite and at least `low`."""
-    fine = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fine or not math.isfinite(value) or value < low:
-        raise ConfigError(f"{name} is {value!r}; expected a number of at least {low}")
-
-
-def share(name: str, value: Any) -> None:
-    """ConfigError unless `value` is in [0, 1)."""
-    number(name, value)
-    if value >= 1:
-        raise ConfigError(f"{name} is {value!r}; expected a share in [0, 1)")
 
 
 @dataclass(frozen=True)
