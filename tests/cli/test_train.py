@@ -95,6 +95,6 @@ def test_a_run_that_diverges_is_code_3(tiny_folder, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_documented_config_runs_for_two_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert main(["train", "docs/configs/sums.yaml", "--steps", "2", "--out", f"{tmp_path}/out",
+    assert main(["train", "docs/configs/reverse.yaml", "--steps", "2", "--out", f"{tmp_path}/out",
                  "--checkpoint-every", "0"]) == 0
     assert "step 2 of 2, done" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Settings from YAML: what is wrong is named, with the closest that there is."""
 
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.train import Config, Lora, Osft, read_config
-from jaxlm.train.config import from_dict, to_dict
+from jaxlm.train.config import TUNINGS, from_dict, to_dict
 from jaxlm.train.config import settings as compared
+from jaxlm.train.matrices import PROJECTIONS
 from tests.source_tree import ROOT
 
 
@@ -100,6 +102,25 @@ def test_what_a_continuation_may_change():
     longer = base.replace(steps=20, optimizer=cosine)
     assert compared(longer) != compared(longer.replace(steps=10))
     assert compared(base) != compared(base.replace(tuning=Osft()))
+
+
+def test_the_table_of_tunings_has_every_field_and_its_default():
+    page = (ROOT / "docs" / "train.md").read_text().split("Their fields, with `kind`")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in page.split("\n\n")[1].splitlines()[2:]]
+    found, kind = {}, ""
+    for name, fields, defaults, _ in rows:
+        kind = name.strip("`") or kind
+        fields = re.findall(r"`(\w+)`", fields)
+        values = defaults.split(", ") if len(fields) == len(defaults.split(", ")) else [
+            defaults] * len(fields)
+        found |= {(kind, f): v.strip("`") for f, v in zip(fields, values, strict=True)}
+    words = {PROJECTIONS: "all seven projections", (): "none"}
+    wanted = {(kind, f.name): words.get(f.default, str(f.default)) if isinstance(
+        f.default, tuple) else str(f.default)
+        for kind, tuning in TUNINGS.items() for f in dataclasses.fields(tuning)}
+    wanted |= {("olora", f.name): "as lora" for f in dataclasses.fields(Lora)}
+    assert {k: v.replace("`", "") for k, v in found.items()} == wanted and len(PROJECTIONS) == 7
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "configs").glob("*.yaml")),
