@@ -44,10 +44,10 @@ class Lora(Full):
     def start(self, lm, params, key, **calibration):
         """New adapters over these parameters."""
         trained = {}
-        for number, (path, shape) in enumerate(projections(params, self.targets).items()):
+        for i, (path, shape) in enumerate(projections(params, self.targets).items()):
             if self.rank > min(shape.n, shape.m):
                 raise ConfigError(f"tuning.rank is {self.rank}; {path!r} is {shape.n} x {shape.m}")
-            own = jax.random.fold_in(key, number)
+            own = jax.random.fold_in(key, i)
             a = jax.random.normal(own, (*shape.lead, shape.n, self.rank)) / shape.n**0.5
             trained[f"{path}/a"] = a
             trained[f"{path}/b"] = jnp.zeros((*shape.lead, self.rank, shape.m))
