@@ -45,8 +45,8 @@ def run(
       task: prompt, arithmetic, math or gsm8k; default by the fields.
       limit: the first so many problems.
       batch: problems together.
-      rows: answers computed in an iteration, of batch x particles; fewer than all keep it full while
-        some wait for the slowest of their problem. Default all.
+      rows: answers computed in an iteration, of batch x particles; with fewer than all, none idles
+        while others wait for the slowest of their problem. Default all.
       temperature: of the sampling.
       max_steps: of an answer.
       max_new_tokens: of an answer; default 112 for the sums, else 1024.

@@ -154,7 +154,7 @@ def move(
     keys_R = jax.vmap(jax.random.fold_in)(pop.keys_R, pop.step_R)
     held, report = tools.method.choose(
         keys_R, pop.held, open_R & (pop.step_R > 0), pop.step_R / steps.max_steps)
-    pop = follow(pop, report.ancestors_RP)
+    pop = follow(pop, report.ancestors_RP, one_device=width is not None)
     at = jnp.where(open_R, pop.step_R, steps.max_steps)
     log = lambda old, new: old.at[jnp.arange(prompts), at].set(new, mode="drop")
     rows = release(pop.rows, jnp.repeat(open_R, particles))
@@ -180,12 +180,16 @@ def stands(rows: DecodeState, prompts: int) -> jax.Array:
     return (rows.done_B | rows.hold_B).reshape(prompts, -1).all(1)
 
 
-def follow(pop: Population, ancestors_RP: jax.Array) -> Population:
-    """Rows with all that belongs to their texts; the suffix alone moves, layer by layer."""
+def follow(pop: Population, ancestors_RP: jax.Array, one_device: bool = False) -> Population:
+    """Rows with all that belongs to their texts; the suffix alone moves, layer by layer.
+
+    one_device: static, prompts may move one after another: those that stay then cost nothing.
+    """
     names = ("start_B", "at_B", "score_B", "steps_B", "scores_BT", "ends_BT")
     moved = gather_rows({name: getattr(pop, name) for name in names}, ancestors_RP)
     own_RP = jnp.arange(ancestors_RP.shape[1], dtype=ancestors_RP.dtype)
-    rows = gather(pop.rows, ancestors_RP, jnp.any(ancestors_RP != own_RP))
+    moves_R = (ancestors_RP != own_RP).any(1)
+    rows = gather(pop.rows, ancestors_RP, moves_R if one_device else moves_R.any())
     return pop.replace(rows=rows, **moved)
 
 

@@ -155,9 +155,8 @@ def particle_filter(
         the weights that this leaves, as published; the target is then another.
       choose: "best", the highest last score, or "draw", one draw by the weights.
       at_once: prompts in the batch; those that end make room for the next. Default: all.
-      rows: computed in an iteration, of all `at_once * particles`, whichever prompts they belong to;
-        fewer than all keep the batch full while some wait for the slowest of their prompt.
-        Default: all. Not over several devices.
+      rows: computed in an iteration, of all `at_once * particles`. With fewer than all, rows of
+        other prompts work while some wait for the slowest of theirs. Default: all. One device.
       quorum: prompts that wait at a step's end before those are resampled; more mean fewer
         resamplings, and more waiting. As many as prompts: all in step.
       memory: bytes of the device, where it does not tell itself.
