@@ -164,9 +164,9 @@ def move(
         return waiting_R.sum() >= jnp.minimum(tools.quorum, (~pop.over_R).sum())
 
     batch = len(pop.at_B)
-    most = steps.max_new_tokens * (1 if width is None else 1 + batch // width)  # all rows end in it
-    count, drawn = iterate(lm, tools.params, tools.sampler, rows,
-                           tools.stop, most, enough, width)  # type: ignore[arg-type]
+    most = steps.max_new_tokens * (1 if width is None else 1 + -(-batch // width))  # all end in it
+    count, drawn = iterate(lm, tools.params, tools.sampler, rows, tools.stop,  # type: ignore
+                           most, enough, width)
     new_B = drawn.length_B - rows.length_B
     spent = jnp.stack([count * (width or batch), new_B.sum()])
     return pop.replace(
