@@ -9,12 +9,13 @@ with probability 1/6, at the latest after 12. Of 8 prompts in the batch, `lock_s
 each other, a batch at a time; `own_pace`: a prompt waits for its own rows alone; `queue`: and one
 that is over makes room for the next. `lent_16`, `lent_24`: a queue with 16 or 24 prompts resident,
 of whose rows the first 256 live ones are computed. The last prompts of a queue leave rows idle, so
-a longer one has a higher share. `lent_speed`: seconds of a whole queue of 24 prompts, 4 steps of 8 to
-24 tokens, 256 rows an iteration, on the bundled model and on a random one of four layers, width 512
-(`wide`): `queue` over `lent_16`, in turn; the same texts. `lent_speed_alone`: `queue` over 8 prompts resident and 255 rows, which has the gain of
-resampling prompt by prompt and next to none of lending. `lent_bytes_ratio`: of memory (caches,
-texts and parameters), `lent_16` over `queue`. `prompt_copies`, `resample_extra_layers`: from the
-bytes of the state and the compiled program, at a prompt of 2,048 tokens.
+a longer one has a higher share. `lent_speed`: seconds of a whole queue of 24 prompts, 4 steps of 8
+to 24 tokens, 256 rows an iteration, on the bundled model and on a random one of four layers, width
+512 (`wide`): `queue` over `lent_16`, in turn; the same texts. `lent_speed_alone`: `queue` over 8
+prompts resident and 255 rows, which has the gain of resampling prompt by prompt and next to none of
+lending. `lent_bytes_ratio`: of memory (caches, texts, parameters), `lent_16` over `queue`.
+`prompt_copies`, `resample_extra_layers`: from the bytes of the state and the compiled program, at a
+prompt of 2,048 tokens.
 
 Command: python experiments/pf_speed.py --out experiments/results/pf_speed/cpu.json
 Hardware: 2 CPU cores, idle
