@@ -26,8 +26,8 @@ def run(
     particles: tuple[int, ...] = (32,), prm: str | None = None, aggregate: str = "last",
     task: str | None = None, limit: int | None = None, batch: int = 8, rows: int | None = None,
     temperature: float = 0.8, max_steps: int = 40, max_new_tokens: int | None = None,
-    cache: str = "dense", seed: int = 0,
-    retry_failed: bool = False, device: Device | None = None, dtype: Dtype | None = None,
+    cache: str = "dense", seed: int = 0, retry_failed: bool = False,
+    device: Device | None = None, dtype: Dtype | None = None,
 ) -> None:
     """Answer the problems of a file, and say how many are right; a stopped run goes on.
 

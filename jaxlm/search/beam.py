@@ -123,8 +123,7 @@ def dvts(
     """
     return ranked(bundle, prompts, reward, Beams(check_width(budget, width), True),
                   particles=budget, steps=steps, sampler=sampler, cache=cache, key=key,
-                  at_once=at_once, rows=rows, quorum=quorum,
-                  memory=memory)
+                  at_once=at_once, rows=rows, quorum=quorum, memory=memory)
 
 
 def ranked(
