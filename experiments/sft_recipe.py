@@ -1,8 +1,9 @@
 """Which settings of fine-tuning matter, and do its first steps tell how a run will end?
 
-54 runs of a small pre-trained text model on 1,020 real instructions: every combination of batch,
-rate, warm-up and schedule, all over the same samples as often (three times), so that a large batch
-takes fewer steps. Quality is the loss on the answers of 255 held-out instructions.
+45 runs of a small pre-trained text model on 1,020 real instructions: batch, rate, warm-up and
+schedule, every combination but a linear fall after a warm-up, all over the same samples as often
+(twice), so that a large batch takes fewer steps. Quality is the loss on the answers of 255 held-out
+instructions. The model has read the 1,020 once, among ten megabytes of other text; never the 255.
 
 - `early_loss_spearman`, `early_gradnorm_spearman`: rank correlation over runs of the mean loss and
   gradient norm of the first steps with the final quality (2412.13337 saw a higher loss and a lower
@@ -39,10 +40,10 @@ from experiments.task_texts import instructions
 from jaxlm.hf.bundle import Bundle
 from jaxlm.train import Config, Data, Optimizer, fit
 
-BATCHES, RATES, WARMUPS = (2, 8, 32), (3e-4, 1e-3, 3e-3), (0.0, 0.1)
+BATCHES, RATES, WARMUPS = (2, 8, 32), (1e-4, 5e-4, 2.5e-3), (0.0, 0.1)
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES = get_args(Schedule)
-WINDOW, EPOCHS, SEEDS = 128, 3, 6
+WINDOW, EPOCHS, SEEDS = 128, 2, 5
 EARLY = (8, 4, 16, 0.1)  # steps that are looked at, the first for the headline; a share of the run
 KEPT = 80  # steps of each run whose numbers are kept
 
@@ -91,13 +92,14 @@ class Setting:
         return " ".join(f"{key}={value}" for key, value in asdict(self).items())
 
 
-MIDDLE = Setting(8, 1e-3)  # where the two orders are compared, fixed beforehand
+MIDDLE = Setting(8, 5e-4)  # where the two orders are compared, fixed beforehand
 
 
 def grid() -> list[Setting]:
-    """Every combination."""
-    return [Setting(*values)
-            for values in itertools.product(BATCHES, RATES, WARMUPS, SCHEDULES)]
+    """Every combination but a linear fall after a warm-up."""
+    found = (Setting(*values)
+             for values in itertools.product(BATCHES, RATES, WARMUPS, SCHEDULES))
+    return [s for s in found if not (s.warmup and s.schedule == "linear")]
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def config_of(setting: Setting, files: Files, out: str, epochs: int, steps: int)
         out=out, data=Data(files.train, (files.held_out,), WINDOW, phased=setting.phased),
         optimizer=Optimizer(rate=setting.rate, schedule=setting.schedule,
                             warmup=round(setting.warmup * steps)),
-        batch=setting.batch, epochs=epochs, evaluate_every=max(1, steps // 4), seed=setting.seed,
+        batch=setting.batch, epochs=epochs, evaluate_every=max(1, steps // 3), seed=setting.seed,
         export="none")
 
 
@@ -195,17 +197,17 @@ def signals(runs: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
             cell = found.setdefault(f"window {window}", {})
             cell |= {(f"{key}_{by}" if key.endswith("_within") else key): value
                      for key, value in one.items()}
-    quarter = correlation([-run["held_out"][0] for run in runs],
+    third = correlation([-run["held_out"][0] for run in runs],
                           [-run["final"] for run in runs], seed=seed)
     first = found[f"window {EARLY[0]}"]
-    return {"windows": found, "quarter_quality_spearman": quarter} | {
+    return {"windows": found, "third_quality_spearman": third} | {
         key: first[key]["rho"] for key in ("early_loss_spearman", "early_gradnorm_spearman",
                                            "rank_runs_spearman")} | {
         key: first[key] for key in ("compute_saved_fraction", "regret", "regret_at_random")}
 
 
 def orders(keep: Callable[[Setting], dict[str, Any]], seeds: int) -> dict[str, Any]:
-    """Stacked and phased from the same seeds: three times over each sample in both."""
+    """Stacked and phased from the same seeds: each sample as often in both."""
     both = {phased: [keep(replace(MIDDLE, phased=phased, seed=1 + i)) for i in range(seeds)]
             for phased in (False, True)}
     last = {phased: [run["final"] for run in runs] for phased, runs in both.items()}
@@ -228,7 +230,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "epochs": epochs, "samples": files.samples, "rows": rows})
     settings = grid()
     if args.smoke:
-        settings = [s for s in settings if s.batch > 2 and s.rate != RATES[0]
+        settings = [s for s in settings if s.batch > 2 and s.rate == RATES[1]
                     and s.schedule != "linear"]
     bar = tqdm(total=len(settings) + 2 * seeds, desc="runs", disable=None)
 
