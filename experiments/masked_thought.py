@@ -67,6 +67,8 @@ def train(bundle: Bundle, share: float, count: int, seed: int, steps: int, test:
             data=Data((lines,), (held_out,), WINDOW, mask_thoughts=share),
             optimizer=Optimizer(rate=RATE, schedule="cosine", warmup=steps // 16),
             evaluate_every=max(1, steps // 4)))
+        if fitted.stopped:
+            raise SystemExit("stopped; the same command goes on with this run")
     rows = [row for row in fitted.history if "eval/loss" in row]
     return {"accuracy": [row["eval/accuracy"] for row in rows],
             "loss": [row["eval/loss"] for row in rows], "step": [row["step"] for row in rows],

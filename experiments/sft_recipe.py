@@ -138,9 +138,11 @@ def train(bundle: Bundle, setting: Setting, files: Files, epochs: int, rows: int
     with tempfile.TemporaryDirectory() as out:
         config = config_of(setting, files, out, epochs, -(-rows // setting.batch))
         fitted = fit(bundle, config)
+        if fitted.stopped:
+            raise SystemExit("stopped; the same command goes on with this run")
     steps = [row for row in fitted.history if "loss" in row]
     held_out = [row["eval/loss"] for row in fitted.history if "eval/loss" in row]
-    return {**asdict(setting), "steps": fitted.steps, "final": held_out[-1], "best": min(held_out),
+    return {**asdict(setting), "steps": fitted.step, "final": held_out[-1], "best": min(held_out),
             "held_out": held_out, "token_accuracy": fitted.evaluation["token_accuracy"],
             "loss": [row["loss"] for row in steps[:KEPT]],
             "grad_norm": [row["grad_norm"] for row in steps[:KEPT]],
