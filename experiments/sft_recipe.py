@@ -1,7 +1,7 @@
 """Which settings of fine-tuning matter, and do its first steps tell how a run will end?
 
-45 runs of a small pre-trained text model on 1,020 real instructions: batch, rate, warm-up and
-schedule, every combination but a linear fall after a warm-up, all over the same samples as often
+36 runs of a small pre-trained text model on 1,020 real instructions: three batches by three rates by
+a constant rate, one after a warm-up, a linear and a cosine fall. All see the same samples as often
 (twice), so that a large batch takes fewer steps. Quality is the loss on the answers of 255 held-out
 instructions. The model has read the 1,020 once, among ten megabytes of other text; never the 255.
 
@@ -96,10 +96,10 @@ MIDDLE = Setting(8, 5e-4)  # where the two orders are compared, fixed beforehand
 
 
 def grid() -> list[Setting]:
-    """Every combination but a linear fall after a warm-up."""
+    """Every batch and rate by every schedule, and by a warm-up before a constant rate."""
     found = (Setting(*values)
              for values in itertools.product(BATCHES, RATES, WARMUPS, SCHEDULES))
-    return [s for s in found if not (s.warmup and s.schedule == "linear")]
+    return [s for s in found if not (s.warmup and s.schedule != "constant")]
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "epochs": epochs, "samples": files.samples, "rows": rows})
     settings = grid()
     if args.smoke:
-        settings = [s for s in settings if s.batch > 2 and s.rate == RATES[1]
-                    and s.schedule != "linear"]
+        settings = [s for s in settings if s.batch > 2 and s.schedule != "linear"
+                    and s.rate == RATES[1]]
     bar = tqdm(total=len(settings) + 2 * seeds, desc="runs", disable=None)
 
     def one(setting: Setting) -> dict[str, Any]:
