@@ -1,8 +1,8 @@
 """Which settings of fine-tuning matter, and do its first steps tell how a run will end?
 
-36 runs of a small pre-trained text model on 1,020 real instructions: three batches by three rates by
-a constant rate, one after a warm-up, a linear and a cosine fall. All see the same samples as often
-(twice), so that a large batch takes fewer steps. Quality is the loss on the answers of 255 held-out
+36 runs of a small pre-trained text model on 1,020 real instructions: three batches by three rates
+by a constant rate, one after a warm-up, a linear and a cosine fall. All see the same samples
+twice, so a large batch takes fewer steps. Quality is the loss on the answers of 255 held-out
 instructions. The model has read the 1,020 once, among ten megabytes of other text; never the 255.
 
 - `early_loss_spearman`, `early_gradnorm_spearman`: rank correlation over runs of the mean loss and
@@ -25,7 +25,6 @@ import argparse
 import itertools
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -243,16 +242,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     runs = [one(setting) for setting in settings]
     ordered = orders(one, seeds)
-    start = runs[0]
-    public = [{key: value for key, value in run.items() if key not in ("loss", "grad_norm")}
-              | {"early_loss": float(np.mean(run["loss"][:EARLY[0]])),
-                 "early_grad_norm": float(np.mean(run["grad_norm"][:EARLY[0]]))} for run in runs]
     return {"samples": files.samples, "epochs": epochs, "rows": rows, "runs_count": len(runs),
-            "steps": dict(Counter({str(run["batch"]): run["steps"] for run in runs})),
-            "first_step_loss": start["loss"][0], **signals(runs, args.seed), **ordered,
+            "steps": {str(run["batch"]): run["steps"] for run in runs}, "early_window": EARLY[0],
+            **signals(runs, args.seed), **ordered,
             "effects": effects(runs), "effects_best": effects(runs, "best"),
-            "best_by_batch": best_of(runs, "batch"), "best_by_rate": best_of(runs, "rate"),
-            "best_by_schedule": best_of(runs, "schedule"), "runs": public}
+            **{f"best_by_{factor}": best_of(runs, factor)
+               for factor in ("batch", "rate", "schedule")}, "runs": [table(run) for run in runs]}
+
+
+def table(run: dict[str, Any]) -> dict[str, Any]:
+    """A run as the result lists it: the means of its first steps in place of each of them."""
+    apart = ("loss", "grad_norm", "seconds")
+    return {key: value for key, value in run.items() if key not in apart} | {
+        f"early_{key}": float(np.mean(run[key][:EARLY[0]])) for key in apart[:2]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,107 @@
+"""The tables of docs/found.md on fine-tuning's settings, written from the results by
+readme_tables.py."""
+
+from collections.abc import Iterable
+from typing import Any
+
+BEGIN, END = "<!-- {}: experiments/readme_tables.py -->", "<!-- end of {} -->"
+
+
+def filled(page: str, found: Iterable[dict[str, Any]]) -> str:
+    """The page with each table of a committed result between its markers.
+
+    Raises: ValueError: a result has a table, and the page no place for it.
+    """
+    for result in found:
+        for name, table in TABLES.get(result["name"], {}).items():
+            begin, end = BEGIN.format(name), END.format(name)
+            if page.count(begin) != 1 or page.count(end) != 1:
+                raise ValueError(f"docs/found.md needs {begin!r} and {end!r} once each")
+            before, rest = page.split(begin)
+            page = f"{before}{begin}\n{rows(table(result['metrics']))}\n{end}{rest.split(end)[1]}"
+    return page
+
+
+def rows(cells: list[list[str]]) -> str:
+    """A markdown table; the first row is its head."""
+    head, *body = cells
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+
+
+def span(row: dict[str, float], form: str = "{:+.3f}") -> str:
+    """An interval."""
+    return f"{form.format(row['low'])} to {form.format(row['high'])}"
+
+
+def effects(metrics: dict[str, Any]) -> list[list[str]]:
+    """Every difference of two values, and whether its interval leaves zero out."""
+    named = metrics["effects"] | {"stacked - phased": metrics["orders"]}
+    return [["first - second", "difference", "95% interval", "pairs", "better"]] + [
+        [name, f"{row['mean']:+.3f}", span(row), str(row["pairs"]), better(name, row)]
+        for name, row in named.items()]
+
+
+def better(name: str, row: dict[str, float]) -> str:
+    """Which of the two has the lower loss; "not told apart" where the interval holds zero.
+
+    >>> better("batch 8 - 2", {"low": 0.1, "high": 0.3})
+    '2'
+    """
+    if row["low"] <= 0 <= row["high"]:
+        return "not told apart"
+    first, second = name.split(" - ")
+    return second if row["low"] > 0 else first.split(" ")[-1]
+
+
+def best(metrics: dict[str, Any]) -> list[list[str]]:
+    """The best run of each batch."""
+    return [["batch (rows)", "steps", "best rate", "schedule", "warm-up", "held-out loss"]] + [
+        [batch, str(run["steps"]), f"{run['rate']:g}", run["schedule"], f"{run['warmup']:g}",
+         f"{run['final']:.3f}"] for batch, run in metrics["best_by_batch"].items()]
+
+
+def signals(metrics: dict[str, Any]) -> list[list[str]]:
+    """Rank correlations of the first steps' numbers with the final quality, by window."""
+    head = ["first", "of", "all runs", "95% interval", "p", "within a batch", "within a rate"]
+    cells = [head]
+    for found in metrics["windows"].values():
+        window = found["window"]
+        for key, words in (("early_loss", "loss"), ("early_gradnorm", "gradient norm"),
+                           ("rank_runs", "`rank_runs`")):
+            row, inside = found[f"{key}_spearman"], [
+                found[f"{key}_spearman_within_{by}"]["rho"] for by in ("batch", "rate")]
+            cells.append([steps(window), words, f"{row['rho']:+.2f}", span(row, "{:+.2f}"),
+                          f"{row['p']:.4f}", *(f"{rho:+.2f}" for rho in inside)])
+    return cells
+
+
+def steps(window: float) -> str:
+    """A window in words.
+
+    >>> steps(8), steps(0.1)
+    ('8 steps', '10% of the run')
+    """
+    return f"{window:.0%} of the run" if window < 1 else f"{window} steps"
+
+
+def stopping(metrics: dict[str, Any]) -> list[list[str]]:
+    """What stopping half of the runs saves and loses."""
+    return [["stopped after", "compute saved", "regret", "by a random half", "by the reverse"]] + [
+        [steps(found["window"]), f"{found['compute_saved_fraction']:.0%}",
+         f"{found['regret']:.3f}", f"{found['regret_at_random']:.3f}",
+         f"{found['reversed']['regret']:.3f}"] for found in metrics["windows"].values()]
+
+
+def masked(metrics: dict[str, Any]) -> list[list[str]]:
+    """Accuracy without and with masking."""
+    plain = {name.split(",")[0]: share for name, share in metrics["accuracy"].items()
+             if name.endswith("share 0.0")}
+    return [["learnt from", "right without", "right with", "points", "95% interval", "seeds"]] + [
+        [name, f"{plain[name.split(',')[0]]:.1%}", f"{metrics['accuracy'][name]:.1%}",
+         f"{row['mean']:+.1f}", span(row, "{:+.1f}"), str(row["pairs"])]
+        for name, row in metrics["gain_points"].items()]
+
+
+TABLES = {"sft_recipe": {"effects": effects, "best": best, "signals": signals,
+                         "stopping": stopping},
+          "masked_thought": {"masked thoughts": masked}}
