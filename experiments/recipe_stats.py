@@ -25,33 +25,49 @@ class Trace:
 
 
 def correlation(
-    x: Sequence[float], y: Sequence[float], groups: Sequence[Any] = (), seed: int = 0,
-    resamples: int = RESAMPLES,
+    x: Sequence[float], y: Sequence[float], groups: Sequence[Any] = (),
+    blocks: Sequence[Any] = (), seed: int = 0, resamples: int = RESAMPLES,
 ) -> dict[str, float]:
     """Spearman's rank correlation, its 95% bootstrap interval, and a two-sided permutation p.
 
     Args:
       groups: of each point; then it is the mean of the correlations within groups, and points are
         drawn and permuted within theirs. A group in which x or y does not vary counts 0.
+      blocks: of each point; those of one block, within a group, are drawn and permuted together,
+        in their order. For points that share their x and so are not independent.
     Returns: `rho`, `low`, `high`, `p`, at least 1 / (resamples + 1).
+    Raises: ValueError: blocks of a group that differ in size.
 
     >>> correlation([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5], resamples=99)["rho"].__round__(3)
     0.943
     """
     a, b = np.asarray(x, float), np.asarray(y, float)
-    names = [*groups] or [0] * len(a)
-    members = [np.flatnonzero([n == name for n in names]) for name in dict.fromkeys(names)]
+    names, together = [*groups] or [0] * len(a), [*blocks] or [*range(len(a))]
+    members = [_blocks([i for i, n in enumerate(names) if n == name], together)
+               for name in dict.fromkeys(names)]
     rng = np.random.default_rng(seed)
-    rho = np.mean([spearman(a[m], b[m]) for m in members])
+    rho = np.mean([spearman(a[m.ravel()], b[m.ravel()]) for m in members])
     drawn, mixed = np.zeros(resamples), np.zeros(resamples)
     for m in members:
-        at = rng.choice(m, (resamples, len(m)))
+        count = len(m)
+        at = m[rng.integers(count, size=(resamples, count))].reshape(resamples, -1)
         drawn += spearman(a[at], b[at]) / len(members)
-        mixed += spearman(a[m], rng.permuted(np.tile(b[m], (resamples, 1)), axis=1)) / len(members)
+        order = rng.permuted(np.tile(np.arange(count), (resamples, 1)), axis=1)
+        mixed += spearman(a[m.ravel()], b[m[order].reshape(resamples, -1)]) / len(members)
     low, high = np.quantile(drawn, [0.025, 0.975])
     extreme = (np.abs(mixed) >= abs(rho) - 1e-12).sum()
     return {"rho": float(rho), "low": float(low), "high": float(high),
             "p": float((extreme + 1) / (resamples + 1))}
+
+
+def _blocks(points: list[int], of: Sequence[Any]) -> np.ndarray:
+    """The points of each block, a row each."""
+    found = [[i for i in points if of[i] == block]
+             for block in dict.fromkeys(of[i] for i in points)]
+    if len({len(row) for row in found}) > 1:
+        raise ValueError(f"blocks of {sorted(len(row) for row in found)} points; expected as many "
+                         "in each: leave out what is left over")
+    return np.array(found)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -106,14 +122,18 @@ def stopped(
             "regret_at_random": chance}
 
 
-def signal(traces: Mapping[Any, Trace], groups: Mapping[Any, Any], window: int | float,
-           seed: int = 0) -> dict[str, Any]:
+def signal(
+    traces: Mapping[Any, Trace], groups: Mapping[str, Sequence[Any]], blocks: Sequence[Any],
+    window: int | float, seed: int = 0, resamples: int = RESAMPLES,
+) -> dict[str, Any]:
     """How well the first steps of runs tell their ends.
 
     Correlations are with the final quality, minus the held-out loss: above 0, more of it ended
     better. Within groups too, where what defines the groups cannot be the cause.
 
-    Args: window: steps, as `rank_runs` has it; or a share of each run, below 1.
+    Args:
+      groups: by name, of each run. blocks: runs whose first steps are not independent.
+      window: steps, as `rank_runs` has it; or a share of each run, below 1.
     """
     spans = {name: max(1, round(window * t.steps)) if window < 1 else int(window)
              for name, t in traces.items()}
@@ -130,9 +150,9 @@ def signal(traces: Mapping[Any, Trace], groups: Mapping[Any, Any], window: int |
     for key, values in (("early_loss", ranked.loss), ("early_gradnorm", ranked.grad_norm),
                         ("rank_runs", places)):
         x = [values[name] for name in traces]
-        found[f"{key}_spearman"] = correlation(x, quality, seed=seed)
-        found[f"{key}_spearman_within"] = correlation(
-            x, quality, [groups[name] for name in traces], seed)
+        found[f"{key}_spearman"] = correlation(x, quality, (), blocks, seed, resamples)
+        found |= {f"{key}_spearman_within_{name}": correlation(
+            x, quality, of, blocks, seed, resamples) for name, of in groups.items()}
     found |= stopped(ranked.order, final, cost)
     found["reversed"] = stopped(ranked.order[::-1], final, cost)
     return found

@@ -86,20 +86,27 @@ def steps(window: float) -> str:
 
 def stopping(metrics: dict[str, Any]) -> list[list[str]]:
     """What stopping half of the runs saves and loses."""
-    return [["stopped after", "compute saved", "regret", "by a random half", "by the reverse"]] + [
-        [steps(found["window"]), f"{found['compute_saved_fraction']:.0%}",
+    head = ["runs", "stopped after", "compute saved", "regret", "of a random half",
+            "of the reverse"]
+    cases = [("all", found) for found in metrics["windows"].values()] + [
+        (f"batch {batch}", found) for batch, found in metrics["of_one_batch"].items()]
+    return [head] + [
+        [runs, steps(found["window"]), f"{found['compute_saved_fraction']:.0%}",
          f"{found['regret']:.3f}", f"{found['regret_at_random']:.3f}",
-         f"{found['reversed']['regret']:.3f}"] for found in metrics["windows"].values()]
+         f"{found['reversed']['regret']:.3f}"] for runs, found in cases]
 
 
 def masked(metrics: dict[str, Any]) -> list[list[str]]:
-    """Accuracy without and with masking."""
-    plain = {name.split(",")[0]: share for name, share in metrics["accuracy"].items()
-             if name.endswith("share 0.0")}
-    return [["learnt from", "right without", "right with", "points", "95% interval", "seeds"]] + [
-        [name, f"{plain[name.split(',')[0]]:.1%}", f"{metrics['accuracy'][name]:.1%}",
-         f"{row['mean']:+.1f}", span(row, "{:+.1f}"), str(row["pairs"])]
-        for name, row in metrics["gain_points"].items()]
+    """Accuracy through the run by the share masked, and what masking gains at the end."""
+    steps = metrics["runs"]["share 0.0"][0]["step"]
+    head = ["masked", *(f"right after {step} steps" for step in steps), "points gained",
+            "95% interval"]
+    cells = [head]
+    for name, accuracy in metrics["accuracy"].items():
+        gain = metrics["gain_points"].get(name)
+        cells.append([name.removeprefix("share "), *(f"{value:.1%}" for value in accuracy),
+                      *((f"{gain['mean']:+.1f}", span(gain, "{:+.1f}")) if gain else ("", ""))])
+    return cells
 
 
 TABLES = {"sft_recipe": {"effects": effects, "best": best, "signals": signals,

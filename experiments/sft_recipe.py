@@ -8,8 +8,10 @@ instructions. The model has read the 1,020 once, among ten megabytes of other te
 - `early_loss_spearman`, `early_gradnorm_spearman`: rank correlation over runs of the mean loss and
   gradient norm of the first steps with the final quality (2412.13337 saw a higher loss and a lower
   norm end better, so above and below 0). `_within`: among runs of one batch and one rate at a time,
-  because both move the early numbers and the end. `compute_saved_fraction`, `regret`: had the worse
-  half by `rank_runs` been stopped there.
+  because both move the early numbers and the end. Runs of one batch and rate differ little at
+  first, so that intervals and p draw and permute those of a batch and rate together.
+- `compute_saved_fraction`, `regret`: had the worse half by `rank_runs` been stopped after these
+  steps, of all runs and of those of one batch.
 - `effects`: differences of the final loss between two values of a setting, paired over all else.
 - `stacked_minus_phased`: the held-out loss of all samples shuffled together less that of three
   phases in turn, over seeds. The phases follow LAB's order (2403.01081): what is asked from
@@ -188,20 +190,20 @@ def signals(runs: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
              for run in runs]
     traces = {name: Trace(run["loss"], run["grad_norm"], run["steps"], run["final"])
               for name, run in zip(names, runs, strict=True)}
-    groups: dict[str, Callable[[dict], Any]] = {
-        "batch": lambda run: run["batch"], "rate": lambda run: run["rate"]}
-    found: dict[str, Any] = {}
-    for by, of in groups.items():
-        within = {name: of(run) for name, run in zip(names, runs, strict=True)}
-        for window in EARLY:
-            one = signal(traces, within, window, seed)
-            cell = found.setdefault(f"window {window}", {})
-            cell |= {(f"{key}_{by}" if key.endswith("_within") else key): value
-                     for key, value in one.items()}
-    third = correlation([-run["held_out"][0] for run in runs],
-                          [-run["final"] for run in runs], seed=seed)
+    groups = {by: [run[by] for run in runs] for by in ("batch", "rate")}
+    blocks = [(run["batch"], run["rate"]) for run in runs]
+    found = {f"window {window}": signal(traces, groups, blocks, window, seed) for window in EARLY}
+    apart = {}
+    for batch in dict.fromkeys(groups["batch"]):
+        mine = {name: traces[name] for name, at in zip(names, groups["batch"], strict=True)
+                if at == batch}
+        own = [block for block in blocks if block[0] == batch]
+        apart[str(batch)] = signal(mine, {}, own, EARLY[0], seed)
+    third = correlation([-run["held_out"][0] for run in runs], [-run["final"] for run in runs],
+                        (), blocks, seed)
     first = found[f"window {EARLY[0]}"]
-    return {"windows": found, "third_quality_spearman": third} | {
+    return {"windows": found, "third_quality_spearman": third,
+            "of_one_batch": apart} | {
         key: first[key]["rho"] for key in ("early_loss_spearman", "early_gradnorm_spearman",
                                            "rank_runs_spearman")} | {
         key: first[key] for key in ("compute_saved_fraction", "regret", "regret_at_random")}

@@ -28,7 +28,7 @@ MADE = {  # what scripts without a committed result write
                                      "final": 3.5 + e} for b in (2, 8) for e in (0.1, 0.2)],
         "effects": {"batch 8 - 2": {"mean": 0.1, "low": 0.0, "high": 0.2}},
         "orders": {"mean": -0.1, "low": -0.2, "high": 0.1}},
-    "masked_thought": {"gain_points": {"64 samples, share 0.2": {"mean": 1, "low": -2, "high": 4}}},
+    "masked_thought": {"gain_points": {"share 0.2": {"mean": 1, "low": -2, "high": 4}}},
 }
 
 

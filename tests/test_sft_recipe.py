@@ -56,6 +56,21 @@ def test_within_groups_what_groups_alone_explain_is_gone():
     assert within["low"] < 0 < within["high"] and within["p"] > 0.05
 
 
+def test_points_of_a_block_count_as_one():
+    """Four copies of each of few unrelated points: without blocks, p is small far too often."""
+    rng = np.random.default_rng(4)
+    p = {False: [], True: []}
+    for seed in range(100):
+        x, y = np.repeat(rng.normal(size=(2, 7)), 4, axis=1)
+        for known, found in p.items():
+            blocks = np.repeat(np.arange(7), 4).tolist() if known else ()
+            found.append(correlation(x, y, (), blocks, seed, 99)["p"])
+    assert np.mean(np.array(p[True]) <= 0.1) < 0.1 + 4 * (0.1 * 0.9 / 100) ** 0.5
+    assert np.mean(np.array(p[False]) <= 0.1) > 0.3
+    with pytest.raises(ValueError, match=r"blocks of \[1, 2\] points"):
+        correlation([1, 2, 3], [1, 2, 3], (), [0, 0, 1])
+
+
 def test_paired_is_student_s():
     rng = np.random.default_rng(3)
     a, b = rng.normal(size=(2, 9))
@@ -86,7 +101,8 @@ def test_signal_has_the_paper_s_sign(sign, window):
     """Higher loss and lower norm at first, better at the end; and the other way round."""
     traces = {i: Trace([5 + sign * i, 5 + sign * i, -99], [9 - sign * i, 9 - sign * i, 0], 4,
                        final=3 - 0.1 * i) for i in range(8)}
-    found = signal(traces, dict.fromkeys(traces, 0), window)
+    found = signal(traces, {"size": [0] * 4 + [1] * 4}, [*traces], window, resamples=FEW)
+    assert found["early_loss_spearman_within_size"]["rho"] == pytest.approx(sign)
     assert found["early_loss_spearman"]["rho"] == pytest.approx(sign)
     assert found["early_gradnorm_spearman"]["rho"] == pytest.approx(-sign)
     assert found["rank_runs_spearman"]["rho"] == pytest.approx(sign)
