@@ -146,11 +146,11 @@ def test_the_summary_counts_what_it_says():
 
 
 def test_a_course_that_is_there_is_not_run_again(tmp_path, monkeypatch):
-    model = tmp_path / "model" / "model"
+    model = tmp_path / "asked" / "model"
     model.mkdir(parents=True)
     (model / "model.safetensors").write_bytes(b"weights")
     args = study._harness.parser("").parse_args(["--smoke"])
-    args.work, args.model, runs = tmp_path, tmp_path / "model", []
+    args.work, runs = tmp_path, []
     monkeypatch.setattr(study.Courses, "_run", lambda self, cell: runs.append(cell) or {"a": 0.5})
     cell = study.Cell("full", "tuning", 100, 1e-3)
     for _ in range(2):
