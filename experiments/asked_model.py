@@ -4,12 +4,13 @@ Language modelling alone leaves a model of this size unable to gather a text int
 600 samples it learns next to nothing of a task. What a large model brings to a task is taught here
 by groups found in the training texts: tf-idf, its leading directions, k-means; a group's name is
 the word that marks it most. Prompts have the form of the tasks; no label and no held-out text is
-in them.
+in them. Plain text is mixed in, so that language is not forgotten meanwhile.
 """
 
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.cluster.vq import kmeans2
@@ -23,7 +24,8 @@ from jaxlm.hf.bundle import Bundle, load, save
 from jaxlm.train import Config, Data, Optimizer, fit
 
 QUESTION = "Which group is it in?"
-MUON = Optimizer(kind="muon", rate=0.01, schedule="linear", warmup=20, b1=0.95)
+MUON = Optimizer(kind="muon", rate=0.005, schedule="linear", warmup=20, b1=0.95)
+ASKED, PLAIN = 11_000, 2_700  # lines; the second of plain text, or language is lost
 GROUPS, WORDS, DIRECTIONS = 48, 4000, 48
 ROOM = 10  # tokens of a row for a group's name
 
@@ -59,7 +61,7 @@ def groups(texts: list[str], count: int = GROUPS, seed: int = 0) -> list[str]:
     return [names[group] for group in member]
 
 
-def lines(bundle: Bundle, data: Path, count: int = GROUPS) -> list[dict[str, str]]:
+def lines(bundle: Bundle, data: Path, count: int = GROUPS) -> list[dict[str, Any]]:
     """Prompts and groups of all training texts, shuffled."""
     texts = [(name, record["sentence"].strip()) for name in SOURCES
              for record in split(data, name).train]
@@ -80,8 +82,8 @@ def model(folder: Path, base: Path, data: Path, *, smoke: bool = False, seed: in
     if done.exists():
         return load(done)
     bundle = text_model.model(base, data, smoke=smoke)
-    train = text_model.write_lines(lines(bundle, data)[:64 if smoke else None],
-                                   folder / "groups.jsonl")
+    mixed = lines(bundle, data)[:ASKED] + shuffled(text_model.corpus(data))[:PLAIN]
+    train = text_model.write_lines(mixed[::200 if smoke else 1], folder / "groups.jsonl")
     fitted = fit(bundle, Config(
         out=str(folder / "run"), data=Data((train,), window=64), optimizer=MUON, batch=16,
         epochs=1, checkpoint_every=200, seed=seed, export="none"))

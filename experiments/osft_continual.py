@@ -40,7 +40,7 @@ from jaxlm.hf.bundle import Bundle
 from jaxlm.train.tasks import backward_transfer, forgetting, forward_transfer
 
 SEEDS, TUNING_SEED = (0, 1, 2), 100
-SIZES, LENGTH = Sizes(train=300, test=80, other=40), Length(epochs=1)
+SIZES, LENGTH = Sizes(train=200, test=50, other=20), Length(epochs=1)
 HEADLINE, OTHER = "osft importance", "olora"  # compared; chosen before any course was run
 REFERENCES = ("alone", "joint")
 ANY = "any"  # the order of what has none

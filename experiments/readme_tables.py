@@ -1,4 +1,4 @@
-"""Rewrite the results in README.md and docs/performance.md, between their two marker comments.
+"""Rewrite the results in README.md, docs/performance.md and docs/found.md, between marker comments.
 
 Command: python experiments/readme_tables.py
 
@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments import continual_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
+FOUND = ROOT / "docs" / "found.md"
 BEGIN, END = "<!-- results: experiments/readme_tables.py -->", "<!-- end of results -->"
 
 
@@ -128,6 +131,9 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         Row("osft_speed", "step_ratio_full", "an OSFT step over a full step, form"),
         Row("osft_speed", "step_ratio_peft", "the same over peft's OSF, form"),
         Row("osft_speed", "step_ratio_mini_trainer", "the same over mini_trainer's, form"),
+        *(Row("osft_continual", f"{metric}.{row}", f"five tasks in turn, {words}: {row}", PERCENT)
+          for row in ("full", "replay", "ewc", "olora", "osft importance", "osft uniform")
+          for metric, words in (("accuracy", "average accuracy"), ("forgetting", "forgetting"))),
     ),
 }
 
@@ -227,10 +233,17 @@ def targets(bench: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Rewrite the README and docs/performance.md."""
+    """Rewrite the README, docs/performance.md and docs/found.md."""
     README.write_text(rewritten(README.read_text(), results(RESULTS)))
     PERFORMANCE.write_text(between(PERFORMANCE.read_text(), bench_table()))
+    FOUND.write_text(found_page(FOUND.read_text()))
     return 0
+
+
+def found_page(page: str) -> str:
+    """docs/found.md with its tables up to date."""
+    path = RESULTS / "osft_continual" / "cpu.json"
+    return continual_table.filled(page, json.loads(path.read_text())["metrics"])
 
 
 def bench_table() -> str:
