@@ -28,8 +28,8 @@ class Row:
     calibrated: bool = False
 
     def tunings(self, tasks: int) -> list[AnyTuning]:
-        """One a task: a schedule has to know where it is."""
-        if isinstance(self.tuning, Osft):
+        """One a task: a schedule has to know where it is; another's program serves all tasks."""
+        if isinstance(self.tuning, Osft) and self.tuning.ranks == "scheduled":
             return [replace(self.tuning, task=i + 1, tasks=tasks) for i in range(tasks)]
         return [self.tuning] * tasks
 

@@ -17,7 +17,7 @@ ORDERS = {
     "5 of five": ("sst2", "dbpedia", "ag", "yelp", "amazon"),
     "1 with yelp, sst2": ("dbpedia", "amazon", "yelp", "ag", "sst2"),
 }
-TUNING_ORDER = ("ag", "yelp", "dbpedia", "sst2", "amazon")  # none of the scored ones
+TUNING_ORDER = ("ag", "yelp", "dbpedia")  # how none of the scored ones begins
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,25 @@ class Files:
 def line(
     tokenizer: Tokenizer, name: str, record: dict[str, str], room: int
 ) -> dict[str, str]:
-    """Prompt and completion of a record; its text is cut at the end to leave a row `room` tokens.
+    """Prompt and completion of a record, `room` tokens of a row being left for the completion.
 
-    The cut must not depend on the record's own answer: where that ends would tell which it is.
     The options are not listed: DBpedia's would fill half of the row.
     """
-    head, tail = f"Dataset: {name}. {ASKED[SOURCES[name].asks]}\n", "\nAnswer:"
-    text, encode = record["sentence"].strip(), tokenizer.backend_tokenizer.encode
+    head = f"Dataset: {name}. {ASKED[SOURCES[name].asks]}\n"
+    return {"prompt": filled(tokenizer, head, record["sentence"].strip(), room),
+            "completion": f" {record['label']}"}
+
+
+def filled(tokenizer: Tokenizer, head: str, text: str, room: int) -> str:
+    """A question, as much of the beginning of a text as a row has space for, the cue to answer.
+
+    The cut must not depend on the text's own answer: where the prompt ends would tell which it is.
+    """
+    tail, encode = "\nAnswer:", tokenizer.backend_tokenizer.encode
     while (over := len(encode(head + text + tail).ids) - (WINDOW + 1 - room)) > 0:
         offsets = encode(text, add_special_tokens=False).offsets
         text = text[:offsets[max(len(offsets) - over, 0)][0]].rstrip()
-    return {"prompt": head + text + tail, "completion": f" {record['label']}"}
+    return head + text + tail
 
 
 def longest(tokenizer: Tokenizer, records: list[dict[str, str]]) -> int:

@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+from experiments.continual_plots import osft_continual
 from jaxlm.eval.plots import LIGHT, Draw, grouped_bars, line, plot
 
 Named = dict[str, tuple[str, Draw, tuple[float, float]]]  # suffix -> title, drawing, inches
@@ -340,5 +341,6 @@ PLOTS: dict[str, Callable[[dict[str, Any]], Named]] = {
     "bench_decode": bench_decode, "eval_tiny": eval_tiny, "train_tiny": train_tiny,
     "quant_ablation": quant_ablation, "kv_speed": kv_speed, "kv_capacity": kv_capacity,
     "kv_quality": kv_quality, "smc_exact": smc_exact, "inference_scaling": inference_scaling,
-    "bench_serve": bench_serve, "sft_recipe": sft_recipe, "masked_thought": masked_thought,
+    "bench_serve": bench_serve, "osft_continual": osft_continual,
+    "sft_recipe": sft_recipe, "masked_thought": masked_thought,
 }

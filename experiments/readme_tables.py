@@ -1,4 +1,4 @@
-"""Rewrite the results in README.md, docs/performance.md and docs/found.md, between their markers.
+"""Rewrite the results in README.md, docs/performance.md and docs/found.md, between marker comments.
 
 Command: python experiments/readme_tables.py
 
@@ -7,9 +7,12 @@ No figure there is typed by hand; tests/test_readme.py fails when one is out of 
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from experiments import continual_table, recipe_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -31,94 +34,122 @@ class Row:
 
 PERCENT = "{:.1%}"
 TIMES = "{:.1f} times"
-ROWS = (
-    *(Row("eval_tiny", f"arithmetic.{level}.{name}.value",
-          f"bundled model, {level} arithmetic, {words}", PERCENT)
-      for level in ("easy", "medium", "hard")
-      for name, words in (("greedy", "greedy"), ("t0.8", "temperature 0.8"))),
-    *(Row("eval_tiny", f"arithmetic.hard.t0.8_any{n}.value",
-          f"bundled model, hard arithmetic, temperature 0.8, any of {n} samples", PERCENT)
-      for n in (4, 16)),
-    *(Row("eval_tiny", f"recall.{length}.value", f"bundled model, recall over {length} tokens",
-          PERCENT) for length in (64, 256, 1024)),
-    Row("bench_decode", "decode_b1_ratio",
-        "greedy decoding, batch 1, against transformers' generate", TIMES),
-    Row("bench_decode", "decode_b32_ratio", "the same at batch 32", TIMES),
-    Row("bench_decode", "decode_135m_ratio",
-        "a 135M shape, against transformers' static cache with torch.compile", TIMES),
-    Row("bench_decode", "bandwidth_fraction",
-        "a 135M shape: share of the machine's memory bandwidth"),
-    Row("bench_decode", "prefill_ratio", "prefill, batch 8 x 256, against transformers", TIMES),
-    Row("bench_decode", "first_token_s",
-        "`jaxlm generate`, process start to first token, compiled before", "{:.1f} s"),
-    Row("bench_decode", "import_and_names_s",
-        "`import jaxlm` beyond `import jax`, with its first use of `load` and `generate`",
-        "{:.2f} s"),
-    Row("parity", "max_logit_error", "largest logit difference from transformers, random twins of "
-        "every family, float32", "{:.1e}"),
-    Row("quant_ablation", "heldout_ratio_geomean",
-        "2-bit keys, logit error over KIVI's at equal bytes, held-out queries, geometric mean"),
-    Row("quant_ablation", "heldout_ratio_max", "the same, worst input"),
-    Row("quant_decode_cpu", "cpu_attention_vs_dense",
-        "attention over 2-bit codes, time over float32 dense, 8 rows x 4,096 tokens"),
-    Row("kv_speed", "cpu_step_vs_dense",
-        "a decode step with a 2-bit cache, time over float32 dense, 8 rows x 4,096 tokens"),
-    Row("kv_speed", "cpu_step_vs_quantizedcache",
-        "the same step against transformers' QuantizedCache, 2 bits", TIMES),
-    Row("kv_capacity", "kv_bytes_fraction_4k",
-        "bytes of a 2-bit cache over 16-bit, everything counted, 4,096 tokens", "{:.3f}"),
-    Row("kv_capacity", "capacity_ratio", "rows of 16k tokens that fit v5e:2x4 by its compiler, "
-        "Llama-3.1-8B, 2-bit cache over bfloat16", TIMES),
-    *(Row("kv_quality", f"{task}_drop_points{tail}", f"{words}, points lost at {bits} bits")
-      for task, words in (("recall", "recall in one prompt"),
-                          ("lookup", "recall asked after the context was coded"),
-                          ("arithmetic", "medium arithmetic"))
-      for tail, bits in (("", 2), ("_4bit", 4))),
-    Row("kv_quality", "best_share",
-        "2-, 4- and 8-bit caches: SQuat best or tied among all kinds of as many bits", PERCENT),
-    Row("bench_serve", "serve_overhead_ratio",
-        "32 plain requests at once over HTTP, time over `generate`'s"),
-    Row("bench_serve", "vs_its_hub_speed",
-        "particle filter over HTTP, against its_hub's over the same server", TIMES),
-    Row("bench_serve", "vs_its_hub_accuracy_points", "the same, accuracy points", "{:.1f}"),
-    Row("bench_serve", "mixed_requests", "of 1,000 requests at once, answers that are not those "
-        "alone", "{:.0f}"),
-    Row("bench_serve", "rss_growth_mb", "the server's memory over 5,000 requests, MB grown",
-        "{:.1f}"),
-    Row("smc_exact", "evidence_z_max",
-        "evidence of the Monte Carlo core over seeds, largest absolute z from enumeration"),
-    Row("smc_exact", "tv_over_floor",
-        "distance of its laws from the exact ones, over that of exact draws"),
-    Row("smc_exact", "its_hub_rejected_z",
-        "absolute z of the rule that weighs finished particles again, same test", "{:.0f}"),
-    Row("inference_scaling", "budget_ratio_vs_bon",
-        "answers best-of-n needs over the particle filter's, hard sums, reward", TIMES),
-    Row("inference_scaling", "budget_ratio_vs_dvts",
-        "answers DVTS needs over the particle filter's, hard sums, reward", TIMES),
-    Row("osft_exact", "golden_max_error",
-        "OSFT over five steps, largest difference from mini_trainer's and peft's weights",
-        "{:.1e}"),
-    *(Row("osft_exact", f"leak_{side}", f"OSFT, 1,000 AdamW steps: leak into the kept {words} "
-          "subspace, over the weights' norm", "{:.1e}")
-      for side, words in (("left", "output"), ("right", "input"))),
-    Row("osft_exact", "control.update.leak_left_of_update", "the same run with the projection "
-        "before AdamW: share of the update that leaks", PERCENT),
-    Row("osft_kill", "kills", "training killed with -9, a checkpoint a step", "{:.0f} kills"),
-    Row("osft_kill", "resume_bit_exact", "of these, kills of runs that ended to the bit as the "
-        "one never killed", "{:.0f}"),
-    *(Row("sft_recipe", f"early_{name}_spearman", f"36 fine-tuning runs, {words} of the first 8 "
-          "steps: rank correlation with the final quality", "{:+.2f}")
-      for name, words in (("loss", "training loss"), ("gradnorm", "gradient norm"))),
-    Row("sft_recipe", "stacked_minus_phased", "held-out loss of shuffled samples less that of "
-        "three phases in turn, nats a token", "{:+.3f}"),
-    Row("masked_thought", "gain_points.share 0.2.mean", "a fifth of the tokens masked, 128 worked "
-        "sums: points gained on held-out ones", "{:+.1f}"),
-)
+GROUPS: dict[str, tuple[Row, ...]] = {
+    "The bundled model": (
+        *(Row("eval_tiny", f"arithmetic.{level}.{name}.value",
+              f"bundled model, {level} arithmetic, {words}", PERCENT)
+          for level in ("easy", "medium", "hard")
+          for name, words in (("greedy", "greedy"), ("t0.8", "temperature 0.8"))),
+        *(Row("eval_tiny", f"arithmetic.hard.t0.8_any{n}.value",
+              f"bundled model, hard arithmetic, temperature 0.8, any of {n} samples", PERCENT)
+          for n in (4, 16)),
+        *(Row("eval_tiny", f"recall.{length}.value", f"bundled model, recall over {length} tokens",
+              PERCENT) for length in (64, 256, 1024)),
+    ),
+    "Decoding": (
+        Row("parity", "max_logit_error", "largest logit difference from transformers, random twins "
+            "of every family, float32", "{:.1e}"),
+        Row("bench_decode", "decode_b1_ratio",
+            "greedy decoding, batch 1, against transformers' generate", TIMES),
+        Row("bench_decode", "decode_b32_ratio", "the same at batch 32", TIMES),
+        Row("bench_decode", "decode_135m_ratio",
+            "a 135M shape, against transformers' static cache with torch.compile", TIMES),
+        Row("bench_decode", "bandwidth_fraction",
+            "a 135M shape: share of the machine's memory bandwidth"),
+        Row("bench_decode", "prefill_ratio", "prefill, batch 8 x 256, against transformers", TIMES),
+        Row("bench_decode", "first_token_s",
+            "`jaxlm generate`, process start to first token, compiled before", "{:.1f} s"),
+        Row("bench_decode", "import_and_names_s",
+            "`import jaxlm` beyond `import jax`, with its first use of `load` and `generate`",
+            "{:.2f} s"),
+    ),
+    "2-bit cache": (
+        Row("quant_ablation", "heldout_ratio_geomean",
+            "2-bit keys, logit error over KIVI's at equal bytes, held-out queries, geometric mean"),
+        Row("quant_ablation", "heldout_ratio_max", "the same, worst input"),
+        Row("quant_decode_cpu", "cpu_attention_vs_dense",
+            "attention over 2-bit codes, time over float32 dense, 8 rows x 4,096 tokens"),
+        Row("kv_speed", "cpu_step_vs_dense",
+            "a decode step with a 2-bit cache, time over float32 dense, 8 rows x 4,096 tokens"),
+        Row("kv_speed", "cpu_step_vs_quantizedcache",
+            "the same step against transformers' QuantizedCache, 2 bits", TIMES),
+        Row("kv_capacity", "kv_bytes_fraction_4k",
+            "bytes of a 2-bit cache over 16-bit, everything counted, 4,096 tokens", "{:.3f}"),
+        Row("kv_capacity", "capacity_ratio", "rows of 16k tokens that fit v5e:2x4 by its compiler, "
+            "Llama-3.1-8B, 2-bit cache over bfloat16", TIMES),
+        *(Row("kv_quality", f"{task}_drop_points{tail}", f"{words}, points lost at {bits} bits")
+          for task, words in (("recall", "recall in one prompt"),
+                              ("lookup", "recall asked after the context was coded"),
+                              ("arithmetic", "medium arithmetic"))
+          for tail, bits in (("", 2), ("_4bit", 4))),
+        Row("kv_quality", "best_share",
+            "2-, 4- and 8-bit caches: SQuat best or tied among all kinds of as many bits", PERCENT),
+    ),
+    "Particles and search": (
+        Row("smc_exact", "evidence_z_max",
+            "evidence of the Monte Carlo core over seeds, largest absolute z from enumeration"),
+        Row("smc_exact", "tv_over_floor",
+            "distance of its laws from the exact ones, over that of exact draws"),
+        Row("smc_exact", "its_hub_rejected_z",
+            "absolute z of the rule that weighs finished particles again, same test", "{:.0f}"),
+        Row("inference_scaling", "budget_ratio_vs_bon",
+            "answers best-of-n needs over the particle filter's, hard sums, reward", TIMES),
+        Row("inference_scaling", "budget_ratio_vs_dvts",
+            "answers DVTS needs over the particle filter's, hard sums, reward", TIMES),
+        Row("pf_speed", "pf_overhead_ratio",
+            "particle filter, 32 particles x 8 prompts, time per iteration over plain decoding"),
+        Row("pf_speed", "row_utilisation.uniform_fixed",
+            "rows at work, steps of 8 to 24 tokens"),
+        Row("pf_speed", "prompt_copies", "copies of a prompt that 32 particles hold", "{:.0f}"),
+        Row("pf_speed", "resample_extra_layers",
+            "layers of suffix that resampling needs beside the state", "{:.1f}"),
+    ),
+    "Serving": (
+        Row("bench_serve", "serve_overhead_ratio",
+            "32 plain requests at once over HTTP, time over `generate`'s"),
+        Row("bench_serve", "vs_its_hub_speed",
+            "particle filter over HTTP, against its_hub's over the same server", TIMES),
+        Row("bench_serve", "vs_its_hub_accuracy_points", "the same, accuracy points", "{:.1f}"),
+        Row("bench_serve", "mixed_requests", "of 1,000 requests at once, answers that are not "
+            "those alone", "{:.0f}"),
+        Row("bench_serve", "rss_growth_mb", "the server's memory over 5,000 requests, MB grown",
+            "{:.1f}"),
+    ),
+    "Fine-tuning": (
+        Row("osft_exact", "golden_max_error",
+            "OSFT over five steps, largest difference from mini_trainer's and peft's weights",
+            "{:.1e}"),
+        *(Row("osft_exact", f"leak_{side}", f"OSFT, 1,000 AdamW steps: leak into the kept {words} "
+              "subspace, over the weights' norm", "{:.1e}")
+          for side, words in (("left", "output"), ("right", "input"))),
+        Row("osft_exact", "control.update.leak_left_of_update", "the same run with the projection "
+            "before AdamW: share of the update that leaks", PERCENT),
+        Row("osft_kill", "kills", "training killed with -9, a checkpoint a step", "{:.0f} kills"),
+        Row("osft_kill", "resume_bit_exact", "of these, kills of runs that ended to the bit as the "
+            "one never killed", "{:.0f}"),
+        Row("osft_speed", "trainer_overhead", "a full step of the trainer, over a bare optax step"),
+        Row("osft_speed", "step_ratio_full", "an OSFT step over a full step, form"),
+        Row("osft_speed", "step_ratio_peft", "the same over peft's OSF, form"),
+        Row("osft_speed", "step_ratio_mini_trainer", "the same over mini_trainer's, form"),
+        *(Row("osft_continual", f"{metric}.{row}", f"five tasks in turn, {words}: {row}", PERCENT)
+          for row in ("full", "replay", "ewc", "olora", "osft importance", "osft uniform")
+          for metric, words in (("accuracy", "average accuracy"), ("forgetting", "forgetting"))),
+        *(Row("sft_recipe", f"early_{name}_spearman", f"36 fine-tuning runs, {words} of the first "
+              "8 steps: rank correlation with the final quality", "{:+.2f}")
+          for name, words in (("loss", "training loss"), ("gradnorm", "gradient norm"))),
+        Row("sft_recipe", "stacked_minus_phased", "held-out loss of shuffled samples less that of "
+            "three phases in turn, nats a token", "{:+.3f}"),
+        Row("masked_thought", "gain_points.share 0.2.mean", "a fifth of the tokens masked, 128 "
+            "worked sums: points gained on held-out ones", "{:+.1f}"),
+    ),
+}
 
 WANTED = (("decode_b1_ratio", "15"), ("decode_b32_ratio", "2, better 4"),
           ("bandwidth_fraction", "0.7"), ("decode_135m_ratio", "1.2"), ("prefill_ratio", "1.2"),
           ("first_token_s", "at most 5"), ("import_s", "at most 0.3"),
           ("import_and_names_s", "at most 0.3"))
+
+FOUND_TABLES = {"osft_continual": continual_table.TABLES, **recipe_table.TABLES}
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -156,12 +187,12 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def lines(found: list[dict[str, Any]]) -> list[list[str]]:
-    """Cells of the table: what, figure, device, command."""
+def lines(found: list[dict[str, Any]], rows: Iterable[Row]) -> list[list[str]]:
+    """Cells of a table: what, figure, device, command."""
     return [
         [f"{row.words}, {name}" if name else row.words, row.form.format(value), result["device"],
          f"`python experiments/{row.script}.py`"]
-        for row in ROWS
+        for row in rows
         for result in found if result["name"] == row.script
         for name, value in find(result["metrics"], row.metric).items()
     ]
@@ -169,11 +200,13 @@ def lines(found: list[dict[str, Any]]) -> list[list[str]]:
 
 def block(found: list[dict[str, Any]]) -> str:
     """What stands between the markers."""
-    cells = lines(found)
-    if not cells:
-        return "No results are committed yet."
-    head = ["what", "measured", "device", "command"]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * 4, *cells])
+    head = ["measured", "device", "command"]
+    tables = []
+    for group, rows in GROUPS.items():
+        if cells := lines(found, rows):
+            table = [[f"**{group}**", *head], ["---"] * 4, *cells]
+            tables.append("\n".join("| " + " | ".join(row) + " |" for row in table))
+    return "\n\n".join(tables) or "No results are committed yet."
 
 
 def rewritten(readme: str, found: list[dict[str, Any]]) -> str:
@@ -211,9 +244,17 @@ def targets(bench: dict[str, Any]) -> str:
 def main() -> int:
     """Rewrite the README, docs/performance.md and docs/found.md."""
     README.write_text(rewritten(README.read_text(), results(RESULTS)))
-    FOUND.write_text(recipe_table.filled(FOUND.read_text(), results(RESULTS)))
     PERFORMANCE.write_text(between(PERFORMANCE.read_text(), bench_table()))
+    FOUND.write_text(found_page(FOUND.read_text()))
     return 0
+
+
+def found_page(page: str) -> str:
+    """docs/found.md with its tables up to date."""
+    for result in results(RESULTS):
+        if tables := FOUND_TABLES.get(result["name"]):
+            page = continual_table.filled(page, result["metrics"], tables)
+    return page
 
 
 def bench_table() -> str:

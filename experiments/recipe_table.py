@@ -1,31 +1,7 @@
 """The tables of docs/found.md on fine-tuning's settings, written from the results by
 readme_tables.py."""
 
-from collections.abc import Iterable
 from typing import Any
-
-BEGIN, END = "<!-- {}: experiments/readme_tables.py -->", "<!-- end of {} -->"
-
-
-def filled(page: str, found: Iterable[dict[str, Any]]) -> str:
-    """The page with each table of a committed result between its markers.
-
-    Raises: ValueError: a result has a table, and the page no place for it.
-    """
-    for result in found:
-        for name, table in TABLES.get(result["name"], {}).items():
-            begin, end = BEGIN.format(name), END.format(name)
-            if page.count(begin) != 1 or page.count(end) != 1:
-                raise ValueError(f"docs/found.md needs {begin!r} and {end!r} once each")
-            before, rest = page.split(begin)
-            page = f"{before}{begin}\n{rows(table(result['metrics']))}\n{end}{rest.split(end)[1]}"
-    return page
-
-
-def rows(cells: list[list[str]]) -> str:
-    """A markdown table; the first row is its head."""
-    head, *body = cells
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
 
 
 def span(row: dict[str, float], form: str = "{:+.3f}") -> str:
@@ -36,7 +12,8 @@ def span(row: dict[str, float], form: str = "{:+.3f}") -> str:
 def effects(metrics: dict[str, Any]) -> list[list[str]]:
     """Every difference of two values, and whether its interval leaves zero out."""
     named = metrics["effects"] | {"stacked - phased": metrics["orders"]}
-    return [["first - second", "difference", "95% interval", "pairs", "better"]] + [
+    head = ["first - second", "difference", "95% interval", "pairs", "better"]
+    return [head, ["---"] * len(head)] + [
         [name, f"{row['mean']:+.3f}", span(row), str(row["pairs"]), better(name, row)]
         for name, row in named.items()]
 
@@ -55,7 +32,8 @@ def better(name: str, row: dict[str, float]) -> str:
 
 def best(metrics: dict[str, Any]) -> list[list[str]]:
     """The best run of each batch."""
-    return [["batch (rows)", "steps", "best rate", "schedule", "warm-up", "held-out loss"]] + [
+    head = ["batch (rows)", "steps", "best rate", "schedule", "warm-up", "held-out loss"]
+    return [head, ["---"] * len(head)] + [
         [batch, str(run["steps"]), f"{run['rate']:g}", run["schedule"], f"{run['warmup']:g}",
          f"{run['final']:.3f}"] for batch, run in metrics["best_by_batch"].items()]
 
@@ -63,7 +41,7 @@ def best(metrics: dict[str, Any]) -> list[list[str]]:
 def signals(metrics: dict[str, Any]) -> list[list[str]]:
     """Rank correlations of the first steps' numbers with the final quality, by window."""
     head = ["first", "of", "all runs", "95% interval", "p", "within a batch", "within a rate"]
-    cells = [head]
+    cells = [head, ["---"] * len(head)]
     for found in metrics["windows"].values():
         window = found["window"]
         for key, words in (("early_loss", "loss"), ("early_gradnorm", "gradient norm"),
@@ -90,7 +68,7 @@ def stopping(metrics: dict[str, Any]) -> list[list[str]]:
             "of the reverse"]
     cases = [("all", found) for found in metrics["windows"].values()] + [
         (f"batch {batch}", found) for batch, found in metrics["of_one_batch"].items()]
-    return [head] + [
+    return [head, ["---"] * len(head)] + [
         [runs, steps(found["window"]), f"{found['compute_saved_fraction']:.0%}",
          f"{found['regret']:.3f}", f"{found['regret_at_random']:.3f}",
          f"{found['reversed']['regret']:.3f}"] for runs, found in cases]
@@ -101,7 +79,7 @@ def masked(metrics: dict[str, Any]) -> list[list[str]]:
     steps = metrics["runs"]["share 0.0"][0]["step"]
     head = ["masked", *(f"right after {step} steps" for step in steps), "points gained",
             "95% interval"]
-    cells = [head]
+    cells = [head, ["---"] * len(head)]
     for name, accuracy in metrics["accuracy"].items():
         gain = metrics["gain_points"].get(name)
         cells.append([name.removeprefix("share "), *(f"{value:.1%}" for value in accuracy),

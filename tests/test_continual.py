@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import asked_model, continual_table, plots, text_model
 from experiments import osft_continual as study
-from experiments import text_model
 from experiments.continual_rows import ROWS
 from experiments.continual_tasks import ORDERS, TUNING_ORDER, WINDOW, line, longest, short
 from experiments.task_texts import ASKED, SOURCES, chat, instructions, shuffled, split, unique
@@ -54,9 +54,9 @@ def test_an_order_depends_on_count_and_seed_alone():
 
 
 def test_orders_are_permutations_of_the_tasks():
-    for order in (*ORDERS.values(), TUNING_ORDER):
-        assert sorted(order) == sorted(SOURCES)
-    assert TUNING_ORDER not in ORDERS.values()
+    assert all(sorted(order) == sorted(SOURCES) for order in ORDERS.values())
+    assert len(set(ORDERS.values())) == 3 and set(TUNING_ORDER) < set(SOURCES)
+    assert TUNING_ORDER not in [order[:len(TUNING_ORDER)] for order in ORDERS.values()]
 
 
 @pytest.mark.parametrize("text", ["a", "the answer " * 40, "ünï\ncode " * 90, "x" * 500, "\n\n"])
@@ -146,11 +146,11 @@ def test_the_summary_counts_what_it_says():
 
 
 def test_a_course_that_is_there_is_not_run_again(tmp_path, monkeypatch):
-    model = tmp_path / "model" / "model"
+    model = tmp_path / "asked" / "model"
     model.mkdir(parents=True)
     (model / "model.safetensors").write_bytes(b"weights")
     args = study._harness.parser("").parse_args(["--smoke"])
-    args.work, args.model, runs = tmp_path, tmp_path / "model", []
+    args.work, runs = tmp_path, []
     monkeypatch.setattr(study.Courses, "_run", lambda self, cell: runs.append(cell) or {"a": 0.5})
     cell = study.Cell("full", "tuning", 100, 1e-3)
     for _ in range(2):
@@ -165,3 +165,43 @@ def test_files_are_named_by_what_they_hold():
     cells = study.tuning_cells(ROWS)
     names = [Path(cell.key).name for cell in cells]
     assert names == [cell.key for cell in cells] and len(set(names)) == len(cells)
+
+
+@pytest.fixture
+def metrics():
+    """What the script writes, of made-up courses."""
+    rates = {"full": 1.0, "olora": 2.0, "osft importance": 1.0, "joint": 1.0}
+    scored = {cell: fake([[0.0] * 5] * 5 + [[0.1 * len(cell.row), 0.5, 0.5, 0.5, 0.5]])
+              for cell in study.scored_cells(rates, ORDERS, (0, 1))}
+    for cell, one in scored.items():
+        one |= {"rate": cell.rate}
+        one["others"]["instructions"] = {"token_accuracy": [0.3, 0.25]}
+    return study.summary(scored) | {
+        "rates": rates, "courses": {cell.key: one for cell, one in scored.items()}}
+
+
+def test_plots_and_tables_can_be_made_of_it(metrics):
+    drawn = plots.draw({"name": "osft_continual", "metrics": metrics})
+    assert set(drawn) == {"tradeoff", "through"}
+    page = "".join(f"a\n{continual_table.BEGIN.format(n)}\nold\n{continual_table.END.format(n)}\n"
+                   for n in continual_table.TABLES)
+    new = continual_table.filled(page, metrics)
+    assert "old" not in new and new.count("a\n<!--") == 2
+    assert continual_table.filled(new, metrics) == new
+    for row in metrics["rates"]:
+        assert new.count(f"| {continual_table.WORDS[row]} |") == (1 if row in ("joint", "olora")
+                                                                  else 2)
+    with pytest.raises(ValueError, match="once each"):
+        continual_table.filled("nothing", metrics)
+    assert set(continual_table.WORDS) == set(ROWS)
+
+
+def test_groups_are_of_like_texts_and_named_by_their_words():
+    rng = np.random.default_rng(0)
+    kinds = [[f"{kind}{letter * 2}" for letter in "abcdefghijklmnopqrst"] for kind in ("la", "so")]
+    texts = [" ".join([*rng.choice(kinds[i % 2], 6), *rng.choice(["the", "and", "with"], 4)])
+             for i in range(120)]
+    named = asked_model.groups(texts, 2)
+    assert len(set(named[::2])) == len(set(named[1::2])) == 1 and named[0] != named[1]
+    assert named[0] in kinds[0] and named[1] in kinds[1]
+    assert asked_model.groups(texts, 2) == named

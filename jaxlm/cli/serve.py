@@ -23,7 +23,8 @@ def run(
     Args:
       model: a model folder, a hub id such as org/name, or "tiny", the bundled model.
       prm: a process reward model for the methods that need one, as a folder or a hub id; or
-        "arithmetic", the exact checker of the problems that the bundled model was taught.
+        "arithmetic", the exact checker of the problems that the bundled model was taught; or
+        module:function, as in `jaxlm solve`.
       host: where to listen; anything but loopback lets others use the model.
       port: 0 takes any that is free.
       rows: answers that grow together in one compiled batch.
@@ -51,8 +52,9 @@ def run(
         raise ConfigError(f"{error}; install the extra `serve`, or fastapi, uvicorn and "
                           "prometheus-client") from error
     from jaxlm.decode.batcher import Batcher
+    from jaxlm.eval.named_reward import open_reward
     from jaxlm.serve.engine import Engine
-    from jaxlm.serve.methods import Methods, open_reward
+    from jaxlm.serve.methods import Methods
 
     token = read_token(token_file)
     warn_of(host, token)

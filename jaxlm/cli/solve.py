@@ -1,17 +1,16 @@
 """`jaxlm solve`: problems with known answers, by a search; resumable."""
 
-import importlib
 import os
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from jaxlm.cli.options import Device, Dtype, Model, columns, note, open_model
+from jaxlm.cli.options import Device, Dtype, columns, note, open_model
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.eval import solve as solving
+from jaxlm.eval.named_reward import open_reward
 from jaxlm.eval.tasks import TASKS, Task, open_data
 from jaxlm.hf.bundle import Bundle, load
 from jaxlm.search.base import Steps
@@ -23,7 +22,7 @@ Out = Annotated[Path, tyro.conf.arg(metavar="RESULTS.jsonl")]
 
 
 def run(
-    model: Model, /, data: DataSource, out: Out, method: tuple[str, ...] = ("particle-filter",),
+    model: str, data: DataSource, out: Out, method: tuple[str, ...] = ("particle-filter",),
     particles: tuple[int, ...] = (32,), prm: str | None = None, aggregate: str = "last",
     task: str | None = None, limit: int | None = None, batch: int = 8, temperature: float = 0.8,
     max_steps: int = 40, max_new_tokens: int | None = None, cache: str = "dense", seed: int = 0,
@@ -38,8 +37,9 @@ def run(
       out: JSON lines, a record a problem, written as each is done; plot beside it as .png.
       method: greedy, particle-filter, best-of-n, self-consistency, ...; several for a comparison.
       particles: answers a problem; several for a curve.
-      prm: the reward: checker (exact, for the sums), a process reward model's folder or hub id, or
-        module:function, a Python function (prompts, answers) -> scores from 0 to 1.
+      prm: the reward: arithmetic, the exact checker of the sums (arithmetic:0.1 errs in a tenth of
+        its verdicts); a process reward model's folder or hub id; or module:function, a Python
+        function (prompts, answers) -> scores from 0 to 1.
       aggregate: of a process reward model's step scores: prod, min, last or model.
       task: prompt, arithmetic, math or gsm8k; default by the fields.
       limit: the first so many problems.
@@ -94,31 +94,10 @@ def reward_of(prm: str | None, bundle: Bundle, task: str, aggregate: str) -> Any
     """The reward that --prm names."""
     if prm is None:
         return None
-    if prm == "checker":
-        if task != "arithmetic":
-            raise ConfigError(f"--prm checker knows the sums alone, and the task is {task}; name a "
-                              "process reward model, or a function as module:function")
-        from jaxlm.eval.arithmetic_reward import arithmetic_reward
-
-        return arithmetic_reward()
-    if ":" in prm and not Path(prm).exists():
-        from jaxlm.rewards.call import TextReward
-
-        return TextReward(function_of(prm))
-    from jaxlm.rewards.process import process_reward
-
-    return process_reward(load(prm), bundle, aggregate=aggregate)
-
-
-def function_of(name: str) -> Any:
-    """A Python function by module:function; modules of the working folder are found too."""
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--prm {name} is no function that can be imported: {error}") from error
+    if prm.partition(":")[0] == "arithmetic" and task != "arithmetic":
+        raise ConfigError(f"--prm arithmetic knows the sums alone, and the task is {task}; name a "
+                          "process reward model, or a function as module:function")
+    return open_reward(prm, bundle, load, aggregate)
 
 
 def reading(kind: Task, stack: ExitStack) -> dict[str, Any]:

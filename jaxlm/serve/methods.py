@@ -83,20 +83,3 @@ def answer(name: str, asked: methods.Request, prompt: Any, seed: int) -> Solutio
         width=math.gcd(WIDTH, asked.particles), steps=asked.steps, sampler=asked.sampler(),
         cache=asked.cache)
     return methods.solution(asked, found[0])
-
-
-def open_reward(name: str, policy: Bundle, open_model: Callable[[str], Bundle]) -> Reward:
-    """A process reward model by its folder or hub id; or "arithmetic", the exact checker of the
-    problems that the bundled model was taught, or "arithmetic:0.1", wrong in a tenth of its
-    verdicts."""
-    kind, _, noise = name.partition(":")
-    if kind == "arithmetic":
-        from jaxlm.eval.arithmetic_reward import arithmetic_reward
-
-        try:
-            return arithmetic_reward(float(noise or 0))
-        except ValueError as error:
-            raise ConfigError(f"prm is {name!r}; expected arithmetic:NOISE, from 0 to 1") from error
-    from jaxlm.rewards.process import process_reward
-
-    return process_reward(open_model(name), policy)

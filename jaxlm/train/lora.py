@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.core.tree import flatten, map_with_path, unflatten
 from jaxlm.models.axes import axes_of
 from jaxlm.train.matrices import PROJECTIONS, input_axes, projections
+from jaxlm.train.tuning import Full
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(Full):
     """`W' = W + (alpha / r) A B`, A (n, r) random, B (r, m) zero at first; all else is frozen.
 
     Kernels have their input first, so A here is the transposed A of the paper. The two are merged
@@ -59,26 +59,6 @@ class Lora:
             change = (self.alpha / self.rank) * (a @ factors[f"{path}/b"])
             flat[path] = flat[path] + change.reshape(flat[path].shape)
         return unflatten(flat)
-
-    def wrap(self, optimizer):
-        """As it is."""
-        return optax.with_extra_args_support(optimizer)
-
-    def decayed(self, trained, frozen):
-        """The factors."""
-        return trained
-
-    def settle(self, trained, frozen):
-        """As they are."""
-        return trained
-
-    def penalty(self, trained, frozen):
-        """None."""
-        return jnp.zeros((), jnp.float32)
-
-    def metrics(self, trained, frozen):
-        """None."""
-        return {}
 
     def axes(self, trained, frozen):
         """A goes with its matrix's input, B with its output; they share the rank."""

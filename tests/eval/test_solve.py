@@ -160,9 +160,9 @@ def test_a_reward_that_raises_is_that_problem_s_alone(tmp_path, request_, name):
 @pytest.mark.slow
 def test_a_killed_command_goes_on_and_loses_nothing(tmp_path):
     out = tmp_path / "r.jsonl"
-    command = [sys.executable, "-m", "jaxlm", "solve", "tiny", "--data", "easy", "--limit", "6",
-               "--method", "best-of-n", "--particles", "2", "--prm", "checker", "--batch", "1",
-               "--out", str(out)]
+    command = [sys.executable, "-m", "jaxlm", "solve", "--model", "tiny", "--data", "easy",
+               "--limit", "6", "--method", "best-of-n", "--particles", "2", "--prm", "arithmetic",
+               "--batch", "1", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL)
