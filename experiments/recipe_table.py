@@ -38,6 +38,16 @@ def best(metrics: dict[str, Any]) -> list[list[str]]:
          f"{run['final']:.3f}"] for batch, run in metrics["best_by_batch"].items()]
 
 
+def by_rate(metrics: dict[str, Any]) -> list[list[str]]:
+    """Mean final losses: a line a batch or schedule, a column a rate."""
+    table = metrics["mean_by_rate"]
+    rates = list(next(iter(table.values())))
+    head = ["mean held-out loss", *(f"rate {float(rate):g}" for rate in rates)]
+    rows = sorted(table, key=lambda name: not name.startswith("batch"))
+    return [head, ["---"] * len(head)] + [
+        [name, *(f"{table[name][rate]:.3f}" for rate in rates)] for name in rows]
+
+
 def signals(metrics: dict[str, Any]) -> list[list[str]]:
     """Rank correlations of the first steps' numbers with the final quality, by window."""
     head = ["first", "of", "all runs", "95% interval", "p", "within a batch", "within a rate"]
@@ -68,10 +78,13 @@ def stopping(metrics: dict[str, Any]) -> list[list[str]]:
             "of the reverse"]
     cases = [("all", found) for found in metrics["windows"].values()] + [
         (f"batch {batch}", found) for batch, found in metrics["of_one_batch"].items()]
+    third = metrics["by_third_quality"]
+    last = ["all", "a third, by held-out loss", f"{third['compute_saved_fraction']:.0%}",
+            f"{third['regret']:.3f}", f"{third['regret_at_random']:.3f}", ""]
     return [head, ["---"] * len(head)] + [
         [runs, steps(found["window"]), f"{found['compute_saved_fraction']:.0%}",
          f"{found['regret']:.3f}", f"{found['regret_at_random']:.3f}",
-         f"{found['reversed']['regret']:.3f}"] for runs, found in cases]
+         f"{found['reversed']['regret']:.3f}"] for runs, found in cases] + [last]
 
 
 def masked(metrics: dict[str, Any]) -> list[list[str]]:
@@ -87,6 +100,6 @@ def masked(metrics: dict[str, Any]) -> list[list[str]]:
     return cells
 
 
-TABLES = {"sft_recipe": {"effects": effects, "best": best, "signals": signals,
+TABLES = {"sft_recipe": {"effects": effects, "rates": by_rate, "best": best, "signals": signals,
                          "stopping": stopping},
           "masked_thought": {"masked thoughts": masked}}

@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import _harness, text_model
-from experiments.recipe_stats import Trace, correlation, paired, signal
+from experiments.recipe_stats import Trace, correlation, paired, signal, stopped
 from experiments.task_texts import instructions
 from jaxlm.hf.bundle import Bundle
 from jaxlm.train import Config, Data, Optimizer, fit
@@ -184,6 +184,19 @@ def best_of(runs: Sequence[dict[str, Any]], factor: str, key: str = "final") -> 
     return found
 
 
+def means(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean final loss by rate: of a batch's runs, and of a schedule's."""
+    found: dict[str, dict[str, float]] = {}
+    for run in runs:
+        of = f"{run['schedule']}{' after a warm-up' if run['warmup'] else ''}"
+        for row in (f"batch {run['batch']}", of):
+            same = [other["final"] for other in runs if other["rate"] == run["rate"] and (
+                other["batch"] == run["batch"] if row != of else
+                (other["schedule"], other["warmup"]) == (run["schedule"], run["warmup"]))]
+            found.setdefault(row, {})[str(run["rate"])] = float(np.mean(same))
+    return found
+
+
 def signals(runs: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     """What the first steps tell, at each window; the headline's window is spread out on top."""
     names = [Setting(run["batch"], run["rate"], run["warmup"], run["schedule"]).name
@@ -202,8 +215,11 @@ def signals(runs: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     third = correlation([-run["held_out"][0] for run in runs], [-run["final"] for run in runs],
                         (), blocks, seed)
     first = found[f"window {EARLY[0]}"]
-    return {"windows": found, "third_quality_spearman": third,
-            "of_one_batch": apart} | {
+    ends = {name: trace.final for name, trace in traces.items()}
+    order = sorted(names, key=lambda name: runs[names.index(name)]["held_out"][0])
+    cost = {name: 1 - max(1, t.steps // 3) / t.steps for name, t in traces.items()}
+    return {"windows": found, "of_one_batch": apart, "third_quality_spearman": third,
+            "by_third_quality": stopped(order, ends, cost)} | {
         key: first[key]["rho"] for key in ("early_loss_spearman", "early_gradnorm_spearman",
                                            "rank_runs_spearman")} | {
         key: first[key] for key in ("compute_saved_fraction", "regret", "regret_at_random")}
@@ -248,6 +264,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "steps": {str(run["batch"]): run["steps"] for run in runs}, "early_window": EARLY[0],
             **signals(runs, args.seed), **ordered,
             "effects": effects(runs), "effects_best": effects(runs, "best"),
+            "mean_by_rate": means(runs),
             **{f"best_by_{factor}": best_of(runs, factor)
                for factor in ("batch", "rate", "schedule")}, "runs": [table(run) for run in runs]}
 

@@ -126,6 +126,11 @@ def test_effects_are_those_that_were_put_in():
     assert found["rate 0.0005 - 0.0001"]["mean"] == 0
     assert found["batch 8 - 2"]["pairs"] == 12 and found["warmup 0.1 - 0.0"]["pairs"] == 9
     assert found["schedule linear - constant"]["pairs"] == 9
+    mean = sft_recipe.means(runs)
+    of_cell = lambda s: sum(worth[f][getattr(s, f)] for f in worth)
+    cell = [of_cell(s) for s in grid() if s.batch == 8 and s.rate == 5e-4]
+    assert mean["batch 8"]["0.0005"] == pytest.approx(np.mean(cell))
+    assert mean["constant after a warm-up"]["0.0001"] == pytest.approx(np.mean([0, 1, 3]) - 2)
 
 
 @pytest.mark.parametrize(("asked", "answer", "phase"), [
