@@ -61,11 +61,9 @@ def groups(texts: list[str], count: int = GROUPS, seed: int = 0) -> list[str]:
     return [names[group] for group in member]
 
 
-def lines(bundle: Bundle, data: Path, count: int = GROUPS) -> list[dict[str, Any]]:
-    """Prompts and groups of all training texts, shuffled."""
-    texts = [(name, record["sentence"].strip()) for name in SOURCES
-             for record in split(data, name).train]
-    named = groups([text for _, text in texts], count)
+def lines(bundle: Bundle, texts: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Prompts and groups of texts, each with its task's name; shuffled."""
+    named = groups([text for _, text in texts])
     return shuffled([
         {"prompt": filled(bundle.tokenizer, f"Dataset: {name}. {QUESTION}\n", text, ROOM),
          "completion": f" {group}"}
@@ -82,8 +80,10 @@ def model(folder: Path, base: Path, data: Path, *, smoke: bool = False, seed: in
     if done.exists():
         return load(done)
     bundle = text_model.model(base, data, smoke=smoke)
-    mixed = lines(bundle, data)[:ASKED] + shuffled(text_model.corpus(data))[:PLAIN]
-    train = text_model.write_lines(mixed[::200 if smoke else 1], folder / "groups.jsonl")
+    texts = [(name, record["sentence"].strip()) for name in SOURCES
+             for record in split(data, name).train][::50 if smoke else 1]
+    mixed = lines(bundle, texts)[:ASKED] + shuffled(text_model.corpus(data))[:PLAIN]
+    train = text_model.write_lines(mixed[::40 if smoke else 1], folder / "groups.jsonl")
     fitted = fit(bundle, Config(
         out=str(folder / "run"), data=Data((train,), window=64), optimizer=MUON, batch=16,
         epochs=1, checkpoint_every=200, seed=seed, export="none"))

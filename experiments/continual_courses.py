@@ -10,7 +10,7 @@ from typing import Any
 from experiments.continual_rows import Row
 from experiments.continual_tasks import WINDOW, Files
 from jaxlm.hf.bundle import Bundle
-from jaxlm.train import Config, Data, Optimizer, Task, continual
+from jaxlm.train import Config, Course, Data, Optimizer, Task, continual
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,18 @@ def course(
                     "seconds": time.perf_counter() - began}
 
 
+def whole(made: Course) -> Course:
+    """The course, unless a SIGTERM ended it early: it is begun anew another time."""
+    if made.stopped:
+        raise SystemExit("stopped; courses that were done are kept, the same command goes on")
+    return made
+
+
 def _course(
     row: Row, bundle: Bundle, files: Files, tasks: list[Task], config: Config
 ) -> dict[str, Any]:
-    made = continual(config, tasks, bundle=bundle, tunings=row.tunings(len(tasks)),
-                     replay=row.replay, others=files.others)
+    made = whole(continual(config, tasks, bundle=bundle, tunings=row.tunings(len(tasks)),
+                           replay=row.replay, others=files.others))
     judged = json.loads((Path(config.out) / "course.json").read_text())["rows"]
     return {"accuracy": made.accuracy, "notes": made.notes, "others": _others(judged)}
 
@@ -65,8 +72,8 @@ def _alone(
     row: Row, bundle: Bundle, files: Files, tasks: list[Task], config: Config
 ) -> dict[str, Any]:
     """A model for each task, which is judged by that alone."""
-    made = [continual(config.replace(out=f"{config.out}/{task.name}"), [task], bundle=bundle)
-            for task in tasks]
+    made = [whole(continual(config.replace(out=f"{config.out}/{task.name}"), [task],
+                            bundle=bundle)) for task in tasks]
     return {"accuracy": [[one.accuracy[-1][0] for one in made]], "notes": [], "others": {}}
 
 
@@ -75,9 +82,9 @@ def _joint(
 ) -> dict[str, Any]:
     """All tasks mixed; each is judged as held-out text beside."""
     train = tuple(file for task in tasks for file in task.train)
-    whole = Task("all", train, tasks[0].eval)
+    mixed = Task("all", train, tasks[0].eval)
     others = {task.name: task.eval for task in tasks} | files.others
-    continual(config, [whole], bundle=bundle, others=others)
+    whole(continual(config, [mixed], bundle=bundle, others=others))
     judged = json.loads((Path(config.out) / "course.json").read_text())["rows"]
     accuracy = [[one["others"][task.name]["accuracy"] for task in tasks] for one in judged]
     kept = {name: value for name, value in _others(judged).items() if name in files.others}

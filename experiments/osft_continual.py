@@ -3,7 +3,7 @@
 Command: python experiments/osft_continual.py --out experiments/results/osft_continual/cpu.json
 Hardware: 2 CPU cores, 3 GB.
 Minutes: 75 of one core, and 16 once for the model; a stopped run goes on where it was, and
-    `--part 0/2` and `--part 1/2` share the courses between two processes.
+    a second process with the same command shares the courses.
 Expected: `forgetting` of the OSFT rows below that of full fine-tuning; `accuracy` says what it cost
 
 A model pre-trained here (asked_model.py) learns AG News, Amazon, DBpedia, SST-2 and Yelp in three
@@ -20,6 +20,7 @@ three by average accuracy on validation parts, in another order with another see
 """
 
 import argparse
+import fcntl
 import hashlib
 import tempfile
 from collections.abc import Iterable
@@ -35,12 +36,13 @@ from experiments import _harness, asked_model
 from experiments.continual_courses import Length, course
 from experiments.continual_rows import ROWS
 from experiments.continual_tasks import ORDERS, TUNING_ORDER, Files, Sizes, prepare
+from experiments.task_texts import SOURCES
 from jaxlm.core.device import enable_compilation_cache
 from jaxlm.hf.bundle import Bundle
 from jaxlm.train.tasks import backward_transfer, forgetting, forward_transfer
 
 SEEDS, TUNING_SEED = (0, 1, 2), 100
-SIZES, LENGTH = Sizes(train=200, test=50, other=20), Length(epochs=1)
+SIZES, LENGTH = Sizes(train=200, test=40, other=16), Length(epochs=1)
 HEADLINE, OTHER = "osft importance", "olora"  # compared; chosen before any course was run
 REFERENCES = ("alone", "joint")
 ANY = "any"  # the order of what has none
@@ -72,11 +74,23 @@ class Courses:
                       "length": asdict(self.length)}
         self.files: dict[int, Files] = {}
 
-    def __call__(self, cell: Cell) -> dict[str, Any]:
-        """The course of a cell."""
+    def __call__(self, cell: Cell, wait: bool = True) -> dict[str, Any] | None:
+        """The course of a cell; None where another process is at it and is not waited for."""
         path = self.work / "courses" / f"{cell.key}.json"
-        stored = _harness.Resumable(path, self.about | {"row": str(ROWS[cell.row])})
-        return stored("course", lambda: self._run(cell))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            try:  # let go of by the system, however this process ends
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return None
+            stored = _harness.Resumable(path, self.about | {"row": str(ROWS[cell.row])})
+            return stored("course", lambda: self._run(cell))
+
+    def all(self, cells: list[Cell], words: str) -> dict[Cell, dict[str, Any]]:
+        """The courses of all cells, shared with other processes in the same folder."""
+        for cell in tqdm(cells, desc=words, disable=None):
+            self(cell, wait=False)
+        return {cell: found for cell in cells if (found := self(cell))}
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         seed, row = cell.seed, ROWS[cell.row]
@@ -84,7 +98,7 @@ class Courses:
             judged = "validation" if seed == TUNING_SEED else "test"
             self.files[seed] = prepare(self.work / "texts" / str(seed), self.data,
                                        self.bundle.tokenizer, self.sizes, seed, judged)
-        order = ORDERS.get(cell.order, TUNING_ORDER)
+        order = (ORDERS | {"tuning": TUNING_ORDER, ANY: tuple(SOURCES)})[cell.order]
         found = course(row, self.bundle, self.files[seed], order, cell.rate, seed, self.length)
         return {name: rounded(value) for name, value in found.items()}
 
@@ -198,22 +212,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     run = Courses(bundle, args)
     rows = ["full", OTHER, HEADLINE, "joint"] if args.smoke else list(ROWS)
     orders, seeds = (list(ORDERS)[:1], (0,)) if args.smoke else (list(ORDERS), SEEDS)
-    part, parts = map(int, args.part.split("/"))
-
-    def all_of(cells: list[Cell], words: str) -> dict[Cell, dict[str, Any]]:
-        mine = tqdm(cells[part::parts], desc=words, disable=None)
-        return {cell: run(cell) for cell in mine}
-
-    if args.smoke:
-        rates, tuned = {row: ROWS[row].rates[0] for row in rows}, {}
-    else:
-        tuned = all_of(tuning_cells(rows), "rates")
-        if parts > 1:
-            tuned |= {cell: run(cell) for cell in tuning_cells(rows)}
-        rates = best_rates(tuned)
-    scored = all_of(scored_cells(rates, orders, seeds), "courses")
-    if parts > 1:
-        raise SystemExit("this part is done; the command without --part gathers all of them")
+    tuned = {} if args.smoke else run.all(tuning_cells(rows), "rates")
+    rates = best_rates(tuned) if tuned else {row: ROWS[row].rates[0] for row in rows}
+    scored = run.all(scored_cells(rates, orders, seeds), "courses")
     return summary(scored) | {
         "rates": rates, "rates_tried": {row: ROWS[row].rates for row in rows},
         "tuning_accuracy": {cell.key: average(one) for cell, one in tuned.items()},
@@ -227,7 +228,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the texts, and each course once it is done")
     parser.add_argument("--model", type=Path, default=Path("build/text_model"),
                         help="the folder of text_model.py; trained there if it is not yet")
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th course, from I on")
 
 
 if __name__ == "__main__":

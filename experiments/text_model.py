@@ -13,6 +13,7 @@ the Bundle; the folder is one that `jaxlm.load` and transformers read.
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _words(line: dict[str, Any]) -> str:
 def write_lines(lines: list[dict[str, Any]], path: Path) -> str:
     """jsonl, under a temporary name first. Returns: the path, as settings want it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".part")
+    half = path.with_name(f".{path.name}.{os.getpid()}")
     half.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     half.replace(path)
     return str(path)
