@@ -14,8 +14,8 @@ that greedy decoding would write as they should be.
 
 Command: python experiments/masked_thought.py --out experiments/results/masked_thought/cpu.json
 Hardware: 1 CPU core, 2 GB
-Minutes: 10 on a core; a stopped run goes on where it was
-Expected: a gain whose sign and interval docs/found.md reports
+Minutes: 15 on a core; a stopped run goes on where it was
+Expected: masking loses: about two in three right without, one in five with a fifth masked
 """
 
 import argparse
