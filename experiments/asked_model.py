@@ -25,7 +25,8 @@ from jaxlm.train import Config, Data, Optimizer, fit
 
 QUESTION = "Which group is it in?"
 MUON = Optimizer(kind="muon", rate=0.005, schedule="linear", warmup=20, b1=0.95)
-ASKED, PLAIN = 11_000, 2_700  # lines; the second of plain text, or language is lost
+STEPS = 400  # of language modelling before
+ASKED, PLAIN = 6_000, 1_500  # lines; the second of plain text, or language is lost
 GROUPS, WORDS, DIRECTIONS = 48, 4000, 48
 ROOM = 10  # tokens of a row for a group's name
 
@@ -79,7 +80,7 @@ def model(folder: Path, base: Path, data: Path, *, smoke: bool = False, seed: in
     done = folder / "model"
     if done.exists():
         return load(done)
-    bundle = text_model.model(base, data, smoke=smoke)
+    bundle = text_model.model(base, data, smoke=smoke, config=text_model.TINY, steps=STEPS)
     texts = [(name, record["sentence"].strip()) for name in SOURCES
              for record in split(data, name).train][::50 if smoke else 1]
     mixed = lines(bundle, texts)[:ASKED] + shuffled(text_model.corpus(data))[:PLAIN]

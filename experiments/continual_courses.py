@@ -18,7 +18,7 @@ class Length:
     """How long a task is learnt."""
 
     epochs: int
-    batch: int = 2
+    batch: int = 4
     calibration: int = 64
 
 

@@ -41,8 +41,8 @@ from jaxlm.core.device import enable_compilation_cache
 from jaxlm.hf.bundle import Bundle
 from jaxlm.train.tasks import backward_transfer, forgetting, forward_transfer
 
-SEEDS, TUNING_SEED = (0, 1, 2), 100
-SIZES, LENGTH = Sizes(train=200, test=40, other=16), Length(epochs=1)
+SEEDS, TUNING_SEED = 3, 100
+SIZES, LENGTH = Sizes(train=400, test=60, other=20), Length(epochs=1)
 HEADLINE, OTHER = "osft importance", "olora"  # compared; chosen before any course was run
 REFERENCES = ("alone", "joint")
 ANY = "any"  # the order of what has none
@@ -210,15 +210,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     enable_compilation_cache(args.work / "programs")
     bundle = asked_model.model(args.work / "asked", args.model, args.data, smoke=args.smoke)
     run = Courses(bundle, args)
-    rows = ["full", OTHER, HEADLINE, "joint"] if args.smoke else list(ROWS)
-    orders, seeds = (list(ORDERS)[:1], (0,)) if args.smoke else (list(ORDERS), SEEDS)
+    rows = [OTHER, HEADLINE, "joint"] if args.smoke else list(ROWS)
+    orders, seeds = (["tuning"], (0,)) if args.smoke else (list(ORDERS), range(args.seeds))
     tuned = {} if args.smoke else run.all(tuning_cells(rows), "rates")
     rates = best_rates(tuned) if tuned else {row: ROWS[row].rates[0] for row in rows}
     scored = run.all(scored_cells(rates, orders, seeds), "courses")
     return summary(scored) | {
         "rates": rates, "rates_tried": {row: ROWS[row].rates for row in rows},
         "tuning_accuracy": {cell.key: average(one) for cell, one in tuned.items()},
-        "settings": run.about | {"orders": ORDERS, "tuning_order": TUNING_ORDER, "seeds": seeds},
+        "settings": run.about | {"orders": ORDERS, "tuning_order": TUNING_ORDER,
+                                  "seeds": list(seeds)},
         "courses": {cell.key: one for cell, one in scored.items()}}
 
 
@@ -226,6 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where it works, and which part of it."""
     parser.add_argument("--work", type=Path, default=Path("build/osft_continual"),
                         help="the texts, and each course once it is done")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 0 on")
     parser.add_argument("--model", type=Path, default=Path("build/text_model"),
                         help="the folder of text_model.py; trained there if it is not yet")
 

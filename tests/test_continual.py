@@ -100,14 +100,14 @@ def test_every_row_tries_as_many_rates():
 def test_rates_are_chosen_by_validation_alone_and_scored_cells_cover_all():
     cells = study.tuning_cells(ROWS)
     assert {(cell.order, cell.seed) for cell in cells} == {("tuning", study.TUNING_SEED)}
-    assert study.TUNING_SEED not in study.SEEDS
+    assert study.TUNING_SEED >= study.SEEDS
     good = {row: ROWS[row].rates[1] for row in ROWS}
     made = {cell: {"accuracy": [[0.5, 0.5 + 0.1 * (cell.rate == good[cell.row])]]}
             for cell in cells}
     assert study.best_rates(made) == good
     level = {cell: {"accuracy": [[0.5, 0.5]]} for cell in cells}
     assert study.best_rates(level) == {row: min(ROWS[row].rates) for row in ROWS}
-    scored = study.scored_cells(good, ORDERS, study.SEEDS)
+    scored = study.scored_cells(good, ORDERS, range(study.SEEDS))
     count = {row: sum(cell.row == row for cell in scored) for row in ROWS}
     assert {count[row] for row in ROWS if ROWS[row].kind == "course"} == {9}
     assert {count[row] for row in study.REFERENCES} == {3}
