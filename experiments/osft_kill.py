@@ -65,7 +65,8 @@ class Straight:
     @property
     def save_s(self) -> float:
         """Roughly what a step and its save take."""
-        times = sorted(p.stat().st_mtime for p in checkpoints(self.config).iterdir())
+        times = sorted(p.stat().st_mtime for p in checkpoints(self.config).iterdir()
+                       if p.name != "0")  # before it is compiled
         return (times[-1] - times[0]) / max(len(times) - 1, 1)
 
 

@@ -1,5 +1,6 @@
 """`jaxlm train`: fine-tune a model by a YAML file, with any setting overridden."""
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -9,8 +10,9 @@ import tyro
 from jaxlm.cli.options import note
 from jaxlm.core.device import enable_compilation_cache
 from jaxlm.core.errors import ConfigError, NumericsError
-from jaxlm.train.config import Config, read_config
+from jaxlm.train.config import AnyTuning, Config, from_dict, read_config
 from jaxlm.train.runs import run as train
+from jaxlm.train.stopping import Stopped
 
 STOPPED, DIVERGED = 75, 3
 
@@ -20,14 +22,18 @@ def main(arguments: Sequence[str]) -> int:
 
     0: done. 2: bad input, or a checkpoint that does not fit. 3: the loss became NaN; the last
     good checkpoint is kept. 75: a SIGTERM came; all is saved, and the same command goes on.
+
+    --tuning.kind full, osft, lora, olora or ewc chooses the way of tuning; --help beside it lists
+    that one's options.
     """
     names = [a for a in arguments[:1] if not a.startswith("-")]
     if not names and not {"-h", "--help"} & set(arguments):
         raise ConfigError("no config is named; expected jaxlm train CONFIG.yaml [--steps 100 ...]")
     default = read_config(names[0]) if names else Config()
+    default, options = of_kind(default, arguments[len(names):])
     config = tyro.cli(
         tyro.conf.AvoidSubcommands[Config], prog="jaxlm train CONFIG.yaml", default=default,
-        args=list(arguments[len(names):]), description=main.__doc__)
+        args=options, description=main.__doc__)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         enable_compilation_cache()
     try:
@@ -35,8 +41,36 @@ def main(arguments: Sequence[str]) -> int:
     except NumericsError as error:
         print(f"jaxlm: {error}", file=sys.stderr)
         return DIVERGED
+    except Stopped as error:
+        note(f"stopped: {error}")
+        return STOPPED
     note(f"step {found.step} of {found.steps}, {'stopped' if found.stopped else 'done'}: "
-         f"{found.counts}, in {config.out}")
+         f"{in_words(found.counts)}, in {config.out}")
     for name, value in found.evaluation.items():
         print(f"{name} {value:.6g}")
     return STOPPED if found.stopped else 0
+
+
+def of_kind(config: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:
+    """The config with the way of tuning that `--tuning.kind` names, and the other arguments.
+
+    The fields of another kind than the file's begin at their defaults.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tuning.kind", dest="kind")
+    known, others = parser.parse_known_args(list(arguments))
+    if known.kind is not None:
+        tuning = from_dict(AnyTuning, {"kind": known.kind}, "tuning")
+        if type(tuning) is not type(config.tuning):
+            config = config.replace(tuning=tuning)
+    return config, others
+
+
+def in_words(counts: dict[str, int]) -> str:
+    """What became of the lines.
+
+    >>> in_words({"samples": 1200, "cut": 2, "skipped": 0, "tokens": 34567})
+    '1,200 samples (34,567 tokens; 2 cut, 0 skipped)'
+    """
+    return (f"{counts['samples']:,} samples ({counts['tokens']:,} tokens; {counts['cut']:,} cut, "
+            f"{counts['skipped']:,} skipped)")

@@ -1,5 +1,6 @@
 """Errors that say what was wrong, what came, what was expected, and what to do."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -50,3 +51,18 @@ def whole(name: str, value: Any, low: int = 1, high: int = 2**31 - 1) -> int:
         limits = f"of at least {low}" if high == 2**31 - 1 else f"from {low} to {high}"
         raise ConfigError(f"{name} is {value!r}; expected a whole number {limits}")
     return int(value)
+
+
+def number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
+    """ConfigError unless `value` is finite and in [low, high]; booleans are no numbers."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool)
+    if not fine or not math.isfinite(value) or not low <= value <= high:
+        limits = f"of at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ConfigError(f"{name} is {value!r}; expected a number {limits}")
+
+
+def share(name: str, value: Any) -> None:
+    """ConfigError unless `value` is in [0, 1)."""
+    number(name, value)
+    if value >= 1:
+        raise ConfigError(f"{name} is {value!r}; expected a share in [0, 1)")

@@ -46,8 +46,8 @@ def make_mesh(
     if int(np.prod(list(sizes.values()))) != len(devices):
         raise DeviceError(
             f"mesh {sizes} needs {int(np.prod(list(sizes.values())))} devices, got {len(devices)} "
-            f"({', '.join(sorted({d.platform for d in devices}))}); change an axis or pass "
-            "`devices`"
+            f"({', '.join(sorted({d.platform for d in devices}))}); change an axis, so that "
+            "their product is the number of devices (in Python `devices` may be fewer)"
         )
     # Explicit axes, the default of jax.make_mesh, refuse gathers and cache writes
     grid = np.asarray(devices).reshape(tuple(sizes.values()))

@@ -8,12 +8,15 @@ Every array has a checksum in `meta`: orbax reads some damaged files without an 
 
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from jaxlm.core.device import versions
 from jaxlm.core.errors import CheckpointError
@@ -34,10 +37,10 @@ class Checkpoints:
     """The checkpoints below a run's folder. Saving returns once the arrays are copied; a write
     that fails is an error at the next call.
 
-    Args: keep: how many are kept.
+    Args: keep: how many are kept. read_only: another run's, of which nothing is changed.
     """
 
-    def __init__(self, out: pathlib.Path, keep: int = 2):
+    def __init__(self, out: pathlib.Path, keep: int = 2, read_only: bool = False):
         import orbax.checkpoint as ocp
 
         self.ocp, self.out = ocp, out.expanduser().resolve()
@@ -48,7 +51,8 @@ class Checkpoints:
                     "trained": ocp.StandardCheckpointHandler(),
                     "optimizer": ocp.StandardCheckpointHandler(),
                     "meta": ocp.JsonCheckpointHandler()},
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, read_only=read_only, create=not read_only))
         except OSError as error:
             raise CheckpointError(f"{out} cannot hold checkpoints: {error}") from error
 
@@ -104,27 +108,40 @@ class Checkpoints:
           place: where what is trained and what is frozen go.
         Raises: CheckpointError that names the folder, where it is damaged.
         """
-        ocp, meta = self.ocp, self.meta(step)
+        restore, (trained, where), frozen, meta = self._begin(step, place)
+        with self._read(step):
+            moments = jax.eval_shape(optimizer.init, trained)
+            places = place_state(moments, trained, where)
+            found = self.manager.restore(step, args=self.ocp.args.Composite(
+                trained=restore(_with(trained, where)), optimizer=restore(_with(moments, places))))
+        for name, tree in (("trained", found.trained), ("optimizer", found.optimizer)):
+            self._check(step, name, tree, meta)
+        count = jax.device_put(jnp.asarray(step, jnp.int32), everywhere(where))
+        return Restored(TrainState(found.trained, found.optimizer, count), frozen, meta)
+
+    def tuned(self, step: int, place: Place) -> tuple[Any, Any]:
+        """(trained, frozen) of a checkpoint, without the optimiser's state."""
+        restore, (trained, where), frozen, meta = self._begin(step, place)
+        with self._read(step):
+            found = self.manager.restore(step, args=self.ocp.args.Composite(
+                trained=restore(_with(trained, where)))).trained
+        self._check(step, "trained", found, meta)
+        return found, frozen
+
+    def _begin(self, step: int, place: Place) -> tuple[Any, tuple[Any, Any], Any, dict[str, Any]]:
+        """How to read a tree, shapes and places of what is trained, what is frozen, and `meta`."""
+        meta = self.meta(step)
         self.frozen_digest = meta["digest"]["frozen"]
         with self._read(step):
             trained = _shapes(self.manager.item_metadata(step).trained)
-        with self._read(step, "frozen"), ocp.StandardCheckpointer() as reader:
+        with self._read(step, "frozen"), self.ocp.StandardCheckpointer() as reader:
             held = self.out / "frozen"
             frozen = _shapes(reader.metadata(held)) if self.frozen_digest else {}
             where, where_frozen = place(trained, frozen)
             if frozen:
                 frozen = reader.restore(held, _with(frozen, where_frozen))
-        with self._read(step):
-            moments = jax.eval_shape(optimizer.init, trained)
-            places = place_state(moments, trained, where)
-            found = self.manager.restore(step, args=ocp.args.Composite(
-                trained=ocp.args.StandardRestore(_with(trained, where)),
-                optimizer=ocp.args.StandardRestore(_with(moments, places))))
-        for name, tree in (("trained", found.trained), ("optimizer", found.optimizer),
-                           ("frozen", frozen)):
-            self._check(step, name, tree, meta)
-        count = jax.device_put(jnp.asarray(step, jnp.int32), everywhere(where))
-        return Restored(TrainState(found.trained, found.optimizer, count), frozen, meta)
+        self._check(step, "frozen", frozen, meta)
+        return self.ocp.args.StandardRestore, (trained, where), frozen, meta
 
     def _check(self, step: int, name: str, tree: Any, meta: dict[str, Any]) -> None:
         found, wanted = digest(tree), meta["digest"][name]
@@ -155,6 +172,34 @@ class Checkpoints:
                     "room, and run the same command again")
 
         return _Turned(words)
+
+
+class Timer:
+    """Whether a checkpoint is due by the clock, so that a kill costs no more than `minutes`.
+
+    Of several processes the first one's clock decides. To hear it is a meeting, so each time it
+    also says after how many steps, at the pace so far, the next one is due.
+    """
+
+    def __init__(self, minutes: float, step: int):
+        self.seconds = 60 * minutes
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """A checkpoint was just written."""
+        self.began, self.since, self.look = time.monotonic(), step, step + 1
+
+    def due(self, step: int) -> bool:
+        """Whether to write one after this step; the same in all processes."""
+        if not self.seconds or step < self.look:
+            return False
+        gone = time.monotonic() - self.began
+        left = (self.seconds - gone) * (step - self.since) / max(gone, 1e-9)
+        answer = np.asarray([gone >= self.seconds, min(max(left, 1), 1e6)], np.int32)
+        if jax.process_count() > 1:
+            answer = multihost_utils.broadcast_one_to_all(answer)
+            self.look = step + int(answer[1])
+        return bool(answer[0])
 
 
 class _Turned:

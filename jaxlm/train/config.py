@@ -4,14 +4,13 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import pathlib
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxlm.core.errors import ConfigError, whole
+from jaxlm.core.errors import ConfigError, number, share, whole
 from jaxlm.core.tree import flatten
 from jaxlm.train.ewc import Ewc
 from jaxlm.train.lora import Lora, OLora
@@ -20,20 +19,6 @@ from jaxlm.train.tuning import Full
 
 TUNINGS: dict[str, type] = {"full": Full, "osft": Osft, "lora": Lora, "olora": OLora, "ewc": Ewc}
 AnyTuning = Full | Osft | Lora | OLora | Ewc
-
-
-def number(name: str, value: Any, low: float = 0.0) -> None:
-    """ConfigError unless `value` is finite and at least `low`."""
-    fine = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fine or not math.isfinite(value) or value < low:
-        raise ConfigError(f"{name} is {value!r}; expected a number of at least {low}")
-
-
-def share(name: str, value: Any) -> None:
-    """ConfigError unless `value` is in [0, 1)."""
-    number(name, value)
-    if value >= 1:
-        raise ConfigError(f"{name} is {value!r}; expected a share in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -50,8 +35,10 @@ class Data:
       chat_template: a Jinja file, in place of the tokenizer's own.
       phased: train the files in turn, each for all its epochs, instead of shuffled together.
       replay: files of earlier tasks; `replay_share` of each pass is drawn from them.
+      replay_share: in [0, 1).
       calibration: files of earlier tasks, for the tunings that ask what mattered for them; their
         first `calibration_samples` are read.
+      calibration_samples: how many.
       mask_thoughts: share of an answer's tokens that the model sees masked (2403.02178).
       mask_token: what masks them; default the tokenizer's own mask, padding or unknown token.
     """
@@ -86,7 +73,9 @@ class Optimizer:
       kind: "adamw", "lion", "muon" (Adam for what is no matrix) or "sgd".
       rate: peak learning rate.
       schedule: "constant", "linear" or "cosine" down to 0 at the last step, after `warmup` steps.
-      b1, b2: of the moments; `b1` is SGD's momentum.
+      warmup: steps in which the rate rises from 0.
+      b1: decay of the first moment, SGD's momentum; in [0, 1).
+      b2: decay of the second moment; in [0, 1).
       weight_decay: decoupled, times the rate; on matrices alone.
       clip: largest global norm of the gradient; 0 for none.
     """
@@ -110,7 +99,13 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """Mesh axes: their product is the number of devices. All 1 on one device."""
+    """Mesh axes: their product is the number of devices. All 1 on one device.
+
+    Args:
+      data: copies of the model, each with a part of the batch.
+      fsdp: parts that weights and batch are split into.
+      tensor: parts that heads and the feed-forward width are split into.
+    """
 
     data: int = 1
     fsdp: int = 1
@@ -127,16 +122,27 @@ class Config:
 
     Args:
       model: a folder, a hub id or "tiny".
+      revision: of a hub id; default its main branch.
       out: folder for checkpoints, logs and the export; a second run with it goes on.
+      data: what is learnt.
+      tuning: how: "full", "osft", "lora", "olora" or "ewc".
+      optimizer: by what steps.
       batch: rows of a step, in all devices and accumulated parts together.
       batch_tokens: instead of `batch`, inputs of a step: rows times the window.
       accumulate: parts that a batch is computed in, one after another.
-      steps, epochs: how long; one of them.
+      steps: how long; or `epochs`.
+      epochs: passes over the data; or `steps`.
       remat: recompute each block in the backward pass.
       dtype: of the compute; what is trained is float32.
       stack: run the layers as one scan, which compiles faster.
-      evaluate_every, checkpoint_every: steps; 0 is at the end alone.
+      mesh: axes of devices.
+      evaluate_every: steps between evaluations; 0 is at the end alone.
+      checkpoint_every: steps between checkpoints; 0 is at the end and by `checkpoint_minutes`.
+      checkpoint_minutes: a checkpoint is also written so long after the last one; 0 for none.
       keep: checkpoints that are kept.
+      previous: for "olora" and "ewc", `out` of the run that learnt the task before; `model` is then
+        the folder `model` in it.
+      seed: of the order of samples and of what starts at random.
       export: dtype of `out/model`, the Hugging Face folder written at the end; "none" writes none.
       tensorboard: write `out/tensorboard` besides `out/log.jsonl`.
     """
@@ -158,7 +164,9 @@ class Config:
     mesh: MeshSizes = MeshSizes()
     evaluate_every: int = 0
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 10.0
     keep: int = 2
+    previous: str | None = None
     seed: int = 0
     export: Literal["float32", "bfloat16", "float16", "none"] = "float32"
     tensorboard: bool = False
@@ -168,6 +176,7 @@ class Config:
             whole(name, getattr(self, name))
         for name in ("evaluate_every", "checkpoint_every", "seed"):
             whole(name, getattr(self, name), low=0)
+        number("checkpoint_minutes", self.checkpoint_minutes)
         for first, second in (("batch", "batch_tokens"), ("steps", "epochs")):
             given = [n for n in (first, second) if getattr(self, n) is not None]
             if len(given) == 2:
@@ -180,6 +189,9 @@ class Config:
         if self.rows % self.accumulate:
             raise ConfigError(f"a batch of {self.rows} rows does not divide into accumulate: "
                               f"{self.accumulate} parts; change one of them")
+        if self.previous is not None and not isinstance(self.tuning, OLora | Ewc):
+            raise ConfigError(f"previous is {self.previous!r}; of the ways of tuning only olora "
+                              "and ewc read the run before; leave it out")
         if self.data.phased and self.epochs is None:
             raise ConfigError("data.phased needs epochs, the passes over each file; got steps")
 
@@ -292,8 +304,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # What may differ between a run and its continuation: it does not change what a step computes.
-FREE = ("model", "revision", "out", "mesh", "evaluate_every", "checkpoint_every", "keep", "export",
-        "tensorboard")
+# (`previous` does, and is compared by itself, in `describe`.)
+FREE = ("model", "revision", "out", "mesh", "evaluate_every", "checkpoint_every",
+        "checkpoint_minutes", "keep", "export", "tensorboard", "previous")
 FILES = ("train", "eval", "replay", "calibration")  # compared by what they hold
 
 

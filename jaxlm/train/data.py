@@ -1,13 +1,16 @@
 """Samples from jsonl files: text to tokens, with a weight for every token that is to be learnt.
 
 A line is one of `{"messages": [{"role": ..., "content": ...}, ...]}` (through the chat template),
-`{"prompt": ..., "completion": ...}` and `{"text": ...}`.
+`{"prompt": ..., "completion": ...}` and `{"text": ...}`; other fields are not read.
 """
 
+import difflib
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ from jaxlm.core.hosts import together
 from jaxlm.hf.tokenizer import Tokenizer
 
 FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})
+KNOWN = set().union(*FORMS)
 WANTED = 'expected {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 CUT, SKIP, REFUSE = "cut", "skip", "error"
 
@@ -63,9 +67,11 @@ class Reader:
             raise DataError(f"has half of a surrogate pair in it: {error}") from error
         found = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=whole)
         tokens, offsets = list(found.ids), list(found.offsets)
-        if whole and self.end_id is not None and tokens[-1:] != [self.end_id]:
-            tokens.append(self.end_id)
-            offsets.append((len(text), len(text) + 1))
+        if whole and self.end_id is not None:
+            if tokens[-1:] != [self.end_id]:
+                tokens.append(self.end_id)
+                offsets.append((0, 0))
+            offsets[-1] = (len(text), len(text) + 1)  # one that the tokenizer added has no place
         weights = np.ones(len(tokens), np.float32)
         if self.answers:
             inside = [any(low < end and start < high for low, high in answers)
@@ -78,14 +84,12 @@ class Reader:
 
     def span(self, record: Any) -> Span:
         """The text of a record and where its answers lie."""
-        if not isinstance(record, dict) or set(record) not in FORMS:
-            got = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise DataError(f"is {got}; {WANTED}")
-        if "messages" in record:
+        form = form_of(record)
+        if form == {"messages"}:
             return self._chat(record["messages"])
-        if wrong := [name for name, value in record.items() if not isinstance(value, str)]:
+        if wrong := [name for name in sorted(form) if not isinstance(record[name], str)]:
             raise DataError(f"{wrong[0]!r} is {type(record[wrong[0]]).__name__}; expected a string")
-        if "text" in record:
+        if form == {"text"}:
             return Span(record["text"], ((0, len(record["text"]) + 1),), True)
         text = record["prompt"] + record["completion"]
         return Span(text, ((len(record["prompt"]), len(text) + 1),), True)
@@ -110,6 +114,25 @@ class Reader:
         return Span(text, tuple(answers), False)
 
 
+def form_of(record: Any) -> set[str]:
+    """The fields of a record that are read: one of `FORMS`; messages are a sample by themselves.
+
+    >>> sorted(form_of({"prompt": "a", "completion": "b", "id": 3}))
+    ['completion', 'prompt']
+
+    Raises: DataError where none is whole, or it cannot be told which is meant.
+    """
+    names = set(record) if isinstance(record, dict) else set()
+    whole = [form for form in FORMS if form <= names]
+    if whole and (whole[0] == {"messages"} or not names & KNOWN - whole[0]):
+        return whole[0]
+    got = sorted(names) if isinstance(record, dict) else type(record).__name__
+    near = {name: found[0] for name in sorted(names - KNOWN)
+            if (found := difflib.get_close_matches(name, sorted(KNOWN - names), 1))}
+    hint = "".join(f"; is {name!r} meant to be {known!r}?" for name, known in near.items())
+    raise DataError(f"is {got}; {WANTED}{hint}")
+
+
 def check_messages(messages: Any) -> None:
     """DataError unless these are messages with an answer among them."""
     fine = isinstance(messages, list) and messages and all(
@@ -126,7 +149,8 @@ class Examples:
     """Samples of some files, tokenised when asked for and then kept.
 
     `kept` are the numbers of the samples to use, `lengths` their tokens after cutting. `group`
-    tells the file of each. `counts`: what became of the lines.
+    tells the file of each. `counts`: what became of the lines. `unread`: other fields than those of
+    a form, and in how many lines.
     """
 
     read: Callable[[Any], Example]
@@ -137,6 +161,7 @@ class Examples:
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     counts: dict[str, int] = field(default_factory=dict)
     cache: dict[int, Example] = field(default_factory=dict)
+    unread: Counter = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -157,7 +182,10 @@ class Examples:
             file.seek(offset)
             line = file.readline()
         try:
-            return self.read(json.loads(line))
+            record = json.loads(line.rstrip())  # else what is cut short is missed on the next line
+            example = self.read(record)
+            self.unread.update(set(record) - form_of(record))
+            return example
         except UnicodeDecodeError as error:
             raise DataError(f"{self.where(i)} is not UTF-8 text: {error}") from error
         except json.JSONDecodeError as error:
@@ -169,7 +197,7 @@ class Examples:
 
 def open_examples(
     files: Sequence[str | pathlib.Path], read: Callable[[Any], Example], window: int,
-    long: str = CUT, tick: Callable[[], Any] = lambda: None,
+    long: str = CUT, watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Examples:
     """Find every line, tokenise all once, and count what is too long.
 
@@ -178,8 +206,9 @@ def open_examples(
     Args:
       window: a row's inputs; a sample may have one token more, its last target.
       long: what becomes of a longer sample: "cut" (its beginning is kept), "skip", or "error".
-      tick: called after each line.
+      watch: wraps the numbers of the lines, as a progress bar does.
     Raises: DataError with file and line for what is empty or malformed.
+    Warns: once, of fields that are not read.
     """
     shared = jax.process_count() > 1
     with together(shared):
@@ -187,10 +216,12 @@ def open_examples(
         found = Examples(read, places, np.asarray(group, np.int32), window + 1, digest)
         lengths = np.zeros(len(places), np.int32)
         useful = np.zeros(len(places), np.int32)
-        for i in range(jax.process_index(), len(places), jax.process_count()):
+        for i in watch(range(jax.process_index(), len(places), jax.process_count())):
             weights = found[i].weights
             lengths[i], useful[i] = len(found.cache[i].tokens), bool(weights.any())
-            tick()
+    if found.unread:
+        listed = ", ".join(f"{name!r} (lines: {n})" for name, n in found.unread.most_common(8))
+        warnings.warn(f"{', '.join(map(str, files))}: not read are {listed}", stacklevel=2)
     if shared:
         lengths, useful = multihost_utils.process_allgather((lengths, useful))
         lengths, useful = lengths.sum(0), useful.sum(0)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, number
 from jaxlm.core.tree import Params
 from jaxlm.models.lm import LM
 from jaxlm.train.step import Objective, lm_objective
@@ -23,11 +23,17 @@ class Ewc(Full):
     information over data of the task before, added to `decay` times that of the tasks before it.
     Source: 1612.00796, equation 3; one anchor for all tasks: 1805.06370, section 2.2.
 
-    Args: weight: lambda, at least 0. decay: of earlier tasks' information, in [0, 1].
+    Args:
+      weight: lambda, at least 0.
+      decay: of earlier tasks' information, in [0, 1].
     """
 
     weight: float = 400.0
     decay: float = 1.0
+
+    def __post_init__(self):
+        number("tuning.weight", self.weight)
+        number("tuning.decay", self.decay, high=1.0)
 
     def start(self, lm: LM, params: Params, key, *, batches=None, previous=None, **calibration):
         """`batches`: of earlier data, empty where there is none; `previous`: (trained, frozen)."""

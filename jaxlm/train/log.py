@@ -92,8 +92,13 @@ def _board(folder: pathlib.Path, step: int) -> Any:
 
 def _bar(step: int, total: int | None) -> Any:
     """A bar that begins at the resumed step; none where nobody looks."""
-    if total is None or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+    if total is None or not watched():
         return None
     from tqdm.auto import tqdm
 
     return tqdm(total=total, initial=step, unit="step", desc="train")
+
+
+def watched() -> bool:
+    """Whether someone looks: a terminal, or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import pathlib
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,13 +23,15 @@ from jaxlm.models.lm import LM
 from jaxlm.models.stack import STACK, unstack
 from jaxlm.train import setup
 from jaxlm.train.batches import place, stream
-from jaxlm.train.checkpoint import Checkpoints, everywhere, place_state
+from jaxlm.train.checkpoint import Checkpoints, Timer, everywhere, place_state
 from jaxlm.train.config import Config, Optimizer, hash_of, settings
 from jaxlm.train.evaluation import evaluate
 from jaxlm.train.flops import flops_per_token, peak_flops
 from jaxlm.train.log import Log
 from jaxlm.train.optimizers import make_optimizer, rate_of
+from jaxlm.train.previous import read_previous
 from jaxlm.train.step import TrainState, lm_objective, tuned_step
+from jaxlm.train.stopping import leave_if_asked, listening
 from jaxlm.train.tuning import Tuning
 
 
@@ -62,6 +62,7 @@ class Fitted:
         return {k[5:]: v for k, v in (rows[-1] if rows else {}).items() if k.startswith("eval/")}
 
 
+@listening()
 def fit(
     bundle: Bundle, config: Config, *, previous: Any = None, batches: Any = None,
 ) -> Fitted:
@@ -69,10 +70,12 @@ def fit(
 
     Args:
       config: `config.model` is not read.
-      previous: `Fitted.tuned` of the task before, for O-LoRA and EWC.
+      previous: `Fitted.tuned` of the task before, for O-LoRA and EWC; default that of the folder
+        `config.previous`, where one is named.
       batches: placed batches of earlier tasks, in place of `config.data.calibration`.
     Raises: ConfigError, DataError, DeviceError before any step; NumericsError where the loss
-      becomes NaN, CheckpointError for a checkpoint that does not fit or could not be written.
+      becomes NaN, CheckpointError for a checkpoint that does not fit or could not be written;
+      `jaxlm.train.stopping.Stopped` where a SIGTERM came before the first step.
     """
     mesh = setup.mesh_of(config)
     data = setup.sources(bundle, config, mesh)
@@ -80,16 +83,21 @@ def fit(
     tuning = config.tuning
     optimizer = make_optimizer(config.optimizer, steps)
     wrapped, where = tuning.wrap(optimizer), setup.placer(tuning, mesh)
-    about = describe(bundle.lm, config, data.digest)
+    about = describe(bundle.lm, config, data.digest, steps)
     saved = Checkpoints(out, config.keep)
     try:
         if (step := saved.latest()) is not None:
             check_same_run(out, step, saved.meta(step), about, steps)
             state, frozen, meta = saved.restore(step, wrapped, where)
         else:
+            if previous is None and config.previous is not None:
+                previous = read_previous(bundle, config, mesh)
             trained, frozen = setup.begin(tuning, bundle, config, mesh, data, previous, batches)
             saved.save_frozen(frozen)
             state, meta = first_state(wrapped, trained, where(trained, frozen)[0]), {}
+            if jax.tree.leaves(frozen):  # what was dear to find is not found again after a kill
+                saved.save(0, state, about)
+        leave_if_asked()
         run = Run(config, bundle, mesh, data, optimizer, saved, about)
         return run(state, frozen, meta)
     finally:
@@ -105,11 +113,12 @@ def first_state(optimizer: Any, trained: Any, places: Any) -> TrainState:
                       jax.device_put(jnp.zeros((), jnp.int32), everywhere(places)))
 
 
-def describe(lm: LM, config: Config, digest: str) -> dict[str, Any]:
+def describe(lm: LM, config: Config, digest: str, steps: int) -> dict[str, Any]:
     """What a checkpoint says of its run."""
     flat = settings(config)
     return {"model": config.model, "model_hash": setup.model_hash(lm), "settings": flat,
-            "config_hash": hash_of(flat), "data_hash": digest,
+            "config_hash": hash_of(flat), "data_hash": digest, "steps": steps,
+            "previous": config.previous,
             "mesh": dataclasses.asdict(config.mesh), "processes": jax.process_count()}
 
 
@@ -122,7 +131,7 @@ def check_same_run(
     if found["model_hash"] != ours["model_hash"]:
         raise CheckpointError(f"{at} is of another model, {found['model']!r}; this run trains "
                               f"{ours['model']!r}; {advice}")
-    theirs, mine = found["settings"], ours["settings"]
+    theirs, mine = ({**one["settings"], "previous": one.get("previous")} for one in (found, ours))
     if changed := [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]:
         listed = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in changed)
         raise CheckpointError(f"{at} was made with other settings: {listed}; {advice}")
@@ -149,6 +158,11 @@ def _step(lm: LM, tuning: Tuning, optimizer: Optimizer, parts: int, dtype: Any) 
 
 
 @lru_cache
+def _measures(tuning: Tuning) -> Any:
+    return jax.jit(tuning.metrics)
+
+
+@lru_cache
 def _finite() -> Any:
     return jax.jit(lambda tree: jnp.stack([jnp.isfinite(x).all()
                                            for x in jax.tree.leaves(tree)]).all())
@@ -167,6 +181,7 @@ class Run:
     about: dict[str, Any]
     pending: deque = field(default_factory=deque)
     clock: float = 0.0
+    timer: Timer = field(init=False)
 
     def __call__(self, state: TrainState, frozen: Any, meta: dict[str, Any]) -> Fitted:
         """Every step that is left."""
@@ -179,6 +194,7 @@ class Run:
         source = stream(batches, meta.get("position"))
         key = jax.random.key(config.seed)
         stopped, self.clock = False, time.perf_counter()
+        self.timer = Timer(config.checkpoint_minutes, first)
         try:
             with asked_to_stop() as asked:
                 for step in range(first + 1, steps + 1):
@@ -190,7 +206,7 @@ class Run:
                     self._due(step, state, frozen, source, stopped)
                     if stopped:
                         break
-            if first == steps and self.data.held_out is not None and not self._evaluated(steps):
+            if first == steps and not self._evaluated(steps):
                 self._evaluate(steps, state, frozen)
         finally:
             self.log.close()
@@ -246,28 +262,34 @@ class Run:
         """Evaluate and save where it is time to."""
         config, last = self.config, step == len(self.data.train)
         every = lambda n: bool(n) and step % n == 0
-        if self.data.held_out is not None and (last or every(config.evaluate_every)):
+        if last or every(config.evaluate_every):
             self._flush()
             self._evaluate(step, state, frozen)
-        if last or stopped or every(config.checkpoint_every):
+        if last or stopped or every(config.checkpoint_every) or self.timer.due(step):
             self._flush()
             if not bool(_finite()(state.params)):
                 raise NumericsError(f"step {step}: the update left parameters that are not "
                                     f"numbers; {self._last_good()}. Lower the rate")
             self.saved.save(step, state, self.about | {"position": source.get_state()})
+            self.timer.restart(step)
             self.clock = time.perf_counter()
 
     def _evaluate(self, step: int, state: TrainState, frozen: Any) -> None:
-        tuning, lm = self.config.tuning, setup.training_lm(self.bundle, self.config, self.mesh)
-        assert self.data.held_out is not None
-        params = tuning.materialise(state.params, frozen)
-        found = evaluate(lm, params, self.data.held_out, self.mesh, jnp.dtype(self.config.dtype))
-        found |= {k: float(v) for k, v in tuning.metrics(state.params, frozen).items()}
-        self.log(step, **{f"eval/{name}": value for name, value in found.items()})
+        """Held-out data, where there are any, and what the tuning measures of itself."""
+        config, found = self.config, {}
+        if self.data.held_out is not None:
+            params = config.tuning.materialise(state.params, frozen)
+            found = evaluate(setup.training_lm(self.bundle, config, self.mesh), params,
+                             self.data.held_out, self.mesh, jnp.dtype(config.dtype))
+        own = _measures(config.tuning)(state.params, frozen)
+        found |= {name: float(value) for name, value in own.items()}
+        if found:
+            self.log(step, **{f"eval/{name}": value for name, value in found.items()})
         self.clock = time.perf_counter()
 
     def _evaluated(self, step: int) -> bool:
-        return any(row["step"] == step and "eval/loss" in row for row in self.log.rows)
+        return any(row["step"] == step and any(name.startswith("eval/") for name in row)
+                   for row in self.log.rows)
 
     def _result(self, state: TrainState, frozen: Any, stopped: bool) -> Fitted:
         params = self.config.tuning.materialise(state.params, frozen)
@@ -285,12 +307,5 @@ def asked_to_stop() -> Iterator[Callable[[int], bool]]:
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals are the main one's
-        yield lambda step: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: flag.set())
-    try:
-        yield lambda step: flag.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with listening() as asked:
+        yield lambda step: asked.came

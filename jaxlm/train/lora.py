@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.errors import ConfigError, whole
+from jaxlm.core.errors import ConfigError, number, whole
 from jaxlm.core.tree import flatten, map_with_path, unflatten
 from jaxlm.models.axes import axes_of
 from jaxlm.train.matrices import PROJECTIONS, input_axes, projections
@@ -21,7 +21,7 @@ class Lora(Full):
 
     Args:
       rank: r, at least 1.
-      alpha: scale of the adapter, over the rank.
+      alpha: scale of the adapter, over the rank; at least 0.
       targets: projections that get one.
 
     Example:
@@ -39,14 +39,15 @@ class Lora(Full):
 
     def __post_init__(self):
         whole("tuning.rank", self.rank)
+        number("tuning.alpha", self.alpha)
 
     def start(self, lm, params, key, **calibration):
         """New adapters over these parameters."""
         trained = {}
-        for number, (path, shape) in enumerate(projections(params, self.targets).items()):
+        for i, (path, shape) in enumerate(projections(params, self.targets).items()):
             if self.rank > min(shape.n, shape.m):
                 raise ConfigError(f"tuning.rank is {self.rank}; {path!r} is {shape.n} x {shape.m}")
-            own = jax.random.fold_in(key, number)
+            own = jax.random.fold_in(key, i)
             a = jax.random.normal(own, (*shape.lead, shape.n, self.rank)) / shape.n**0.5
             trained[f"{path}/a"] = a
             trained[f"{path}/b"] = jnp.zeros((*shape.lead, self.rank, shape.m))
@@ -76,10 +77,15 @@ class OLora(Lora):
     `loss + weight * sum_{i < t} sum |A_i^T A_t|`. Source: 2310.14152, equations 5 to 8, and the
     authors' code, which sums absolute values.
 
-    Args: weight: of the penalty; at least 0.
+    Args:
+      weight: of the penalty; at least 0.
     """
 
     weight: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        number("tuning.weight", self.weight)
 
     def start(self, lm, params, key, *, previous=None, **calibration):
         """`previous`: (trained, frozen) at the end of the task before."""

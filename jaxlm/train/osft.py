@@ -146,8 +146,10 @@ class Osft:
       unfreeze_ratio: u, the share of singular directions that may change, in [0, 1].
       ranks: "uniform" (k = floor((1 - u) r) of r), "scheduled" (task i of n keeps (i - 1) / n of
         them) or "importance" (see `jaxlm.train.ranks`; `start` then wants `batches`).
-      task, tasks: i and n.
-      min_retention, target_retention: the share kept at an importance of 0 and of 1.
+      task: i of "scheduled"; `jaxlm.train.continual` sets it.
+      tasks: n of "scheduled"; with n = 1 nothing would be kept, so `start` refuses it.
+      min_retention: the share kept at an importance of 0.
+      target_retention: the share kept at an importance of 1.
       patterns: (name or glob of modules, u) that differ; the first that matches counts.
       constraint: "two_sided", or "corner", the paper's printed equation (form "update" alone).
       targets: names or globs of the projections that are protected.
@@ -227,10 +229,14 @@ class Osft:
 
     def kept(self, lm, params, importance=None, batches=None):
         """Path of a kernel -> k of each of its matrices; the arguments are those of `start`."""
+        if self.ranks == "scheduled" and self.tasks == 1:
+            raise ConfigError("tuning.ranks 'scheduled' of one task keeps nothing; say which of "
+                              "how many it is (tuning.task, tuning.tasks), or take 'uniform'")
         if self.ranks == "importance" and importance is None:
             if batches is None:
-                raise ConfigError("tuning.ranks 'importance' needs data of the task before: give "
-                                  "`batches` or `importance` to start, or take 'uniform'")
+                raise ConfigError("tuning.ranks 'importance' needs data of the task before: name "
+                                  "its files in data.calibration (in Python `batches` or "
+                                  "`importance` to start), or take 'uniform'")
             importance = ranks.importance(lm, params, batches)
 
         used: set[str] = set()

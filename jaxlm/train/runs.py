@@ -12,6 +12,7 @@ from jaxlm.hf.bundle import Bundle, load, save
 from jaxlm.train.config import Config
 from jaxlm.train.loop import Fitted, fit
 from jaxlm.train.setup import mesh_of
+from jaxlm.train.stopping import leave_if_asked, listening
 
 
 def run(config: Config) -> Fitted:
@@ -21,12 +22,15 @@ def run(config: Config) -> Fitted:
     done only exports.
 
     Returns: Fitted.
-    Raises: as `fit`; CheckpointError where the exported folder does not give the same logits.
+    Raises: as `fit`; CheckpointError where the exported folder does not give the same logits;
+      `jaxlm.train.stopping.Stopped` where a SIGTERM came before the first step or in the export.
     """
-    bundle = load(config.model, revision=config.revision, mesh=mesh_of(config))
-    fitted = fit(bundle, config)
-    if not fitted.stopped and config.export != "none":
-        export(fitted.bundle, pathlib.Path(config.out) / "model", config.export)
+    with listening():
+        bundle = load(config.model, revision=config.revision, mesh=mesh_of(config))
+        fitted = fit(bundle, config)
+        if not fitted.stopped and config.export != "none":
+            leave_if_asked()
+            export(fitted.bundle, pathlib.Path(config.out) / "model", config.export)
     return fitted
 
 
@@ -37,6 +41,7 @@ def export(bundle: Bundle, folder: pathlib.Path, dtype: str = "float32") -> path
     """
     low = bundle.replace(params=jax.tree.map(lambda x: x.astype(dtype), bundle.params))
     save(low, folder, overwrite=True)
+    leave_if_asked()
     again = load(folder, dtype="own", mesh=bundle.mesh)
     tokens = jnp.arange(32, dtype=jnp.int32)[None] % bundle.lm.config.vocab_size
     wanted, got = (to_host(x.lm.apply(x.params, tokens).logits) for x in (low, again))

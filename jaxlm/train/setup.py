@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from jaxlm.models.stack import stack
 from jaxlm.train.batches import Batches, Order, mask_thoughts, my_rows, place
 from jaxlm.train.config import Config, hash_of
 from jaxlm.train.data import Examples, Reader, open_examples
+from jaxlm.train.log import watched
+from jaxlm.train.stopping import leave_if_asked
 from jaxlm.train.tuning import Tuning
 
 
@@ -60,7 +62,7 @@ def sources(bundle: Bundle, config: Config, mesh: Mesh | None) -> Sources:
     files = (*data.train, *data.replay)
     if not data.train:
         raise ConfigError("data.train names no file; expected jsonl files, as in [a.jsonl]")
-    examples = open_examples(files, read, data.window, data.long)
+    examples = open_examples(files, read, data.window, data.long, line_by_line)
     groups = [np.flatnonzero((examples.group == i) & (examples.lengths > 0))
               for i in range(len(files))]
     old = np.concatenate([np.zeros(0, np.int64), *groups[len(data.train):]])
@@ -72,9 +74,19 @@ def sources(bundle: Bundle, config: Config, mesh: Mesh | None) -> Sources:
                     noise(bundle, config), config.steps or 0)
     held = None
     if data.eval:
-        held = plain(open_examples(data.eval, read, data.window, data.long), config, mesh,
-                     packed=data.pack)
+        held = plain(open_examples(data.eval, read, data.window, data.long, line_by_line), config,
+                     mesh, packed=data.pack)
     return Sources(train, held, calibration(bundle, config, mesh), examples.digest)
+
+
+def line_by_line(numbers: Sequence[int]) -> Iterator[int]:
+    """A bar over the lines of a file, where someone looks. Raises: Stopped after a SIGTERM."""
+    from tqdm.auto import tqdm
+
+    for number in tqdm(numbers, desc="tokenise", unit="line", leave=False, delay=1,
+                       disable=not watched()):
+        leave_if_asked()
+        yield number
 
 
 def reader(bundle: Bundle, config: Config) -> Reader:
@@ -115,7 +127,8 @@ def calibration(bundle: Bundle, config: Config, mesh: Mesh | None) -> Batches | 
     data = config.data
     if not data.calibration:
         return None
-    examples = open_examples(data.calibration, reader(bundle, config), data.window, data.long)
+    examples = open_examples(data.calibration, reader(bundle, config), data.window, data.long,
+                             line_by_line)
     return plain(examples, config, mesh, packed=False, most=data.calibration_samples)
 
 

@@ -18,6 +18,8 @@ from jaxlm.train.data import open_examples
 from jaxlm.train.evaluation import evaluate
 from jaxlm.train.log import write_json
 from jaxlm.train.loop import Fitted, fit
+from jaxlm.train.osft import Osft
+from jaxlm.train.stopping import Stopped
 from jaxlm.train.tuning import Tuning
 
 
@@ -126,7 +128,8 @@ def continual(
       config: of every task, but for its files; `config.out` gets a folder a task, and
         `course.json`. `steps` or `epochs` are those of one task.
       bundle: the model to begin with; default `config.model`.
-      tunings: one a task, where they differ; default `config.tuning` for all.
+      tunings: one a task, where they differ; default `config.tuning` for all. OSFT's scheduled
+        ranks are told which task it is, unless `tasks` is set.
       replay: mix `config.data.replay_share` of the earlier tasks' samples into each.
       others: name -> jsonl files of held-out text whose perplexity is followed.
     Returns: Course; `stopped` where a SIGTERM came, and the same call goes on.
@@ -144,12 +147,17 @@ def continual(
     judged = Judged(out / "course.json", hash_of([settings(config), [asdict(t) for t in tasks],
                                                   [str(t) for t in tunings or ()], replay]))
     judged.add(0, judge, bundle)
-    previous, notes, fitted = None, [], None
+    previous, notes, stopped = None, [], False
     for number in range(len(tasks)):
         own = _of_task(config, tasks, number, tunings, replay)
         batches = judge.calibration(tasks[:number], own)
-        fitted = fit(bundle, own, previous=previous, batches=batches)
-        if fitted.stopped:
+        try:
+            fitted = fit(bundle, own, previous=previous, batches=batches)
+        except Stopped:
+            stopped = True
+        else:
+            stopped = fitted.stopped
+        if stopped:
             break
         bundle, previous = fitted.bundle, fitted.tuned
         notes.append(_notes(fitted))
@@ -160,7 +168,7 @@ def continual(
         [[row["tasks"][task.name]["accuracy"] for task in tasks] for row in rows],
         [[row["tasks"][task.name]["loss"] for task in tasks] for row in rows],
         {name: [row["others"][name]["perplexity"] for row in rows] for name in others or {}},
-        notes, bool(fitted and fitted.stopped), bundle)
+        notes, stopped, bundle)
 
 
 def _of_task(
@@ -173,6 +181,8 @@ def _of_task(
     data = replace(config.data, train=task.train, eval=task.eval, replay=earlier,
                    calibration=() if number else config.data.calibration)
     tuning = config.tuning if tunings is None else tunings[number]
+    if isinstance(tuning, Osft) and tuning.ranks == "scheduled" and tuning.tasks == 1:
+        tuning = replace(tuning, task=number + 1, tasks=len(tasks))
     return config.replace(data=data, tuning=tuning,
                           out=str(pathlib.Path(config.out) / f"{number:02}_{task.name}"))
 

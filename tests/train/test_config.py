@@ -1,6 +1,7 @@
 """Settings from YAML: what is wrong is named, with the closest that there is."""
 
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.train import Config, Lora, Osft, read_config
-from jaxlm.train.config import from_dict, to_dict
+from jaxlm.train.config import TUNINGS, from_dict, to_dict
 from jaxlm.train.config import settings as compared
+from jaxlm.train.matrices import PROJECTIONS
 from tests.source_tree import ROOT
 
 
@@ -40,6 +42,13 @@ def test_what_yaml_says_is_what_there_is(tmp_path):
     ("tuning: {kind: lorra}", "tuning.kind 'lorra' is unknown.*did you mean 'lora'"),
     ("tuning: {kind: lora, rnk: 3}", "field tuning.rnk .*did you mean 'rank'"),
     ("tuning: {kind: lora, rank: 0}", "tuning.rank is 0"),
+    ("tuning: {kind: lora, alpha: .nan}", "tuning.alpha is nan"),
+    ("tuning: {kind: olora, rank: 0}", "tuning.rank is 0"),
+    ("tuning: {kind: olora, weight: -1}", "tuning.weight is -1.0"),
+    ("tuning: {kind: ewc, weight: -5}", "tuning.weight is -5.0; expected a number of at least 0"),
+    ("tuning: {kind: ewc, decay: 9}", r"tuning.decay is 9.0; expected a number in \[0.0, 1.0\]"),
+    ("checkpoint_minutes: .inf", "checkpoint_minutes is inf"),
+    ("previous: a", "of the ways of tuning only olora and ewc"),
     ("optimizer: {kind: adam}", "optimizer.kind 'adam' is unknown.*'adamw'"),
     ("optimizer: {rate: fast}", "optimizer.rate is 'fast'; expected float"),
     ("optimizer: {rate: -1}", "optimizer.rate is -1.0; expected a number of at least 0"),
@@ -93,6 +102,25 @@ def test_what_a_continuation_may_change():
     longer = base.replace(steps=20, optimizer=cosine)
     assert compared(longer) != compared(longer.replace(steps=10))
     assert compared(base) != compared(base.replace(tuning=Osft()))
+
+
+def test_the_table_of_tunings_has_every_field_and_its_default():
+    page = (ROOT / "docs" / "train.md").read_text().split("Their fields, with `kind`")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in page.split("\n\n")[1].splitlines()[2:]]
+    found, kind = {}, ""
+    for name, fields, defaults, _ in rows:
+        kind = name.strip("`") or kind
+        fields = re.findall(r"`(\w+)`", fields)
+        values = defaults.split(", ") if len(fields) == len(defaults.split(", ")) else [
+            defaults] * len(fields)
+        found |= {(kind, f): v.strip("`") for f, v in zip(fields, values, strict=True)}
+    words = {PROJECTIONS: "all seven projections", (): "none"}
+    wanted = {(kind, f.name): words.get(f.default, str(f.default)) if isinstance(
+        f.default, tuple) else str(f.default)
+        for kind, tuning in TUNINGS.items() for f in dataclasses.fields(tuning)}
+    wanted |= {("olora", f.name): "as lora" for f in dataclasses.fields(Lora)}
+    assert {k: v.replace("`", "") for k, v in found.items()} == wanted and len(PROJECTIONS) == 7
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "configs").glob("*.yaml")),

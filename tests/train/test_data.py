@@ -1,15 +1,18 @@
 """Lines to tokens and weights; what is wrong with a file is said with its line."""
 
+import copy
 import json
+import signal
 
 import numpy as np
 import pytest
 
 from jaxlm.core.errors import DataError
 from jaxlm.hf.bundle import load
-from jaxlm.train import Data
+from jaxlm.train import Data, setup
 from jaxlm.train.data import Reader, open_examples
 from jaxlm.train.setup import reader
+from jaxlm.train.stopping import Stopped, listening
 from tests.tiny import BOS, EOS, write_folder
 from tests.train.small import write
 
@@ -45,6 +48,20 @@ def test_a_completion_is_learnt_and_its_prompt_is_not(read, bundle):
 
 def test_of_a_text_everything_is_learnt_but_its_first_token(read, bundle):
     assert learnt(read({"text": "abc"}), bundle.tokenizer) == "bc</s>"
+
+
+def test_an_end_that_the_tokenizer_adds_is_learnt_too(bundle):
+    """And there is one of it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(bundle.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", EOS)])
+    for record, wanted in (({"prompt": "2+2=", "completion": "four"}, "four</s>"),
+                           ({"text": "abc"}, "bc</s>")):
+        example = Reader(tokenizer, end_id=EOS)(record)
+        assert learnt(example, tokenizer) == wanted
+        assert list(example.tokens).count(EOS) == 1
 
 
 def test_with_loss_on_all_a_prompt_is_learnt_too(bundle):
@@ -103,7 +120,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(bundle, tmp_path):
     ('{"prompt": "a"}', r"is \['prompt'\]; expected"),
     ('{"messages": []}', '"messages" is no list'), ('{"messages": [{"role": "user"}]}', "no list"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "no message has the role 'assistant'"),
-    ('{"text": "a", "more": 1}', "expected"), ('{"text": "\\ud800"}', "surrogate"),
+    ('{"text": "a", "prompt": "b"}', "expected"),
+    ('{"prompt": "a", "complation": "b"}', "is 'complation' meant to be 'completion'"),
+    ('{"text": "a", ', "at column 14"), ('{"text": "a', "at column 10"),
+    ('{"text": "\\ud800"}', "surrogate"),
     ("null", "NoneType"),
 ])
 def test_a_malformed_line_is_named(read, tmp_path, line, said):
@@ -141,3 +161,37 @@ def test_a_long_sample_meets_the_policy_and_is_counted(read, tmp_path):
         open_examples([path], read, 5, "error")
     with pytest.raises(DataError, match="all 3 samples"):
         open_examples([path], read, 2, "skip")
+
+
+def test_other_fields_are_not_read_and_said_once(read, tmp_path):
+    lines = [{"text": "abc"}, {"prompt": "a", "completion": "b"}]
+    plain = open_examples([write(tmp_path / "a.jsonl", lines)], read, 8)
+    more = [line | {"id": 1, "source": None} for line in lines] + [{"text": "d", "id": 2}]
+    with pytest.warns(UserWarning, match=r"'id' \(lines: 3\), 'source' \(lines: 2\)") as said:
+        found = open_examples([write(tmp_path / "b.jsonl", more)], read, 8)
+    assert len(said) == 1 and len(found) == 3
+    for i in range(2):
+        np.testing.assert_array_equal(found[i].tokens, plain[i].tokens)
+        np.testing.assert_array_equal(found[i].weights, plain[i].weights)
+
+
+def test_messages_are_a_sample_beside_any_other_field(chat):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    example = reader(chat, settings_of())({"messages": turns, "prompt": "a", "prompt_id": "x"})
+    assert learnt(example, chat.tokenizer) == "b</s>"
+
+
+def test_lines_are_watched_and_a_sigterm_ends_the_reading(read, tmp_path):
+    path, seen = write(tmp_path / "a.jsonl", [{"text": "abc"}] * 5), []
+
+    def watch(numbers):
+        for number in setup.line_by_line(numbers):
+            seen.append(number)
+            if number == 2:
+                signal.raise_signal(signal.SIGTERM)
+            yield number
+
+    with pytest.raises(Stopped, match="the same command goes on"), listening():
+        open_examples([path], read, 8, watch=watch)
+    assert seen == [0, 1, 2]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,10 +1,7 @@
 """A run: what it computes, where it goes on, how it stops, and what it refuses."""
 
 import json
-import os
 import shutil
-import signal
-import threading
 from dataclasses import replace
 
 import chex
@@ -16,7 +13,7 @@ import pytest
 
 from jaxlm.core.errors import CheckpointError, ConfigError, DeviceError, NumericsError
 from jaxlm.hf.bundle import load
-from jaxlm.train import Full, Lora, MeshSizes, Osft, fit, loop, run
+from jaxlm.train import Ewc, Full, Lora, MeshSizes, Osft, fit, loop, run
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.log import read_log
 from jaxlm.train.optimizers import make_optimizer
@@ -78,13 +75,16 @@ def stop_after(last):
     return asked
 
 
-def test_a_sigterm_saves_and_returns(bundle, tmp_path):
-    config = settings(tmp_path, steps=2000)
-    threading.Timer(6.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    fitted = fit(bundle, config)
-    assert fitted.stopped and 0 < fitted.step < 2000
-    assert (tmp_path / "out" / "checkpoints" / str(fitted.step)).is_dir()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+def test_what_a_tuning_measures_is_logged_without_held_out_data(bundle, tmp_path):
+    ones = jax.tree.map(jnp.ones_like, bundle.params)
+    config = settings(tmp_path, steps=4, evaluate_every=2, tuning=Ewc())
+    fitted = fit(bundle, config, batches=[], previous=(None, {"fisher": ones}))
+    rows = [row for row in fitted.history if "loss" not in row]
+    assert [set(row) for row in rows] == [{"step", "eval/ewc_distance"}] * 2
+    assert [row["step"] for row in rows] == [2, 4]
+    wanted = config.tuning.metrics(*fitted.tuned)["ewc_distance"]
+    np.testing.assert_allclose(fitted.evaluation["ewc_distance"], wanted, rtol=1e-5)
+    assert rows[0]["eval/ewc_distance"] > 0 and wanted > 0
 
 
 def test_a_step_is_a_bare_optax_step(bundle):

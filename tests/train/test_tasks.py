@@ -2,16 +2,18 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jaxlm.core.errors import CheckpointError, ConfigError
-from jaxlm.train import Ewc, Full, OLora, Task, continual, loop, rank_runs
+from jaxlm.train import Ewc, Full, OLora, Osft, Task, continual, loop, rank_runs
 from jaxlm.train.data import open_examples
 from jaxlm.train.evaluation import evaluate
 from jaxlm.train.setup import mesh_of, plain, reader
 from jaxlm.train.tasks import (
+    _of_task,
     average_accuracy,
     backward_transfer,
     forgetting,
@@ -67,6 +69,22 @@ def test_a_course_that_was_stopped_goes_on_to_the_same_end(bundle, tmp_path, tun
         assert found.notes[1] and not np.isnan(list(found.notes[1].values())).any()
     with pytest.raises(CheckpointError, match="of other tasks or settings"):
         continual(make("two").replace(seed=1), tasks(tmp_path), bundle=bundle, others=other)
+
+
+def test_scheduled_ranks_follow_the_tasks(bundle, tmp_path):
+    """Task i of n keeps (i - 1) / n, whether the course counts or the caller did."""
+    scheduled, turns = Osft(ranks="scheduled"), tasks(tmp_path)
+    config = settings(tmp_path, tuning=scheduled)
+    shapes = bundle.lm.shapes()
+
+    def kept(tunings, turns=turns):
+        own = [_of_task(config, turns, i, tunings, False).tuning for i in range(len(turns))]
+        return [tuning.kept(bundle.lm, shapes)["layers_0/attn/q/kernel"] for tuning in own]
+
+    assert kept(None) == [(0,), (8,)]  # of a query matrix of 16 x 32
+    assert kept([replace(scheduled, task=i, tasks=4) for i in (2, 3)]) == [(4,), (8,)]
+    with pytest.raises(ConfigError, match="scheduled' of one task keeps nothing.*tuning.tasks"):
+        kept(None, turns[:1])
 
 
 def test_tasks_need_names_of_their_own(bundle, tmp_path):
