@@ -76,10 +76,11 @@ def test_muon_takes_each_part_for_its_one_matrix(path, shape, matrix):
     np.testing.assert_allclose(found, jnp.stack(wanted), atol=1e-5)
 
 
-def test_muon_leaves_singular_values_to_adam():
+@pytest.mark.parametrize("path", ["stack/layers_0/mlp/up/kernel/s", "embed/table"])
+def test_muon_leaves_what_is_no_matrix_to_adam(path):
     gradient = jax.random.normal(jax.random.key(0), (3, 4))
-    found = orthogonalised("stack/layers_0/mlp/up/kernel/s", gradient)
-    np.testing.assert_allclose(found, -jnp.sign(gradient), atol=1e-4)  # Adam's first step
-    tables = orthogonalised("embed/table", gradient)
-    np.testing.assert_allclose(tables, -jnp.sign(gradient), atol=1e-4)
-    assert optax.tree.norm(orthogonalised("layers_0/mlp/up/kernel", gradient)) < 3
+    found = orthogonalised(path, gradient)
+    first = 1 + 0.9 * 0.1 / (1 - 0.9**2)  # of Adam with Nesterov's momentum: every entry's size
+    np.testing.assert_allclose(found, -first * jnp.sign(gradient), rtol=1e-4)
+    alone = orthogonalised("layers_0/mlp/up/kernel", gradient)
+    assert optax.tree.norm(alone) < 0.6 * optax.tree.norm(found)

@@ -181,6 +181,9 @@ def test_subspace_iteration_finds_the_leading_part(monkeypatch):
     monkeypatch.setattr(subspace, "LARGE", 64)
     part, = decompose([w], [8])
     assert part.u.shape == (96, 8) and LARGE > 64
+    mesh, spec = make_mesh(data=2, fsdp=2, tensor=2), PartitionSpec("fsdp", "tensor")
+    on_each, = decompose([jax.device_put(w, NamedSharding(mesh, spec))], [8], mesh, spec=spec)
+    np.testing.assert_allclose(projector(on_each.u), projector(part.u), atol=1e-4)
 
 
 def test_a_flat_spectrum_is_decomposed_whole(monkeypatch):
