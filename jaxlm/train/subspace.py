@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +190,7 @@ def shared(
         return Svd(back_by_rows(found.u, split), back(found.s, every),
                    back_by_columns(found.v, split)), back(residual, every)
 
-    out = Svd(split.rows_spec, PartitionSpec(), split.columns_spec), PartitionSpec()
+    specs: list[Any] = [split.rows_spec, PartitionSpec(), split.columns_spec]
+    out = Svd(*specs), PartitionSpec()
     return jax.jit(jax.shard_map(on_each, mesh=mesh, in_specs=spec, out_specs=out,
                                  check_vma=False))
