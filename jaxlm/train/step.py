@@ -136,7 +136,8 @@ def _opened(
 
     def merged(moved):
         new = iter(moved)
-        return tree.unflatten([next(new) if m else x for x, m in zip(leaves, moves, strict=True)])
+        chosen = [next(new) if m else x for x, m in zip(leaves, moves, strict=True)]
+        return jax.tree.unflatten(tree, chosen)
 
     return low(moved), pull, merged
 
