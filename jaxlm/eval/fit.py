@@ -25,6 +25,7 @@ from jaxlm.models.lm import LM
 from jaxlm.models.stack import stack, stack_axes
 from jaxlm.train.checkpoint import place_state
 from jaxlm.train.osft import Osft
+from jaxlm.train.packing import fill
 from jaxlm.train.step import TrainState, init_state, lm_objective, train_step, tuned_step
 from jaxlm.train.subspace import blank
 from jaxlm.train.tuning import Tuning
@@ -228,6 +229,6 @@ def tuned_program(
     def step(state, frozen, batch):
         return tuned_step(lm_objective(lm), tuning, optimizer, state, frozen, batch, dtype=dtype)
 
-    tokens = _batch(mesh, jnp.int32, batch, context + 1)
-    args = _placed(state, where), _placed(frozen, frozen_places), {"tokens": tokens}
-    return step, args, where
+    row = fill([], context + 1)  # as `Batches` makes it: weights, segments and positions too
+    rows = {name: _batch(mesh, x.dtype, batch, *x.shape) for name, x in row.items()}
+    return step, (_placed(state, where), _placed(frozen, frozen_places), rows), where

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core.mesh import shardings
 from jaxlm.core.tree import flatten
@@ -62,24 +62,45 @@ def find_bases(
     build: Callable[..., Parts] = {"update": _update, "factored": _factored,
                                    "coordinates": _coordinates}[form]
     shapes = {path: as_matrix(path, flat[path].shape) for path in kept}
+    places: dict[str, NamedSharding] = {} if mesh is None else flatten(shardings(
+        {path: axes_of(path) for path in kept}, {path: flat[path] for path in kept}, mesh))
+    specs = {path: _spec(path, places.get(path)) for path in kept}
+    alike = lambda path: (*shapes[path][1:], str(specs[path]))
     made = {}
-    groups = itertools.groupby(sorted(kept, key=lambda path: shapes[path][1:]),
-                               key=lambda path: shapes[path][1:])
     from tqdm import tqdm  # comes with huggingface_hub
 
     with tqdm(total=sum(map(len, kept.values())), desc="SVD", unit="matrix",
               disable=None, leave=False) as bar:
-        for (n, m), group in groups:
+        for (n, m, _), group in itertools.groupby(sorted(kept, key=alike), key=alike):
             paths = list(group)
             all_k = [k for path in paths for k in kept[path]]
-            every = (one for path in paths for one in flat[path].reshape(-1, n, m))
+            every = (one for path in paths
+                     for one in matrices_of(path, jax.device_put(flat[path], places.get(path))))
             low = form != "update" or constraint == "two_sided" and _needs_low(n, m, all_k)
-            found = decompose(every, all_k, mesh, whole=low)
+            found = decompose(every, all_k, mesh, whole=low, spec=specs[paths[0]])
             for path in paths:
                 parts = build([_step(bar, next(found)) for _ in kept[path]], kept[path], n, m,
                               constraint)
                 made[path] = placed(path, parts, shapes[path], flat[path].shape, mesh)
     return made
+
+
+def matrices_of(path: str, kernel: jax.Array) -> Iterator[jax.Array]:
+    """Each matrix (n, m) of a kernel.
+
+    By index: to iterate over an array that is split is to fetch it to the host.
+    """
+    whole = matrix(path, kernel)
+    whole = whole.reshape(-1, *whole.shape[-2:])
+    return (whole[i] for i in range(whole.shape[0]))
+
+
+def _spec(path: str, where: NamedSharding | None) -> PartitionSpec:
+    """How rows and columns of a kernel's matrices lie over the mesh."""
+    if where is None:
+        return PartitionSpec()
+    lead = int(path.startswith(f"{STACK}/"))
+    return PartitionSpec(where.spec[lead], where.spec[lead + input_axes(path)])
 
 
 def _step(bar: Any, found: Svd) -> Svd:

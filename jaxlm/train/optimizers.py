@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from jaxlm.models.stack import STACK
 from jaxlm.train.config import Optimizer
-from jaxlm.train.matrices import as_matrix, input_axes
+from jaxlm.train.matrices import input_axes
 
-FLAT = ("scale", "bias")  # what is no matrix, stacked or not
+VECTORS = ("scale", "bias", "s")  # what is no matrix, stacked or not; s: singular values
 TABLES = ("table",)  # rows looked up, not a map
 
 
@@ -76,19 +77,27 @@ def _muon(settings: Optimizer) -> optax.GradientTransformation:
 
 
 def _dimensions(path: str, leaf: jax.Array) -> MuonDimensionNumbers | None:
-    if path.endswith("/kernel"):
-        lead = len(as_matrix(path, leaf.shape).lead)
-        split = lead + input_axes(path)
-        return MuonDimensionNumbers(tuple(range(lead, split)), tuple(range(split, leaf.ndim)))
-    name = path.rsplit("/", 1)[-1]
-    if leaf.ndim < 2 or name in FLAT + TABLES:
+    """Which axes are a matrix's rows and which its columns; None for what is no matrix.
+
+    Stacked layers are matrices side by side. Of a kernel's parts (a factor, an adapter, a core)
+    the last axis is the columns: `o/kernel/u` (heads, width, r) is one matrix.
+    """
+    name, lead = path.rsplit("/", 1)[-1], int(path.startswith(f"{STACK}/"))
+    if not _is_matrix(path, leaf) or name in TABLES:
         return None
-    return MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
+    split = lead + input_axes(path) if name == "kernel" else leaf.ndim - 1
+    return MuonDimensionNumbers(tuple(range(lead, split)), tuple(range(split, leaf.ndim)))
+
+
+def _is_matrix(path: str, leaf: jax.Array) -> bool:
+    """By the leaf's name and its axes, those of stacked layers apart."""
+    lead = int(path.startswith(f"{STACK}/"))
+    return path.rsplit("/", 1)[-1] not in VECTORS and leaf.ndim > 1 + lead
 
 
 def _decays(tree: Any) -> Any:
     """Weight decay is for matrices."""
-    return _named(lambda path, leaf: path.rsplit("/", 1)[-1] not in FLAT and leaf.ndim > 1, tree)
+    return _named(_is_matrix, tree)
 
 
 def _named(function: Any, tree: Any) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.extend.core import Literal
 
 from jaxlm.core.tree import Params
 from jaxlm.models.lm import LM
@@ -81,6 +82,11 @@ def tuned_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`train_step` on what a tuning trains (`state.params`), in the order that `Tuning` gives.
 
+    The parameters are made once a step, and the gradient with respect to them is carried back to
+    what is trained once, however many parts the batch has. The price is memory: with several
+    parts, the sum of gradients has the shapes of the parameters that training moves, in float32,
+    though what is trained be smaller (adapters, coordinates).
+
     Args:
       optimizer: not yet wrapped by the tuning; `state.opt_state` is of the wrapped one.
       batch: arrays that lead with rows, a multiple of `parts`.
@@ -89,13 +95,15 @@ def tuned_step(
       dtype: of the compute; `state.params` stay float32.
     Returns: the next state, and metrics: those of the objective, `penalty` and `grad_norm`.
     """
-    def loss(trained, part):
-        params = tuning.materialise(trained, frozen)
-        value, metrics = objective(jax.tree.map(lambda x: x.astype(dtype), params), part, key)
+    trained = state.params
+    moved, pull, merged = _opened(lambda x: tuning.materialise(x, frozen), trained, dtype)
+
+    def loss(moved, part):
+        value, metrics = objective(merged(moved), part, key)
         return value * metrics["tokens"], metrics
 
-    trained = state.params
-    grads, metrics = _summed(jax.grad(loss, has_aux=True), trained, batch, parts)
+    grads, metrics = _summed(jax.grad(loss, has_aux=True), moved, batch, parts)
+    grads = pull(grads)
     penalty, tied = jax.value_and_grad(tuning.penalty)(trained, frozen)
     total = jnp.maximum(metrics["tokens"], 1e-9)
     grads = jax.tree.map(lambda g, p: g / total + p, grads, tied)
@@ -106,18 +114,64 @@ def tuned_step(
     return TrainState(trained, opt_state, state.step + 1), metrics
 
 
-def _summed(grad: Callable, trained: Any, batch: Any, parts: int) -> tuple[Any, dict]:
-    """Gradients and metrics over the parts of a batch, one part after another."""
+def _opened(
+    materialise: Callable[[Any], Params], trained: Any, dtype: Any
+) -> tuple[list[jax.Array], Callable, Callable]:
+    """The parameters that training moves, apart from those that it does not.
+
+    A gradient with respect to all would be a product too many for every frozen matrix.
+    Returns: the list of those that move, in `dtype`; their gradients to those of what is trained;
+      the list, or another, to whole parameters.
+    """
+    moves = depends(materialise, trained)
+
+    def some(trained):
+        params = materialise(trained)
+        return [x for x, m in zip(jax.tree.leaves(params), moves, strict=True) if m], params
+
+    moved, transpose, params = jax.vjp(some, trained, has_aux=True)
+    pull = lambda grads: transpose(jax.tree.map(lambda g, x: g.astype(x.dtype), grads, moved))[0]
+    low = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+    leaves, tree = jax.tree.flatten(low(params))
+
+    def merged(moved):
+        new = iter(moved)
+        chosen = [next(new) if m else x for x, m in zip(leaves, moves, strict=True)]
+        return jax.tree.unflatten(tree, chosen)
+
+    return low(moved), pull, merged
+
+
+def depends(function: Callable[[Any], Any], x: Any) -> list[bool]:
+    """Which leaves of `function(x)` depend on x, by the traced program.
+
+    >>> depends(lambda x: {"a": 2 * x, "b": jnp.ones(3)}, 1.0)
+    [True, False]
+    """
+    program = jax.make_jaxpr(function)(x).jaxpr
+    known = set(program.invars)
+    has = lambda var: not isinstance(var, Literal) and var in known
+    for equation in program.eqns:
+        if any(map(has, equation.invars)):
+            known.update(equation.outvars)
+    return [has(var) for var in program.outvars]
+
+
+def _summed(grad: Callable, params: Any, batch: Any, parts: int) -> tuple[Any, dict]:
+    """Gradients, at least float32, and metrics over a batch's parts, one part after another."""
+    wide = lambda tree: jax.tree.map(
+        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
     if parts == 1:
-        return grad(trained, batch)
+        grads, metrics = grad(params, batch)
+        return wide(grads), metrics
     split = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch)
 
     def add(total, part):
-        grads, metrics = grad(trained, part)
-        return jax.tree.map(jnp.add, total, grads), metrics
+        grads, metrics = grad(params, part)
+        return jax.tree.map(jnp.add, total, wide(grads)), metrics
 
-    zeros = jax.tree.map(jnp.zeros_like, trained)
+    zeros = wide(jax.tree.map(jnp.zeros_like, params))
     grads, each = jax.lax.scan(add, zeros, split)
     tokens = each["tokens"].sum()
     weigh = lambda x: (x * each["tokens"]).sum() / jnp.maximum(tokens, 1e-9)

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxlm.core.errors import NumericsError
+from jaxlm.train.exchange import back, back_by_columns, back_by_rows, own, split_of
 
 HIGHEST = jax.lax.Precision.HIGHEST  # passes of bfloat16 or TF32 would leak a thousandth
 LARGE = 2048  # from here on, a leading quarter or less is found by iteration
 EXTRA, ROUNDS = 16, 8  # columns beyond the k that are wanted; products with W W^T
+UNSPLIT = PartitionSpec()
 RESIDUAL = 1e-3  # of the values found; above it, the whole SVD is taken
 
 
@@ -111,25 +113,27 @@ def complement(u: jax.Array) -> jax.Array:
 
 def decompose(
     matrices: Iterable[jax.Array], ranks: Iterable[int], mesh: Mesh | None = None,
-    whole: bool = False,
+    whole: bool = False, spec: PartitionSpec = UNSPLIT,
 ) -> Iterator[Svd]:
     """The SVD of each of many matrices of one shape; as many at once as there are devices.
 
-    Nothing goes through the host: matrices move between devices, one to each. Where a leading
-    part is found by iteration and its residual is above `RESIDUAL`, the whole SVD is taken.
+    Nothing goes through the host: matrices move between devices, one to each, and what is found
+    goes back to where their rows and columns lie. Where a leading part is found by iteration and
+    its residual is above `RESIDUAL`, the whole SVD is taken.
 
     Args:
       matrices: (n, m) each.
       ranks: of each, the leading columns that are needed at least.
       whole: never a part only.
+      spec: how rows and columns lie over the mesh; sizes that divide.
     Yields: an `Svd` of all min(n, m) columns, or of that matrix's rank.
     Raises: NumericsError for a matrix with a NaN or an infinity.
     """
     waiting, k, done = iter(matrices), max(ranks, default=0), 0
     at_once = 1 if mesh is None else mesh.size
     while some := list(itertools.islice(waiting, at_once)):
-        padded = some + [jnp.zeros_like(some[0])] * (at_once - len(some))
-        for found in _several(padded, len(some), k, mesh, whole):
+        padded = some + some[:1] * (at_once - len(some))  # a device without one has company's
+        for found in _several(padded, len(some), k, mesh, whole, spec):
             if not bool(jnp.isfinite(found.s).all()):
                 raise NumericsError(f"matrix {done} of shape {some[0].shape} has no SVD: it holds "
                                     "a NaN or an infinity; take a checkpoint from before that")
@@ -139,7 +143,7 @@ def decompose(
 
 def blank(
     matrices: Iterable[jax.Array], ranks: Iterable[int], mesh: Mesh | None = None,
-    whole: bool = False,
+    whole: bool = False, spec: PartitionSpec = UNSPLIT,
 ) -> Iterator[Svd]:
     """As `decompose`, of zeros: to know shapes without any work, under `jax.eval_shape`."""
     for w in matrices:
@@ -149,32 +153,44 @@ def blank(
 
 
 def _several(
-    matrices: list[jax.Array], count: int, k: int, mesh: Mesh | None, whole: bool
+    matrices: list[jax.Array], count: int, k: int, mesh: Mesh | None, whole: bool,
+    spec: PartitionSpec,
 ) -> list[Svd]:
     """One matrix a device; the first `count` are wanted."""
     least = min(matrices[0].shape)
     apart = lambda found: [Svd(*(part[i] for part in found)) for i in range(count)]
     if not whole and least >= LARGE and 0 < k <= least // 4:
-        found, residual = shared(k, mesh)(matrices)
+        found, residual = shared(k, mesh, spec)(matrices)
         if bool((residual[:count] <= RESIDUAL).all()):
             return apart(found)
-    return apart(shared(None, mesh)(matrices))
+    return apart(shared(None, mesh, spec)(matrices)[0])
 
 
 @lru_cache
-def shared(k: int | None, mesh: Mesh | None) -> Callable[[list[jax.Array]], Any]:
-    """The jitted `svd` (k None) or `leading` of a stack of matrices, each device having its own."""
-    function = svd if k is None else lambda w: leading(w, k, jax.random.key(0))
+def shared(
+    k: int | None, mesh: Mesh | None, spec: PartitionSpec
+) -> Callable[[list[jax.Array]], tuple[Svd, jax.Array]]:
+    """The jitted `svd` (k None; its residual is 0) or `leading` of matrices, one to a device.
+
+    U comes back over the axes of the mesh that the rows lie over, V over those of the columns.
+    """
+    def function(w):
+        w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+        if k is None:
+            return svd(w), jnp.zeros(w.shape[0])
+        return leading(w, k, jax.random.key(0))
+
     if mesh is None or mesh.size == 1:
-        return jax.jit(lambda matrices: function(_stacked(matrices)))
-    by_layer = PartitionSpec(mesh.axis_names)
-    apart = jax.shard_map(function, mesh=mesh, in_specs=by_layer, out_specs=by_layer,
-                          check_vma=False)
-    where = NamedSharding(mesh, by_layer)
-    return jax.jit(
-        lambda matrices: apart(jax.lax.with_sharding_constraint(_stacked(matrices), where)))
+        return jax.jit(lambda matrices: function(jnp.stack(matrices)))
+    split = split_of(spec, mesh)
 
+    def on_each(matrices):
+        found, residual = function(own(matrices, split))
+        every = split.copies + split.rows + split.columns
+        return Svd(back_by_rows(found.u, split), back(found.s, every),
+                   back_by_columns(found.v, split)), back(residual, every)
 
-def _stacked(matrices: list[jax.Array]) -> jax.Array:
-    return jnp.stack([matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-                      for matrix in matrices])
+    specs: list[Any] = [split.rows_spec, PartitionSpec(), split.columns_spec]
+    out = Svd(*specs), PartitionSpec()
+    return jax.jit(jax.shard_map(on_each, mesh=mesh, in_specs=spec, out_specs=out,
+                                 check_vma=False))

@@ -24,6 +24,7 @@ class Tuning(Protocol):
         trained = settle(trained + updates, frozen)
 
     so `wrap` may place a transformation last in the chain, and weight decay acts on `decayed`.
+    `materialise` and its transpose run once a step, however many parts a batch has.
     """
 
     def start(self, lm: LM, params: Params, key: jax.Array, **calibration: Any) -> tuple[

@@ -14,11 +14,14 @@ from jaxlm.core.hlo import collective_bytes
 from jaxlm.core.mesh import make_mesh
 from jaxlm.core.targets import CARDS, describe, target
 from jaxlm.eval.fit import _decode, _prefill, _train, _tuned, fit, mesh_sizes, tuned_program
+from jaxlm.hf.bundle import load
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.lm import LM, count_params
 from jaxlm.models.presets import preset
 from jaxlm.train.osft import Osft
+from jaxlm.train.setup import sources
 from jaxlm.train.tuning import Full
+from tests.train.small import settings
 
 SMALL = ModelConfig(vocab_size=512, dim=256, num_layers=2, num_heads=8, num_kv_heads=4,
                     head_dim=64, ffn_dim=512)
@@ -156,6 +159,15 @@ def test_an_osft_job_compiles_what_the_trainer_runs(form):
     program, held, _ = _tuned(Osft(form), SMALL, mesh, 8, 64, Dense(), jnp.float32)
     assert program.flops > 0 and program.collective_bytes > 0
     assert held / 8 < program.arguments < 3.5 * held / 8  # the moments, and what is on every device
+
+
+def test_an_osft_job_reads_the_batch_that_the_trainer_makes(tmp_path):
+    config = settings(tmp_path)
+    made = sources(load("tiny"), config, None).train[0]
+    lm = LM(SMALL, mesh=make_mesh(devices=jax.devices()[:1]))
+    _, (_, _, batch), _ = tuned_program(Full(), lm, config.rows, config.data.window)
+    of = lambda tree: {name: (x.shape, x.dtype) for name, x in tree.items()}
+    assert of(batch) == of(made) and "segments" in batch
 
 
 def check_shared(devices):

@@ -19,6 +19,7 @@ from jaxlm.train.step import TrainState, lm_objective, tuned_step
 from jaxlm.train.subspace import LARGE, decompose, leading, shared, svd
 
 N, M, K = 64, 96, 16
+FORMS = ("update", "coordinates", "factored")
 
 
 def compiled(mesh, basis_columns):
@@ -90,22 +91,81 @@ def test_eight_devices_train_as_one(form):
     assert together[1]["leak_left"] < 5e-7 and together[1]["leak_right"] < 5e-7
 
 
-def test_each_device_decomposes_its_own_matrices():
-    """Ten matrices over eight devices; what a program moves is matrices between devices only."""
-    mesh = make_mesh(fsdp=4, tensor=2)
+SPLITS = [({"fsdp": 4, "tensor": 2}, ("fsdp", "tensor")),
+          ({"fsdp": 2, "tensor": 4}, ("tensor", "fsdp")),
+          ({"data": 2, "fsdp": 2, "tensor": 2}, ("fsdp", "tensor")), ({"data": 8}, (None, None)),
+          ({"data": 2, "tensor": 4}, (None, "tensor"))]
+
+
+@pytest.mark.parametrize(("sizes", "axes"), SPLITS, ids=str)
+def test_each_device_decomposes_its_own_matrices(sizes, axes):
+    """Ten matrices over eight devices, however they lie on them."""
+    mesh, spec = make_mesh(**sizes), PartitionSpec(*axes)
     keys = jax.random.split(jax.random.key(0), 10)
-    where = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    where = NamedSharding(mesh, spec)
     matrices = [jax.device_put(jax.random.normal(key, (16, 8)), where) for key in keys]
-    found = list(decompose(matrices, [3] * 10, mesh))
+    found = list(decompose(matrices, [3] * 10, mesh, spec=spec))
     for w, one in zip(matrices, found, strict=True):
         np.testing.assert_allclose((one.u * one.s) @ one.v.T, w, atol=1e-5)
-    run = shared(None, mesh)
-    text = run.lower(matrices[:8]).compile().as_text()
-    assert len(run(matrices[:8]).u.sharding.device_set) == 8
-    assert run(matrices[:8]).u.sharding.shard_shape((8, 16, 8)) == (1, 16, 8)
-    assert not re.search(r"\b(infeed|outfeed|send|recv)\(", text)
+        assert one.u.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(axes[0])), 2)
+        assert one.v.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(axes[1])), 2)
+
+
+def sizes_of(text):
+    """Of every float array of a compiled program."""
+    return [int(np.prod([int(d) for d in dims.split(",") if d], dtype=int))
+            for dims in re.findall(r"f32\[([\d,]*)\]", text)]
+
+
+def all_on_each(matrices, mesh):
+    """The negative control: the same, left to the compiler."""
+    where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    apart = jax.shard_map(svd, mesh=mesh, in_specs=where.spec, out_specs=where.spec)
+    return jax.jit(lambda w: apart(jax.lax.with_sharding_constraint(
+        jnp.stack(w), where))).lower(matrices).compile().as_text()
+
+
+@pytest.fixture
+def uncached():
+    """Programs compiled here are not written down: one that is read back warns of nothing."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+
+
+def test_a_device_holds_one_matrix_at_a_time(capfd, uncached):
+    """The compiler does not replicate the stack to split it again, of which it would warn."""
+    mesh, spec = make_mesh(data=2, fsdp=2, tensor=2), PartitionSpec("fsdp", "tensor")
+    n, m = 18, 10
+    w = jax.ShapeDtypeStruct((n, m), jnp.float32, sharding=NamedSharding(mesh, spec))
+    text = shared(None, mesh, spec).lower([w] * 8).compile().as_text()
+    quiet = capfd.readouterr().err
+    control = all_on_each([w] * 8, mesh)
+    warned = capfd.readouterr().err
+    back = 8 * n * m // 2  # U whole, of all eight, over the two parts of the rows
+    assert max(sizes_of(text)) <= back < 8 * n * m <= max(sizes_of(control))
     decomposed = [line for line in text.splitlines() if "gesdd" in line]
-    assert decomposed and all("f32[1," in line or "f32[8,16]" in line for line in decomposed)
+    assert decomposed and all(max(sizes_of(line)) <= n * m for line in decomposed)
+    assert "rematerialization" in warned and "rematerialization" not in quiet
+    assert not re.search(r"\b(infeed|outfeed|send|recv)\(", text)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_start_fetches_no_weight_to_the_host(form, monkeypatch):
+    lm = LM(CONFIG, mesh=make_mesh(data=2, fsdp=2, tensor=2))
+    params = jax.device_put(lm.init(jax.random.key(0)),
+                            shardings(lm.axes(), lm.shapes(), lm.mesh))
+    kind, fetched = type(params["embed"]["table"]), []
+    read = kind._value
+    monkeypatch.setattr(kind, "_value", property(
+        lambda self: (fetched.append(self.shape), read.fget(self))[1]))
+    Osft(form, 0.4).start(lm, params, jax.random.key(1))
+    assert fetched and not [shape for shape in fetched if len(shape) > 1]
+    fetched.clear()
+    list(params["layers_0"]["mlp"]["up"]["kernel"])  # what would fetch one
+    assert set(fetched) == {(16, 24)}
 
 
 def test_subspace_iteration_finds_the_leading_part(monkeypatch):
@@ -121,6 +181,9 @@ def test_subspace_iteration_finds_the_leading_part(monkeypatch):
     monkeypatch.setattr(subspace, "LARGE", 64)
     part, = decompose([w], [8])
     assert part.u.shape == (96, 8) and LARGE > 64
+    mesh, spec = make_mesh(data=2, fsdp=2, tensor=2), PartitionSpec("fsdp", "tensor")
+    on_each, = decompose([jax.device_put(w, NamedSharding(mesh, spec))], [8], mesh, spec=spec)
+    np.testing.assert_allclose(projector(on_each.u), projector(part.u), atol=1e-4)
 
 
 def test_a_flat_spectrum_is_decomposed_whole(monkeypatch):

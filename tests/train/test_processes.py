@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from jaxlm.hf.weights import load_params
-from jaxlm.train import Config, MeshSizes, run
+from jaxlm.train import Config, MeshSizes, Osft, run
 from jaxlm.train.config import to_dict
 from tests.source_tree import ROOT
-from tests.train.small import settings
+from tests.train.small import settings, sums
 
 TIMEOUT_S = 900
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -162,3 +162,23 @@ def test_two_processes_train_save_and_go_on_as_one(tiny_folder, tmp_path):
                  exported, alone.bundle.params)
     longer = run(config.replace(steps=8, mesh=MeshSizes()))
     assert longer.step == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["update", "coordinates", "factored"])
+def test_two_processes_protect_subspaces_as_one(tiny_folder, tmp_path, form):
+    """Weights lie over both: bases, steps, a checkpoint taken up, evaluation and its leaks."""
+    held_out = str(sums(tmp_path / "held_out.jsonl", 16, seed=1))
+    config = settings(tmp_path, steps=2, model=str(tiny_folder), tuning=Osft(form),
+                      optimizer={"kind": "sgd"}, mesh=MeshSizes(fsdp=2, tensor=2),
+                      data={"eval": (held_out,)}, evaluate_every=1)
+    finish(start_two(config, tmp_path))
+    finish(start_two(config.replace(steps=4), tmp_path))
+    said = [json.loads((tmp_path / f"said.{i}").read_text()) for i in range(2)]
+    alone = run(config.replace(steps=4, mesh=MeshSizes(), out=f"{tmp_path}/alone"))
+    losses = [row["loss"] for row in alone.history if "loss" in row]
+    for one in said:
+        assert one["step"] == 4 and len(one["losses"]) == 4
+        np.testing.assert_allclose(one["losses"], losses, rtol=1e-4)
+        np.testing.assert_allclose(one["evaluation"]["loss"], alone.evaluation["loss"], rtol=1e-4)
+        assert one["evaluation"]["leak_left"] < 5e-7 and one["evaluation"]["leak_right"] < 5e-7

@@ -31,6 +31,7 @@ def main(config: str, out: str, coordinator: str, processes: int, process: int) 
     with open(f"{out}.{process}", "w") as file:
         json.dump({"losses": [row["loss"] for row in fitted.history if "loss" in row],
                    "step": fitted.step, "stopped": fitted.stopped,
+                   "evaluation": fitted.evaluation,
                    "tokenised_at_first": tokenised[0]}, file)
 
 
