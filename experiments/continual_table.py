@@ -13,9 +13,9 @@ WORDS = {
 }
 
 
-def filled(page: str, metrics: dict[str, Any]) -> str:
+def filled(page: str, metrics: dict[str, Any], tables: dict[str, Any] | None = None) -> str:
     """The page with its tables between their markers. Raises: ValueError where a marker lacks."""
-    for name, table in TABLES.items():
+    for name, table in (tables or TABLES).items():
         begin, end = BEGIN.format(name), END.format(name)
         if page.count(begin) != 1 or page.count(end) != 1:
             raise ValueError(f"the page needs {begin!r} and {end!r} once each")

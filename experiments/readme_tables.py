@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import continual_table
+from experiments import continual_table, recipe_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -100,6 +100,13 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "particle filter, 32 particles x 8 prompts, time per iteration over plain decoding"),
         Row("pf_speed", "row_utilisation.uniform_fixed",
             "rows at work, steps of 8 to 24 tokens"),
+        Row("pf_speed", "row_utilisation.lognormal_fixed",
+            "rows at work, log-normal steps (median 12)"),
+        Row("pf_speed", "lent_speed",
+            "a queue of prompts, 256 rows at once of 16 resident prompts against all rows of 8",
+            TIMES),
+        Row("pf_speed", "lent_speed_alone", "the part of it that is resampling by prompt", TIMES),
+        Row("pf_speed", "lent_bytes_ratio", "memory of 16 resident prompts over that of 8"),
         Row("pf_speed", "prompt_copies", "copies of a prompt that 32 particles hold", "{:.0f}"),
         Row("pf_speed", "resample_extra_layers",
             "layers of suffix that resampling needs beside the state", "{:.1f}"),
@@ -134,6 +141,13 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         *(Row("osft_continual", f"{metric}.{row}", f"five tasks in turn, {words}: {row}", PERCENT)
           for row in ("full", "replay", "ewc", "olora", "osft importance", "osft uniform")
           for metric, words in (("accuracy", "average accuracy"), ("forgetting", "forgetting"))),
+        *(Row("sft_recipe", f"early_{name}_spearman", f"36 fine-tuning runs, {words} of the first "
+              "8 steps: rank correlation with the final quality", "{:+.2f}")
+          for name, words in (("loss", "training loss"), ("gradnorm", "gradient norm"))),
+        Row("sft_recipe", "stacked_minus_phased", "held-out loss of shuffled samples less that of "
+            "three phases in turn, nats a token", "{:+.3f}"),
+        Row("masked_thought", "gain_points.share 0.2.mean", "a fifth of the tokens masked, 128 "
+            "worked sums: points gained on held-out ones", "{:+.1f}"),
     ),
 }
 
@@ -141,6 +155,8 @@ WANTED = (("decode_b1_ratio", "15"), ("decode_b32_ratio", "2, better 4"),
           ("bandwidth_fraction", "0.7"), ("decode_135m_ratio", "1.2"), ("prefill_ratio", "1.2"),
           ("first_token_s", "at most 5"), ("import_s", "at most 0.3"),
           ("import_and_names_s", "at most 0.3"))
+
+FOUND_TABLES = {"osft_continual": continual_table.TABLES, **recipe_table.TABLES}
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -242,8 +258,10 @@ def main() -> int:
 
 def found_page(page: str) -> str:
     """docs/found.md with its tables up to date."""
-    path = RESULTS / "osft_continual" / "cpu.json"
-    return continual_table.filled(page, json.loads(path.read_text())["metrics"])
+    for result in results(RESULTS):
+        if tables := FOUND_TABLES.get(result["name"]):
+            page = continual_table.filled(page, result["metrics"], tables)
+    return page
 
 
 def bench_table() -> str:
