@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from jaxlm.train import Ewc, Full, Lora, OLora, Osft
 from jaxlm.train.config import AnyTuning
 
-FULL = (1e-3, 2e-3, 4e-3)
-PART = (3e-3, 6e-3, 1.2e-2)  # adapters and projected updates move less at the same rate
+FULL = (3e-4, 1e-3, 3e-3)
+PART = (1e-3, 3e-3, 1e-2)  # adapters and projected updates move less at the same rate
 
 
 @dataclass(frozen=True)

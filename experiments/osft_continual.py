@@ -2,11 +2,11 @@
 
 Command: python experiments/osft_continual.py --out experiments/results/osft_continual/cpu.json
 Hardware: 2 CPU cores, 3 GB.
-Minutes: 75 of one core, and 16 once for the model; a stopped run goes on where it was, and
-    a second process with the same command shares the courses.
+Minutes: 180 of one core by its first courses, and 12 once for the model; a stopped run goes on
+    where it was, and a second process with the same command takes a share of the courses
 Expected: `forgetting` of the OSFT rows below that of full fine-tuning; `accuracy` says what it cost
 
-A model pre-trained here (asked_model.py) learns AG News, Amazon, DBpedia, SST-2 and Yelp in three
+A model pre-trained here (text_model.py) learns AG News, Amazon, DBpedia, SST-2 and Yelp in three
 orders, named after the published ones that they are variants of, with three seeds: of the samples,
 their order and what starts at random. The answer is the label's text, right when all of it is the
 likeliest (greedy decoding gives it then: the two are one measure). Each row's rate is the best of
@@ -15,8 +15,8 @@ three by average accuracy on validation parts, in another order with another see
 - `accuracy`, `backward`, `forward`, `forgetting`: mean over the courses with a 95 % interval.
 - `accuracy_minus_olora_points`, `forgetting_minus_olora_points`: paired over the courses.
 - `osft_forgets_least`: whether an OSFT row forgets less than every other, that is no reference.
-- `others`: perplexity of Wikipedia and of instructions' answers, token accuracy of those, before
-  and after; `notes`: share of the updates in protected and free subspaces.
+- `general`: perplexity and token accuracy of Wikipedia and of instructions' answers, before and
+  after; the share of the updates in protected and free subspaces.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from experiments import _harness, asked_model
+from experiments import _harness, text_model
 from experiments.continual_courses import Length, course
 from experiments.continual_rows import ROWS
 from experiments.continual_tasks import ORDERS, TUNING_ORDER, Files, Sizes, prepare
@@ -42,7 +42,7 @@ from jaxlm.hf.bundle import Bundle
 from jaxlm.train.tasks import backward_transfer, forgetting, forward_transfer
 
 SEEDS, TUNING_SEED = 3, 100
-SIZES, LENGTH = Sizes(train=400, test=60, other=20), Length(epochs=1)
+SIZES, LENGTH = Sizes(train=1000, test=80, other=30), Length(epochs=1)
 HEADLINE, OTHER = "osft importance", "olora"  # compared; chosen before any course was run
 REFERENCES = ("alone", "joint")
 ANY = "any"  # the order of what has none
@@ -69,7 +69,7 @@ class Courses:
     def __init__(self, bundle: Bundle, args: argparse.Namespace):
         self.bundle, self.data, self.work = bundle, args.data, args.work
         self.sizes, self.length = (Sizes(8, 4, 2), Length(1)) if args.smoke else (SIZES, LENGTH)
-        weights = (args.work / "asked" / "model" / "model.safetensors").read_bytes()
+        weights = (args.model / "model" / "model.safetensors").read_bytes()
         self.about = {"model": hashlib.sha256(weights).hexdigest(), "sizes": asdict(self.sizes),
                       "length": asdict(self.length)}
         self.files: dict[int, Files] = {}
@@ -208,7 +208,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.smoke:
         args.work = args.model = Path(tempfile.mkdtemp())
     enable_compilation_cache(args.work / "programs")
-    bundle = asked_model.model(args.work / "asked", args.model, args.data, smoke=args.smoke)
+    bundle = text_model.model(args.model, args.data, smoke=args.smoke)
     run = Courses(bundle, args)
     rows = [OTHER, HEADLINE, "joint"] if args.smoke else list(ROWS)
     orders, seeds = (["tuning"], (0,)) if args.smoke else (list(ORDERS), range(args.seeds))

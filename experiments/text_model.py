@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ TEMPLATE = ("{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 SMALL = ModelConfig(vocab_size=VOCAB, dim=128, num_layers=4, num_heads=4, num_kv_heads=4,
                     head_dim=32, ffn_dim=352, max_len=256, tie_embeddings=True)
-TINY = replace(SMALL, dim=64, num_layers=2, head_dim=16, ffn_dim=176)
 MUON = Optimizer(kind="muon", rate=0.01, schedule="linear", warmup=40, b1=0.95, clip=1.0)
 
 
@@ -96,18 +94,13 @@ def untrained(folder: Path, config: ModelConfig, seed: int) -> Bundle:
     return Bundle(lm, lm.init(jax.random.key(seed)), Tokenizer(folder), (EOS,), ids)
 
 
-def model(
-    folder: Path, data: Path, *, smoke: bool = False, seed: int = 0, config: ModelConfig = SMALL,
-    steps: int | None = None,
-) -> Bundle:
+def model(folder: Path, data: Path, *, smoke: bool = False, seed: int = 0) -> Bundle:
     """The model in `folder/model`; trained first where it is not there, going on where it was.
 
     Args:
       folder: of its own; a smoke run needs another one.
       data: folder of the data sets.
       smoke: a few steps of a model that has learnt nothing.
-      config: SMALL, of a million parameters, or TINY, of a quarter of that.
-      steps: default one pass over the corpus.
     """
     folder = Path(folder).expanduser()
     done = folder / "model"
@@ -116,12 +109,13 @@ def model(
     lines = corpus(data)[::100 if smoke else 1]
     if not (folder / "tokenizer" / "tokenizer_config.json").exists():
         write_tokenizer(lines, folder / "tokenizer", 512 if smoke else VOCAB)
+    config = SMALL
     if smoke:
-        steps, config = 2, ModelConfig(512, 32, 2, 2, 2, 16, 64, 256, tie_embeddings=True)
+        config = ModelConfig(512, 32, 2, 2, 2, 16, 64, 256, tie_embeddings=True)
     train = write_lines(lines, folder / "corpus.jsonl")
     fitted = fit(untrained(folder / "tokenizer", config, seed), Config(
         out=str(folder / "run"), data=Data((train,), window=WINDOW, loss_on="all"),
-        optimizer=MUON, batch=ROWS, epochs=None if steps else EPOCHS, steps=steps,
+        optimizer=MUON, batch=ROWS, epochs=None if smoke else EPOCHS, steps=2 if smoke else None,
         checkpoint_every=200, seed=seed, export="none"))
     if fitted.stopped:
         raise SystemExit(f"stopped; the same call goes on in {folder}")

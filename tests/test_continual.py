@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import asked_model, continual_table, plots, text_model
+from experiments import continual_table, plots, text_model
 from experiments import osft_continual as study
 from experiments.continual_rows import ROWS
 from experiments.continual_tasks import ORDERS, TUNING_ORDER, WINDOW, line, longest, short
@@ -146,11 +146,11 @@ def test_the_summary_counts_what_it_says():
 
 
 def test_a_course_that_is_there_is_not_run_again(tmp_path, monkeypatch):
-    model = tmp_path / "asked" / "model"
+    model = tmp_path / "model" / "model"
     model.mkdir(parents=True)
     (model / "model.safetensors").write_bytes(b"weights")
     args = study._harness.parser("").parse_args(["--smoke"])
-    args.work, runs = tmp_path, []
+    args.work, args.model, runs = tmp_path, tmp_path / "model", []
     monkeypatch.setattr(study.Courses, "_run", lambda self, cell: runs.append(cell) or {"a": 0.5})
     cell = study.Cell("full", "tuning", 100, 1e-3)
     for _ in range(2):
@@ -194,14 +194,3 @@ def test_plots_and_tables_can_be_made_of_it(metrics):
     with pytest.raises(ValueError, match="once each"):
         continual_table.filled("nothing", metrics)
     assert set(continual_table.WORDS) == set(ROWS)
-
-
-def test_groups_are_of_like_texts_and_named_by_their_words():
-    rng = np.random.default_rng(0)
-    kinds = [[f"{kind}{letter * 2}" for letter in "abcdefghijklmnopqrst"] for kind in ("la", "so")]
-    texts = [" ".join([*rng.choice(kinds[i % 2], 6), *rng.choice(["the", "and", "with"], 4)])
-             for i in range(120)]
-    named = asked_model.groups(texts, 2)
-    assert len(set(named[::2])) == len(set(named[1::2])) == 1 and named[0] != named[1]
-    assert named[0] in kinds[0] and named[1] in kinds[1]
-    assert asked_model.groups(texts, 2) == named
