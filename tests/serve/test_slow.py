@@ -15,7 +15,7 @@ pytest.importorskip("fastapi")
 
 from experiments import bench_serve  # noqa: E402
 from jaxlm.hf.bundle import load  # noqa: E402
-from tests.serve.running import TEMPLATE, make_batcher, running  # noqa: E402
+from tests.serve.running import make_batcher, running  # noqa: E402
 from tests.tiny import write_folder  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -113,13 +113,11 @@ def test_its_hub_drives_a_particle_filter(url):
 
 
 @pytest.mark.parametrize("grace", [20, 0])
-def test_sigterm_closes_the_command(folder, tmp_path, grace):
+def test_sigterm_closes_the_command(folder, grace):
     """An answer in flight is finished, or ends with a reason; then the process ends."""
-    template = tmp_path / "verbatim.jinja"
-    template.write_text(TEMPLATE)
     command = [sys.executable, "-m", "jaxlm", "serve", "--model", str(folder), "--name", "m",
                "--port", "0", "--rows", "4", "--max-len", "96", "--grace", str(grace),
-               "--chat-template", str(template)]
+               "--chat-template", "verbatim"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         line = next(line for line in process.stderr if line.startswith("serving"))
         url = line.split(" at ")[1].strip()
