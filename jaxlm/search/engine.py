@@ -88,8 +88,8 @@ class Population(struct.PyTreeNode):
     start_B: where answers begin. at_B: a row's length at its last step's end; score_B: float32,
     of the text up to there; steps_B: steps of the text; scores_BT, ends_BT: of each of them.
     step_R: steps taken, of most_R. ready_R: all rows of the prompt stand at a step's end.
-    over_R: for good. drawn_R: tokens drawn, losers included. spent: int32, row-iterations, and those that drew.
-    trail: (R, T, ...), the reports by step.
+    over_R: for good. drawn_R: tokens drawn, losers included. spent: int32, row-iterations, and
+    those that drew. trail: (R, T, ...), the reports by step.
     """
 
     rows: DecodeState
@@ -143,7 +143,8 @@ def around(
         at_B=rows.length_B + 0, score_B=jnp.zeros(batch), steps_B=int_B,
         scores_BT=jnp.zeros((batch, most)), ends_BT=jnp.zeros((batch, most), jnp.int32),
         step_R=int_R, most_R=int_R + most, ready_R=jnp.ones(prompts, bool),
-        over_R=jnp.zeros(prompts, bool), drawn_R=int_R + 0, trail=trail, spent=jnp.zeros(2, jnp.int32))
+        over_R=jnp.zeros(prompts, bool), drawn_R=int_R + 0, trail=trail,
+        spent=jnp.zeros(2, jnp.int32))
 
 
 def move(lm: LM, steps: Steps, tools: Tools, pop: Population) -> tuple[Population, jax.Array]:
