@@ -102,8 +102,23 @@ def prompt_length(state: SharedState, like_B: jax.Array) -> jax.Array:
 
 
 def gather_cache(state: State, ancestors_RP: jax.Array, when: jax.Array) -> State:
-    """`gather_rows` on one layer's state, where `when`; a shared prompt stays where it is."""
+    """`gather_rows` on one layer's state, where `when`; a shared prompt stays where it is.
+
+    Args: when: bool, for all prompts together, or (R,): those that move, one after another, which
+      costs what they hold and no more, but only where all prompts lie on one device.
+    """
     if isinstance(state, SharedState):
         return state.replace(own=gather_cache(state.own, ancestors_RP, when))
-    take = lambda _, x: gather_rows(x, ancestors_RP)
-    return jax.lax.fori_loop(0, when.astype(jnp.int32), take, state)
+    if when.ndim == 0:
+        take = lambda _, x: gather_rows(x, ancestors_RP)
+        return jax.lax.fori_loop(0, when.astype(jnp.int32), take, state)
+    first_R, particles = jnp.argsort(~when, stable=True), ancestors_RP.shape[1]
+
+    def move(i, state):
+        prompt = first_R[i]
+        start, index_P = prompt * particles, ancestors_RP[prompt]
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, particles)
+        put = lambda x: jax.lax.dynamic_update_slice_in_dim(x, part(x)[index_P], start, 0)
+        return jax.tree.map(put, state)
+
+    return jax.lax.fori_loop(0, when.sum(), move, state)

@@ -24,9 +24,10 @@ Out = Annotated[Path, tyro.conf.arg(metavar="RESULTS.jsonl")]
 def run(
     model: str, data: DataSource, out: Out, method: tuple[str, ...] = ("particle-filter",),
     particles: tuple[int, ...] = (32,), prm: str | None = None, aggregate: str = "last",
-    task: str | None = None, limit: int | None = None, batch: int = 8, temperature: float = 0.8,
-    max_steps: int = 40, max_new_tokens: int | None = None, cache: str = "dense", seed: int = 0,
-    retry_failed: bool = False, device: Device | None = None, dtype: Dtype | None = None,
+    task: str | None = None, limit: int | None = None, batch: int = 8, rows: int | None = None,
+    temperature: float = 0.8, max_steps: int = 40, max_new_tokens: int | None = None,
+    cache: str = "dense", seed: int = 0, retry_failed: bool = False,
+    device: Device | None = None, dtype: Dtype | None = None,
 ) -> None:
     """Answer the problems of a file, and say how many are right; a stopped run goes on.
 
@@ -44,6 +45,8 @@ def run(
       task: prompt, arithmetic, math or gsm8k; default by the fields.
       limit: the first so many problems.
       batch: problems together.
+      rows: answers computed in an iteration, of batch x particles; with fewer than all, none idles
+        while others wait for the slowest of their problem. Default all.
       temperature: of the sampling.
       max_steps: of an answer.
       max_new_tokens: of an answer; default 112 for the sums, else 1024.
@@ -54,6 +57,8 @@ def run(
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
     """
     jobs = jobs_of(method, particles, prm)
+    if rows is not None:
+        whole("rows", rows)
     bundle = open_model(model, device, dtype)
     found = open_data(data, bundle.tokenizer, task, limit, seed)
     for line, reason in found.wrong:
@@ -67,7 +72,7 @@ def run(
         request = Request(
             bundle, reward_of(prm, bundle, found.task, aggregate), temperature=temperature,
             steps=Steps(kind.delimiters, max_steps=max_steps, max_new_tokens=most), cache=cache,
-            **reading(kind, stack))
+            rows=rows, **reading(kind, stack))
         results = solving.Results(out, settings)
         stack.callback(results.close)
         solve_all(found.problems, request, jobs, results, seed, batch, retry_failed)

@@ -80,6 +80,7 @@ def gather(
     compiler does in place: the room of one layer is needed beside the state, not that of all.
 
     Args: when: bool, whether caches move at all; False only where all ancestors are themselves.
+      Or bool (R,), by prompt: the time is then that of the prompts that move; on one device alone.
     Raises: ShapeError when the indices do not cover the rows.
     """
     if ancestors_RP.ndim != 2 or ancestors_RP.size != state.length_B.shape[0]:

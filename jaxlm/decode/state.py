@@ -11,6 +11,7 @@ from jaxlm.cache.base import CacheKind, State, init_caches
 from jaxlm.cache.policy import read_kinds
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import Params
+from jaxlm.decode.lend import among, check_width, first_live, keep, sampler_of, spread, take
 from jaxlm.decode.samplers import Sampler, check_sampler, read_text
 from jaxlm.decode.stop import NEVER, Stop
 from jaxlm.models.lm import LM, check_shape, check_tokens, pick
@@ -161,13 +162,26 @@ def decode_step(
 def decode(
     lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop = NEVER,
     max_new: jax.Array | int = 1, until: Callable[[DecodeState], jax.Array] | None = None,
+    width: int | None = None,
 ) -> DecodeState:
     """Draw up to `max_new` tokens in every live row, as one loop on the device.
 
     Quantised kinds are flushed by an outer loop: a flush inside every step, even a conditional
     one, would copy the codes. `max_new` may be traced. `until`: also end once it is true (bool).
+    `width`: static, rows that an iteration computes, the first live ones; `max_new` then bounds
+    iterations. Rows that do not work are still attended to, with queries of zero.
+    Raises: ConfigError for a width that is no whole number of at least 1.
     """
-    period = flush_period(state.kinds)
+    return iterate(lm, params, sampler, state, stop, max_new, until, width)[1]
+
+
+def iterate(
+    lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop,
+    max_new: jax.Array | int, until: Callable[[DecodeState], jax.Array] | None = None,
+    width: int | None = None,
+) -> tuple[jax.Array, DecodeState]:
+    """`decode`, and how many iterations it took, int32."""
+    period, width = flush_period(state.kinds), check_width(width, len(state.length_B))
 
     def more(carry):
         drawn, state = carry
@@ -176,44 +190,53 @@ def decode(
 
     def step(carry):
         drawn, state = carry
-        return drawn + 1, draw_and_read(lm, params, sampler, state, stop)
+        return drawn + 1, draw_and_read(lm, params, sampler, state, stop, width)
 
     carry = (jnp.zeros((), jnp.int32), state)
     if period is None:
-        return jax.lax.while_loop(more, step, carry)[1]
+        return jax.lax.while_loop(more, step, carry)
 
     def round_of_steps(carry):
         within = lambda inner: more(inner) & (inner[1].since_flush < period)
         drawn, state = jax.lax.while_loop(within, step, carry)
         return drawn, flush(lm, state, state.since_flush >= period)
 
-    return jax.lax.while_loop(more, round_of_steps, carry)[1]
+    return jax.lax.while_loop(more, round_of_steps, carry)
 
 
 def draw_and_read(
-    lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop
+    lm: LM, params: Params, sampler: Sampler, state: DecodeState, stop: Stop,
+    width: int | None = None,
 ) -> DecodeState:
-    """One token a live row, without the flush; the others keep their text, length and logits."""
+    """One token a live row, or in `width` of them, without the flush; the others keep their text,
+    length and logits. A kind steps in all rows: in those that do not draw, it writes beyond what
+    they hold."""
     batch, slots = state.tokens_BS.shape
     live_B, at_B = ~(state.done_B | state.hold_B), state.length_B
-    keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, at_B)
-    token_B, logprob_B, sampler_state = sampler.step(keys_B, state.logits_BV, state.sampler)
-    hidden, caches = cached_run(
-        lm, params, token_B[:, None], state.kinds, state.caches,
-        lambda kind, spec, cache, q, k, v: kind.step(spec, cache, q, k, v, at_B, at_B),
-    )
-    logits_BV = lm.head(params, hidden)[:, 0]
+    some = first_live(live_B, width)
+    live_B = among(live_B, some)
+    keys_W = jax.vmap(jax.random.fold_in)(take(state.keys_B, some), take(at_B, some))
+    token_W, logprob_W, sampler_W = sampler_of(sampler, some, batch).step(
+        keys_W, take(state.logits_BV, some), take(state.sampler, some))
+
+    def attend(kind, spec, cache, *qkv):
+        out, lse, cache = kind.step(spec, cache, *spread(qkv, some, batch), at_B, at_B)
+        return take(out, some), lse, cache
+
+    hidden, caches = cached_run(lm, params, token_W[:, None], state.kinds, state.caches, attend)
+    logits_WV = lm.head(params, hidden)[:, 0]
     length_B = at_B + live_B
+    token_B, logprob_B = spread((token_W, logprob_W), some, batch)
     match_B2, stopped_B, held_B = stop.step(state.match_B2, token_B)
     rows, slot_B = jnp.arange(batch), jnp.where(live_B, at_B, slots)
-    keep = lambda new, old: jnp.where(live_B.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
     return state.replace(
         tokens_BS=state.tokens_BS.at[rows, slot_B].set(token_B, mode="drop"),
         logprob_BS=state.logprob_BS.at[rows, slot_B].set(logprob_B, mode="drop"),
-        length_B=length_B, logits_BV=keep(logits_BV, state.logits_BV),
+        length_B=length_B, logits_BV=keep(logits_WV, state.logits_BV, live_B, some),
         done_B=state.done_B | (live_B & stopped_B) | (length_B >= state.limit_B),
-        hold_B=state.hold_B | (live_B & held_B), match_B2=keep(match_B2, state.match_B2),
-        caches=caches, sampler=jax.tree.map(keep, sampler_state, state.sampler),
+        hold_B=state.hold_B | (live_B & held_B),
+        match_B2=keep(match_B2, state.match_B2, live_B, None), caches=caches,
+        sampler=keep(sampler_W, state.sampler, live_B, some),
         since_flush=state.since_flush + 1,
     )
 

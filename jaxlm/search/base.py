@@ -119,7 +119,7 @@ class SearchResult:
     size before each step's resampling. resampled: (steps,). ancestors: (steps, P). unique_roots:
     (steps,), first particles that still have offspring. tokens_drawn: tokens the model computed for
     this prompt, losers included, a copy's shared past once. steps: taken. row_utilisation: of the
-    batch that this prompt ran in, the share of row-iterations that drew a token. flags: "broken"
+    batch that this prompt ran in, the share of computed rows that drew a token. flags: "broken"
     where at some step all weights were zero or one was NaN, "failed" where the reward failed.
     failed: why it did, after its retries; the answers then end at the last step that has scores.
     """

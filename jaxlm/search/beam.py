@@ -92,7 +92,8 @@ def beam_search(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, *, budget: int = 16,
     width: int = 4, steps: Steps = LINES, sampler: Sampler = WARM,
     cache: CacheKind | Kinds | str = Dense(), key: jax.Array | None = None,
-    at_once: int | None = None, quorum: int = 1, memory: int | None = None,
+    at_once: int | None = None, rows: int | None = None, quorum: int = 1,
+    memory: int | None = None,
 ) -> Any:
     """Beam search over steps: of `budget` rows the `width` best go on, `budget / width` times each.
 
@@ -105,14 +106,15 @@ def beam_search(
     """
     return ranked(bundle, prompts, reward, Beams(check_width(budget, width)), particles=budget,
                   steps=steps, sampler=sampler, cache=cache, key=key, at_once=at_once,
-                  quorum=quorum, memory=memory)
+                  rows=rows, quorum=quorum, memory=memory)
 
 
 def dvts(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, *, budget: int = 16,
     width: int = 4, steps: Steps = LINES, sampler: Sampler = WARM,
     cache: CacheKind | Kinds | str = Dense(), key: jax.Array | None = None,
-    at_once: int | None = None, quorum: int = 1, memory: int | None = None,
+    at_once: int | None = None, rows: int | None = None, quorum: int = 1,
+    memory: int | None = None,
 ) -> Any:
     """Diverse verifier tree search: `budget / width` trees that never meet; in each the best of
     `width` rows goes on, `width` times.
@@ -121,7 +123,7 @@ def dvts(
     """
     return ranked(bundle, prompts, reward, Beams(check_width(budget, width), True),
                   particles=budget, steps=steps, sampler=sampler, cache=cache, key=key,
-                  at_once=at_once, quorum=quorum, memory=memory)
+                  at_once=at_once, rows=rows, quorum=quorum, memory=memory)
 
 
 def ranked(

@@ -2,7 +2,9 @@
 
 One round: prompts that stand at a step's end choose ancestors and are released; all live rows draw
 tokens until enough prompts wait again; the reward scores those; the method weighs them. A prompt
-waits for its own rows alone, never for other prompts, unless `quorum` asks for it.
+waits for its own rows alone, never for other prompts, unless `quorum` asks for it. With `width`, an
+iteration computes so many live rows of all, whichever prompts they belong to: while a prompt waits
+for its slowest row, rows of others fill the batch.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +15,7 @@ from flax import struct
 
 from jaxlm.core.tree import Params, gather_rows
 from jaxlm.decode.rows import fork, gather, release
-from jaxlm.decode.state import DecodeState, Kinds, decode, prefill
+from jaxlm.decode.state import DecodeState, Kinds, iterate, prefill
 from jaxlm.decode.stop import Stop
 from jaxlm.models.lm import LM
 from jaxlm.rewards.base import Carry, Rows
@@ -147,8 +149,12 @@ def around(
         spent=jnp.zeros(2, jnp.int32))
 
 
-def move(lm: LM, steps: Steps, tools: Tools, pop: Population) -> tuple[Population, jax.Array]:
+def move(
+    lm: LM, steps: Steps, tools: Tools, pop: Population, width: int | None = None
+) -> tuple[Population, jax.Array]:
     """Choose ancestors where a step has ended, then draw until `quorum` prompts wait.
+
+    width: static, rows that an iteration computes; None: all.
 
     Returns: the population, and the ancestors (R, P), which the reward has yet to follow.
     """
@@ -157,7 +163,7 @@ def move(lm: LM, steps: Steps, tools: Tools, pop: Population) -> tuple[Populatio
     keys_R = jax.vmap(jax.random.fold_in)(pop.keys_R, pop.step_R)
     held, report = tools.method.choose(
         keys_R, pop.held, open_R & (pop.step_R > 0), pop.step_R / pop.most_R)
-    pop = follow(pop, report.ancestors_RP)
+    pop = follow(pop, report.ancestors_RP, one_device=width is not None)
     at = jnp.where(open_R, pop.step_R, steps.max_steps)
     log = lambda old, new: old.at[jnp.arange(prompts), at].set(new, mode="drop")
     rows = release(pop.rows, jnp.repeat(open_R, particles))
@@ -166,11 +172,12 @@ def move(lm: LM, steps: Steps, tools: Tools, pop: Population) -> tuple[Populatio
         waiting_R = stands(rows, prompts) & ~pop.over_R
         return waiting_R.sum() >= jnp.minimum(tools.quorum, (~pop.over_R).sum())
 
-    drawn = decode(lm, tools.params, tools.sampler, rows, tools.stop,  # type: ignore[arg-type]
-                   steps.max_new_tokens, enough)
+    batch = len(pop.at_B)
+    most = steps.max_new_tokens * (1 if width is None else 1 + -(-batch // width))  # all end in it
+    count, drawn = iterate(lm, tools.params, tools.sampler, rows, tools.stop,  # type: ignore
+                           most, enough, width)
     new_B = drawn.length_B - rows.length_B
-    # a row that was live at the last iteration was live in all of them
-    spent = jnp.stack([new_B.max() * len(new_B), new_B.sum()])
+    spent = jnp.stack([count * (width or batch), new_B.sum()])
     return pop.replace(
         rows=drawn, held=held, ready_R=stands(drawn, prompts) & ~pop.over_R,
         drawn_R=pop.drawn_R + new_B.reshape(prompts, -1).sum(1), spent=pop.spent + spent,
@@ -182,12 +189,16 @@ def stands(rows: DecodeState, prompts: int) -> jax.Array:
     return (rows.done_B | rows.hold_B).reshape(prompts, -1).all(1)
 
 
-def follow(pop: Population, ancestors_RP: jax.Array) -> Population:
-    """Rows with all that belongs to their texts; the suffix alone moves, layer by layer."""
+def follow(pop: Population, ancestors_RP: jax.Array, one_device: bool = False) -> Population:
+    """Rows with all that belongs to their texts; the suffix alone moves, layer by layer.
+
+    one_device: static, prompts may move one after another: those that stay then cost nothing.
+    """
     names = ("start_B", "at_B", "score_B", "steps_B", "scores_BT", "ends_BT")
     moved = gather_rows({name: getattr(pop, name) for name in names}, ancestors_RP)
     own_RP = jnp.arange(ancestors_RP.shape[1], dtype=ancestors_RP.dtype)
-    rows = gather(pop.rows, ancestors_RP, jnp.any(ancestors_RP != own_RP))
+    moves_R = (ancestors_RP != own_RP).any(1)
+    rows = gather(pop.rows, ancestors_RP, moves_R if one_device else moves_R.any())
     return pop.replace(rows=rows, **moved)
 
 
@@ -227,13 +238,13 @@ def give_up(pop: Population, failed_R: jax.Array) -> Population:
 
 def loop(
     lm: LM, steps: Steps, tools: Tools, reward: Any, pop: Population, enough: jax.Array | int,
-    rounds: jax.Array | int = 2**31 - 1,
+    width: int | None = None, rounds: jax.Array | int = 2**31 - 1,
 ) -> Population:
     """Up to so many rounds, with a reward on the device, until `enough` prompts are over: one loop,
     no host."""
     def round_of(carry):
         count, pop = carry
-        pop, ancestors_RP = move(lm, steps, tools, pop)
+        pop, ancestors_RP = move(lm, steps, tools, pop, width)
         score_B, carry = reward.score(reward.gather(pop.carry, ancestors_RP), view(pop))
         return count + 1, absorb(steps, tools.method, pop.replace(carry=carry), score_B)
 

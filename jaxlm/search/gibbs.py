@@ -25,6 +25,7 @@ from jaxlm.cache.dense import Dense
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.core.hosts import to_host
 from jaxlm.decode.generate import Prompt, row_keys, to_ids
+from jaxlm.decode.lend import sampler_of
 from jaxlm.decode.samplers import Sampler, Seen, check_sampler, read_text
 from jaxlm.decode.state import Kinds
 from jaxlm.hf.bundle import Bundle
@@ -73,6 +74,11 @@ class Pinned:
         inner = read_text(inner, token_B[:, None], jnp.ones_like(token_B))
         return token_B, logprob_B, (inner, drawn_B + 1)
 
+    def rows(self, index_W):
+        """The texts of some rows."""
+        inner = sampler_of(self.inner, index_W, len(self.count_B))
+        return Pinned(inner, *(jnp.asarray(x)[index_W] for x in (self.tokens_BS, self.count_B)))
+
     def logprob(self, logits_BV, token_B, state):
         """The inner sampler's."""
         return self.inner.logprob(logits_BV, token_B, state[0])
@@ -103,7 +109,7 @@ def particle_gibbs(
     sweeps: int = 4, temperatures: Sequence[float] = (1.0,), steps: Steps = LINES,
     sampler: Sampler = WARM, cache: CacheKind | Kinds | str = Dense(),
     key: jax.Array | None = None, weight: str = "odds", choose: str = "best",
-    memory: int | None = None,
+    rows: int | None = None, memory: int | None = None,
 ) -> Any:
     """Particle Gibbs; with several temperatures, parallel tempering with swaps between them.
 
@@ -133,7 +139,7 @@ def particle_gibbs(
     method = filter_of(weight, np.tile(tau, len(ids)), 2.0, "conditional")
     task = make_task(bundle, [prompt for prompt in ids for _ in tau], reward, method,
                      particles=particles, steps=steps, sampler=free, cache=cache, key=keys_B,
-                     memory=memory, choose=choose)
+                     rows=rows, memory=memory, choose=choose)
     found = run_chains(task, keys_R, sweeps, tau)
     return found if many else found[0]
 

@@ -40,7 +40,8 @@ EVEN = Stateless(even)
 class Request:
     """What a method needs beside prompts and keys.
 
-    particles: the budget, answers a prompt. extract: a text -> its final answer, or None. equal:
+    particles: the budget, answers a prompt. rows: computed in an iteration, None for all (as
+    `particle_filter`). extract: a text -> its final answer, or None. equal:
     whether two final answers are the same.
     """
 
@@ -52,6 +53,7 @@ class Request:
     cache: Any = "dense"
     extract: Callable[[str], str | None] = extract
     equal: Same = same
+    rows: int | None = None
 
     def sampler(self, temperature: float | None = None) -> Categorical:
         """At a temperature, by default the request's."""
@@ -89,7 +91,7 @@ def draw(
     return particle_filter(
         request.bundle, list(prompts), request.reward or EVEN, threshold=0.0, key=keys_R,
         particles=request.particles if count is None else count, steps=request.steps,
-        sampler=request.sampler(temperature), cache=request.cache)
+        sampler=request.sampler(temperature), cache=request.cache, rows=request.rows)
 
 
 def as_rollouts(
@@ -124,7 +126,7 @@ def by_search(search: Callable[..., Any], budget: str = "particles", **options: 
     def run(request, prompts, keys_R):
         found = search(request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
                        steps=request.steps, sampler=request.sampler(), cache=request.cache,
-                       **{budget: request.particles}, **options)
+                       rows=request.rows, **{budget: request.particles}, **options)
         return [solution(request, result) for result in found]
 
     return run
@@ -151,7 +153,7 @@ def by_chains(temperatures: Sequence[float] = (1.0,)) -> Run:
         found = particle_gibbs(
             request.bundle, list(prompts), request.reward or EVEN, key=keys_R, particles=each,
             sweeps=SWEEPS, temperatures=temperatures, steps=request.steps,
-            sampler=request.sampler(), cache=request.cache)
+            sampler=request.sampler(), cache=request.cache, rows=request.rows)
         share = SWEEPS * len(temperatures)  # of which only one is reported; all draw about as much
         return [replace(solution(request, chain.last), log_evidence=float("nan"),
                         tokens=share * chain.last.tokens_drawn) for chain in found]

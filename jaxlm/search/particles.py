@@ -134,7 +134,7 @@ def particle_filter(
     cache: CacheKind | Kinds | str = Dense(), key: jax.Array | None = None, weight: str = "odds",
     tau: Any = 1.0, threshold: Any = 0.5, scheme: str = "systematic", temper: str | None = None,
     early: Any = 0.5, forget: bool = False, choose: str = "best", at_once: int | None = None,
-    quorum: int = 1, memory: int | None = None, compat: str | None = None,
+    rows: int | None = None, quorum: int = 1, memory: int | None = None, compat: str | None = None,
 ) -> Any:
     """Particle filter: better answers of one model, by a reward of every step.
 
@@ -155,6 +155,8 @@ def particle_filter(
         the weights that this leaves, as published; the target is then another.
       choose: "best", the highest last score, or "draw", one draw by the weights.
       at_once: prompts in the batch; those that end make room for the next. Default: all.
+      rows: computed in an iteration, of all `at_once * particles`. With fewer than all, rows of
+        other prompts work while some wait for the slowest of theirs. Default: all. One device.
       quorum: prompts that wait at a step's end before those are resampled; more mean fewer
         resamplings, and more waiting. As many as prompts: all in step.
       memory: bytes of the device, where it does not tell itself.
@@ -178,6 +180,6 @@ def particle_filter(
         raise ConfigError(f"choose is {choose!r}; expected 'best' or 'draw'")
     choose = "resampled" if compat else choose
     task = make_task(bundle, prompts, reward, method, particles=particles, steps=steps,
-                     sampler=sampler, cache=cache, key=key, at_once=at_once, quorum=quorum,
-                     memory=memory, choose=choose)
+                     sampler=sampler, cache=cache, key=key, at_once=at_once, rows=rows,
+                     quorum=quorum, memory=memory, choose=choose)
     return task.unwrap(search(task))

@@ -14,6 +14,7 @@ from jaxlm.cache.base import CacheKind
 from jaxlm.core.errors import ConfigError, NumericsError, whole
 from jaxlm.core.hosts import to_host
 from jaxlm.decode.generate import Job, Prompt, ending, placed, prepare
+from jaxlm.decode.lend import sampler_of
 from jaxlm.decode.rows import check_particles
 from jaxlm.decode.samplers import Sampler
 from jaxlm.decode.state import Kinds
@@ -37,8 +38,8 @@ from jaxlm.search.memory import check_memory
 
 CHOICES = ("best", "draw", "resampled")
 begin_jit = jax.jit(begin, static_argnames=("lm", "steps", "kinds", "particles"))
-loop_jit = jax.jit(loop, static_argnames=("lm", "steps"), donate_argnames="pop")
-move_jit = jax.jit(move, static_argnames=("lm", "steps"), donate_argnames="pop")
+loop_jit = jax.jit(loop, static_argnames=("lm", "steps", "width"), donate_argnames="pop")
+move_jit = jax.jit(move, static_argnames=("lm", "steps", "width"), donate_argnames="pop")
 absorb_jit = jax.jit(absorb, static_argnames="steps", donate_argnames="pop")
 give_up_jit = jax.jit(give_up, donate_argnums=0)
 view_jit = jax.jit(view)
@@ -57,6 +58,7 @@ class Task:
     reward: Reward
     particles: int
     at_once: int
+    rows: int | None
     choose: str
 
     def unwrap(self, found: list[SearchResult]) -> Any:
@@ -67,8 +69,8 @@ class Task:
 def make_task(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, method: Any, *,
     particles: int, steps: Steps, sampler: Sampler, cache: CacheKind | Kinds | str,
-    key: jax.Array | None, at_once: int | None = None, quorum: int = 1, memory: int | None = None,
-    choose: str = "best",
+    key: jax.Array | None, at_once: int | None = None, rows: int | None = None, quorum: int = 1,
+    memory: int | None = None, choose: str = "best",
 ) -> Task:
     """Check everything that can be wrong with a request, the memory too, before any compute."""
     check_particles(particles)
@@ -89,9 +91,22 @@ def make_task(
     tools = Tools(bundle.params, sampler, stop, method, np.int32(whole("quorum", quorum)), limits)
     count = len(job.prompts)
     at_once = min(whole("at_once", count if at_once is None else at_once), count)
+    rows = lent(bundle, sampler, rows, at_once * particles)
     check_memory(bundle, kinds, at_once, job.tokens_BT.shape[1], particles,
                  steps.program.max_new_tokens, memory)
-    return Task(bundle, job, steps, tools, kinds, reward, particles, at_once, choose)
+    return Task(bundle, job, steps, tools, kinds, reward, particles, at_once, rows,
+                choose)
+
+
+def lent(bundle: Bundle, sampler: Sampler, rows: int | None, batch: int) -> int | None:
+    """The rows that an iteration computes, None for all; ConfigError where it cannot be fewer."""
+    if rows is None or whole("rows", rows) >= batch:
+        return None
+    if bundle.mesh is not None and bundle.mesh.size > 1:
+        raise ConfigError(f"rows is {rows} of {batch}, and the model lies over {bundle.mesh.size} "
+                          "devices, each of which holds rows of its own; leave rows out")
+    sampler_of(sampler, np.arange(rows), batch)
+    return int(rows)
 
 
 def widened(job: Job, width: int) -> Job:
@@ -151,10 +166,10 @@ def grow(
     known: dict[tuple, str] = {}
     failed: dict[int, str] = {}
     if reward.on_device:
-        return on_device(static, reward, pop, enough), None, failed
+        return on_device(task, static, pop, enough), None, failed
     while int(pop.over_R.sum()) < enough:
         check()
-        pop, ancestors_RP = move_jit(*static, pop)
+        pop, ancestors_RP = move_jit(*static, pop, width=task.rows)
         carry = reward.gather(carry, to_host(ancestors_RP))
         seen = to_host(view_jit(pop))
         texts = [texts_of(task, slots, seen, row, known) for row in range(len(seen.start_B))]
@@ -170,13 +185,15 @@ def grow(
     return pop, carry, failed
 
 
-def on_device(static: tuple, reward: Reward, pop: Population, enough: int) -> Population:
+def on_device(task: Task, static: tuple, pop: Population, enough: int) -> Population:
     """One call for all rounds, or, where somebody may end the search, for a few at a time."""
+    some = lambda pop, rounds: loop_jit(*static, task.reward, pop, np.int32(enough),
+                                        width=task.rows, rounds=np.int32(rounds))
     if not interruptible():
-        return loop_jit(*static, reward, pop, np.int32(enough), np.int32(2**31 - 1))
+        return some(pop, 2**31 - 1)
     while int(pop.over_R.sum()) < enough:
         check()
-        pop = loop_jit(*static, reward, pop, np.int32(enough), np.int32(ROUNDS))
+        pop = some(pop, ROUNDS)
     return pop
 
 

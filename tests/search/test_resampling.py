@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.cache.shared import SharedState
+from jaxlm.cache.shared import SharedState, gather_cache
 from jaxlm.core.mesh import make_mesh
 from jaxlm.core.tree import nbytes
 from jaxlm.decode.placement import state_shardings
@@ -41,15 +41,29 @@ def shapes(cache, prompts, particles, width=32):
         tools, ints(prompts, width), ints(prompts), keys)
 
 
-@pytest.mark.parametrize("cache", ["dense", "kivi2"])
-def test_resampling_needs_the_room_of_one_layer(cache):
-    rows = shapes(cache, 2, 16).rows
+@pytest.mark.parametrize(("cache", "by_prompt"), [
+    ("dense", False), ("kivi2", False), ("dense", True)])
+def test_resampling_needs_the_room_of_one_layer(cache, by_prompt):
+    """Or, where prompts move one after another, of one prompt's part of it."""
+    rows = shapes(cache, 4, 16).rows
     layer = max(nbytes(part.own) for part in rows.caches)
-    ancestors = jax.ShapeDtypeStruct((2, 16), jnp.int32)
-    compiled = jax.jit(gather, donate_argnums=0).lower(rows, ancestors).compile()
+    ancestors = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+    when = jax.ShapeDtypeStruct((4,), bool) if by_prompt else None
+    compiled = jax.jit(gather, donate_argnums=0).lower(rows, ancestors, when).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes > 0.99 * nbytes(rows.caches)  # in place
-    assert memory.temp_size_in_bytes < 1.25 * layer
+    assert memory.temp_size_in_bytes < 1.25 * layer * (0.5 if by_prompt else 1)
+
+
+def test_prompts_that_move_one_after_another_move_as_together():
+    key = jax.random.key(0)
+    numbers = lambda leaf: jax.random.uniform(key, leaf.shape).astype(leaf.dtype)
+    state = jax.tree.map(numbers, shapes("dense", 4, 16).rows.caches[0].own)
+    ancestors = jnp.tile(jnp.arange(16), (4, 1)).at[1].set(3).at[3, ::2].set(5)
+    moves = (ancestors != jnp.arange(16)).any(1)
+    assert moves.tolist() == [False, True, False, True]
+    together, apart = (gather_cache(state, ancestors, when) for when in (moves.any(), moves))
+    jax.tree.map(np.testing.assert_array_equal, apart, together)
 
 
 def test_resampling_prompts_on_eight_devices_has_no_collective():
