@@ -23,6 +23,8 @@ def test_results_are_up_to_date():
     assert fresh == README, "run python experiments/readme_tables.py"
     page = tables.PERFORMANCE.read_text()
     assert tables.between(page, tables.bench_table()) == page, "run experiments/readme_tables.py"
+    page = tables.SERVE.read_text()
+    assert tables.between(page, tables.serve_tables()) == page, "run experiments/readme_tables.py"
 
 
 def test_a_new_result_changes_the_readme(tmp_path):
