@@ -120,8 +120,8 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "{:.1f}"),
         Row("bench_serve", "mixed_requests", "of 1,000 requests at once, answers that are not "
             "those alone", "{:.0f}"),
-        Row("bench_serve", "rss_growth_mb", "the server's memory over 5,000 plain requests, MB grown",
-            "{:.1f}"),
+        Row("bench_serve", "rss_growth_mb", "the server's memory over 5,000 plain requests, MB "
+            "grown", "{:.1f}"),
     ),
     "Fine-tuning": (
         Row("osft_exact", "golden_max_error",

@@ -66,7 +66,7 @@ class Methods:
     def warm(self, max_len: int) -> None:
         """Compile what a search that leaves all to the server runs, at the start."""
         assert self.reward is not None
-        tokens = min(TOKENS, max_len - LEAST.prompt)
+        tokens = max(min(TOKENS, max_len - LEAST.prompt), 1)
         reward = self.reward if self.reward.on_device else HALF  # a program never sees the host's
         asked = methods.Request(
             self.bundle, reward, BUDGET, cache=self.cache, temperature=TEMPERATURE,
