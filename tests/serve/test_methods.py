@@ -1,5 +1,7 @@
 """Searches by name, over HTTP: each is what `jaxlm.search` gives."""
 
+import http.client
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -102,31 +104,27 @@ class Gate:
     def score(self, rows):
         self.calls += 1
         self.asked.set()
-        assert self.may.wait(60)
+        assert self.may.wait(300)
         return np.full(len(rows.length_B), 0.5, np.float32)
 
 
 def test_a_search_ends_when_its_client_leaves(bundle):
     gate = Gate()
     with running(make_batcher(bundle), methods=Methods(bundle, gate.reward)) as (url, engine):
-        with httpx.Client(base_url=url, timeout=60) as patient:
+        with httpx.Client(base_url=url, timeout=300) as patient:
             gate.may.set()
             assert post(patient, method="particle-filter").status_code == 200
         whole, gate.calls = gate.calls, 0
         gate.may.clear(), gate.asked.clear()
-
-        def impatient():
-            with httpx.Client(base_url=url, timeout=1.0) as client:
-                with pytest.raises(httpx.ReadTimeout):
-                    post(client, method="particle-filter")
-
-        with ThreadPoolExecutor(1) as pool:
-            gone = pool.submit(impatient)
-            assert gate.asked.wait(60)
-            gone.result()
-        time.sleep(0.5)  # the server's loop sees it
+        impatient = http.client.HTTPConnection(url.removeprefix("http://"))
+        body = json.dumps(ASK | {"method": "particle-filter"})
+        head = {"Content-Type": "application/json"}
+        impatient.request("POST", "/v1/completions", body, head)
+        assert gate.asked.wait(100)
+        impatient.close()
+        time.sleep(2.0)  # the server's loop sees it
         gate.may.set()
-        until = time.monotonic() + 30
+        until = time.monotonic() + 100
         while engine.pending and time.monotonic() < until:
             time.sleep(0.02)
         assert engine.pending == 0 and gate.calls == 1 < whole
@@ -138,9 +136,9 @@ def test_a_shutdown_does_not_wait_for_a_search(bundle):
     methods = Methods(bundle, gate.reward)
     with ThreadPoolExecutor(2) as pool:
         with running(make_batcher(bundle), methods=methods, grace=0.5) as (url, engine):
-            ask = lambda **more: httpx.post(f"{url}/v1/completions", json=ASK | more, timeout=60)
+            ask = lambda **more: httpx.post(f"{url}/v1/completions", json=ASK | more, timeout=300)
             search = pool.submit(ask, method="particle-filter")
-            assert gate.asked.wait(60)
+            assert gate.asked.wait(300)
             plain = pool.submit(ask, budget=None, max_steps=None)
             while engine.pending < 2:
                 time.sleep(0.02)
@@ -162,7 +160,7 @@ def test_what_fails_inside_a_search_is_500_and_the_engine_lives_on(bundle):
                          (sums, "no arithmetic problem"),
                          (wrong, "ZeroDivisionError")):
         with running(make_batcher(bundle), methods=Methods(bundle, reward)) as (url, _):
-            with httpx.Client(base_url=url, timeout=60) as client:
+            with httpx.Client(base_url=url, timeout=300) as client:
                 found = post(client, method="particle-filter", prompt="what?")
                 assert found.status_code == 500, found.text
                 assert found.json()["error"]["type"] == "api_error"
