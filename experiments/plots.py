@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+from experiments.continual_plots import osft_continual
 from jaxlm.eval.plots import LIGHT, Draw, grouped_bars, line, plot
 
 Named = dict[str, tuple[str, Draw, tuple[float, float]]]  # suffix -> title, drawing, inches
@@ -293,9 +294,53 @@ def bench_serve(metrics: dict[str, Any]) -> Named:
                 "clients", "seconds an answer", log="x"), (6.4, 3.4))}
 
 
+def sft_recipe(metrics: dict[str, Any]) -> Named:
+    """Final loss against the first steps' numbers, and the effects of settings."""
+    runs, effects = metrics["runs"], metrics["effects"] | {
+        "stacked - phased": metrics["orders"]}
+    window = metrics["early_window"]
+    by_batch = lambda key: {
+        f"batch {batch}": ([r[key] for r in runs if r["batch"] == batch],
+                           [r["final"] for r in runs if r["batch"] == batch])
+        for batch in dict.fromkeys(run["batch"] for run in runs)}
+    found: Named = {f"early-{name}": (
+        f"A run's end against its first {window} steps", scatter(
+            by_batch(key), f"mean {words} of the first {window} steps", "held-out loss"), WIDE)
+        for name, key, words in (("loss", "early_loss", "training loss"),
+                                 ("norm", "early_grad_norm", "gradient norm"))}
+    return found | {"effects": ("Final held-out loss: the first less the second", dots(
+        list(effects), [row["mean"] for row in effects.values()],
+        [(row["low"], row["high"]) for row in effects.values()],
+        "nats a token, 95% interval (below 0: the first is better)"),
+        (6.8, 1.2 + 0.28 * len(effects)))}
+
+
+def masked_thought(metrics: dict[str, Any]) -> Named:
+    """Points gained by masking."""
+    rows = metrics["gain_points"]
+    return {"gain": ("Whole solutions right: with masking less without", dots(
+        list(rows), [row["mean"] for row in rows.values()],
+        [(row["low"], row["high"]) for row in rows.values()], "points, 95% interval"),
+        (6.8, 1.2 + 0.28 * len(rows)))}
+
+
+def scatter(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str) -> Draw:
+    """Points with a legend."""
+
+    def drawing(axes, colours):
+        for i, (name, (x, y)) in enumerate(series.items()):
+            axes.plot(x, y, "o", label=name, color=PALETTE[i % len(PALETTE)], markersize=4.5)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return drawing
+
+
 PLOTS: dict[str, Callable[[dict[str, Any]], Named]] = {
     "bench_decode": bench_decode, "eval_tiny": eval_tiny, "train_tiny": train_tiny,
     "quant_ablation": quant_ablation, "kv_speed": kv_speed, "kv_capacity": kv_capacity,
     "kv_quality": kv_quality, "smc_exact": smc_exact, "inference_scaling": inference_scaling,
-    "bench_serve": bench_serve,
+    "bench_serve": bench_serve, "osft_continual": osft_continual,
+    "sft_recipe": sft_recipe, "masked_thought": masked_thought,
 }

@@ -1,4 +1,4 @@
-"""Rewrite the results in README.md, docs/performance.md and docs/serve.md, between two markers.
+"""Rewrite the results in README.md and docs (performance, serve, found), between marker comments.
 
 Command: python experiments/readme_tables.py
 
@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments import continual_table, recipe_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 SERVE = ROOT / "docs" / "serve.md"
+FOUND = ROOT / "docs" / "found.md"
 BEGIN, END = "<!-- results: experiments/readme_tables.py -->", "<!-- end of results -->"
 
 
@@ -139,6 +142,16 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         Row("osft_speed", "step_ratio_full", "an OSFT step over a full step, form"),
         Row("osft_speed", "step_ratio_peft", "the same over peft's OSF, form"),
         Row("osft_speed", "step_ratio_mini_trainer", "the same over mini_trainer's, form"),
+        *(Row("osft_continual", f"{metric}.{row}", f"five tasks in turn, {words}: {row}", PERCENT)
+          for row in ("full", "replay", "ewc", "olora", "osft importance", "osft uniform")
+          for metric, words in (("accuracy", "average accuracy"), ("forgetting", "forgetting"))),
+        *(Row("sft_recipe", f"early_{name}_spearman", f"36 fine-tuning runs, {words} of the first "
+              "8 steps: rank correlation with the final quality", "{:+.2f}")
+          for name, words in (("loss", "training loss"), ("gradnorm", "gradient norm"))),
+        Row("sft_recipe", "stacked_minus_phased", "held-out loss of shuffled samples less that of "
+            "three phases in turn, nats a token", "{:+.3f}"),
+        Row("masked_thought", "gain_points.share 0.2.mean", "a fifth of the tokens masked, 128 "
+            "worked sums: points gained on held-out ones", "{:+.1f}"),
     ),
 }
 
@@ -146,6 +159,8 @@ WANTED = (("decode_b1_ratio", "15"), ("decode_b32_ratio", "2, better 4"),
           ("bandwidth_fraction", "0.7"), ("decode_135m_ratio", "1.2"), ("prefill_ratio", "1.2"),
           ("first_token_s", "at most 5"), ("import_s", "at most 0.3"),
           ("import_and_names_s", "at most 0.3"))
+
+FOUND_TABLES = {"osft_continual": continual_table.TABLES, **recipe_table.TABLES}
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -238,11 +253,20 @@ def targets(bench: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Rewrite the README, docs/performance.md and docs/serve.md."""
+    """Rewrite the README, docs/performance.md, docs/serve.md and docs/found.md."""
     README.write_text(rewritten(README.read_text(), results(RESULTS)))
     PERFORMANCE.write_text(between(PERFORMANCE.read_text(), bench_table()))
     SERVE.write_text(between(SERVE.read_text(), serve_tables()))
+    FOUND.write_text(found_page(FOUND.read_text()))
     return 0
+
+
+def found_page(page: str) -> str:
+    """docs/found.md with its tables up to date."""
+    for result in results(RESULTS):
+        if tables := FOUND_TABLES.get(result["name"]):
+            page = continual_table.filled(page, result["metrics"], tables)
+    return page
 
 
 def bench_table() -> str:

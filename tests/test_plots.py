@@ -23,6 +23,12 @@ MADE = {  # what scripts without a committed result write
                   "divergence": 10.0 ** -int(kind[-1])} for kind in KINDS],
         "answers": [{"task": task, "kind": kind, "points": 1.5, "low": -0.5, "high": 3.0}
                     for task in ("recall", "lookup") for kind in ("dense", "squat2", "kivi2")]},
+    "sft_recipe": {
+        "early_window": 8, "runs": [{"batch": b, "early_loss": 4.0 - e, "early_grad_norm": 2.0 + e,
+                                     "final": 3.5 + e} for b in (2, 8) for e in (0.1, 0.2)],
+        "effects": {"batch 8 - 2": {"mean": 0.1, "low": 0.0, "high": 0.2}},
+        "orders": {"mean": -0.1, "low": -0.2, "high": 0.1}},
+    "masked_thought": {"gain_points": {"share 0.2": {"mean": 1, "low": -2, "high": 4}}},
 }
 
 

@@ -105,7 +105,7 @@ def lent(bundle: Bundle, sampler: Sampler, rows: int | None, batch: int) -> int 
     if bundle.mesh is not None and bundle.mesh.size > 1:
         raise ConfigError(f"rows is {rows} of {batch}, and the model lies over {bundle.mesh.size} "
                           "devices, each of which holds rows of its own; leave rows out")
-    sampler_of(sampler, np.arange(rows), batch)
+    sampler_of(sampler, jnp.arange(rows), batch)
     return int(rows)
 
 

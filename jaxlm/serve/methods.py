@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.pool import row_key, seed_words
@@ -75,7 +74,7 @@ class Methods:
         solve("particle-filter", asked, [0], 0, lambda: False)
 
 
-HALF = Stateless(lambda rows: np.full(len(rows.length_B), 0.5, np.float32), on_device=False)
+HALF = Stateless(lambda rows: jnp.full(len(rows.length_B), 0.5), on_device=False)
 
 
 def room_of(prompt: int, steps: int, tokens: int) -> Room:

@@ -1,0 +1,65 @@
+"""Plots of the continual-learning table: what is kept against what is learnt."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxlm.eval.plots import LIGHT, Draw
+
+SHOWN = ("full", "replay", "olora", "osft importance")
+COLOURS = (*LIGHT["series"], "#c92a2a", "#868e96", "#364fc7", "#d6336c")
+
+
+def tradeoff(metrics: dict[str, Any]) -> Draw:
+    """Forgetting against average accuracy, a point a row with 95 % intervals both ways."""
+    accuracy, forgetting = metrics["accuracy_spread"], metrics["forgetting_spread"]
+
+    def drawing(axes, colours):
+        for i, row in enumerate(forgetting):
+            (x, y), ours = (accuracy[row], forgetting[row]), row.startswith("osft")
+            off = [[[one["mean"] - one["low"]], [one["high"] - one["mean"]]] for one in (x, y)]
+            axes.errorbar(x["mean"], y["mean"], xerr=off[0], yerr=off[1], label=row, capsize=2,
+                          fmt="o" if ours else "s", markersize=5, linewidth=0.8,
+                          color=COLOURS[i % len(COLOURS)], alpha=1.0 if ours else 0.7)
+        for row in accuracy:
+            if row not in forgetting:
+                axes.axvline(accuracy[row]["mean"], color=colours["soft"], linewidth=0.8,
+                             linestyle="--" if row == "joint" else ":", label=f"{row} (reference)")
+        axes.set_xlabel("average accuracy after the last task")
+        axes.set_ylabel("forgetting (lower is better)")
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return drawing
+
+
+def through(metrics: dict[str, Any]) -> Draw:
+    """Accuracy on the task learnt first, second, ... after each; a block for each of four rows."""
+    rows = [row for row in SHOWN if row in metrics["forgetting"]]
+
+    def drawing(axes, colours):
+        middles = []
+        for block, row in enumerate(rows):
+            mean = np.mean([one["accuracy"] for key, one in metrics["courses"].items()
+                            if key.startswith(f"{row}, ")
+                            and one["rate"] == metrics["rates"][row]], axis=0)
+            steps, tasks = mean.shape
+            start = block * (steps + 0.5)
+            for j in range(tasks):
+                axes.plot(start + np.arange(j + 1, steps), mean[j + 1:, j], marker="o",
+                          markersize=3, linewidth=1.3, color=COLOURS[j],
+                          label=f"task {j + 1} of {tasks}" if not block else None)
+            middles.append(start + (steps - 1) / 2 + 0.5)
+        axes.set_xticks(middles, rows)
+        axes.set_ylim(0)
+        axes.set_xlabel("each block: after 1 to 5 tasks; mean over orders and seeds")
+        axes.set_ylabel("accuracy")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return drawing
+
+
+def osft_continual(metrics: dict[str, Any]) -> dict[str, tuple[str, Draw, tuple[float, float]]]:
+    """Suffix -> title, drawing, inches."""
+    return {"tradeoff": ("Forgetting against accuracy, five tasks in turn", tradeoff(metrics),
+                         (7.2, 4.0)),
+            "through": ("Each task from when it was learnt", through(metrics), (8.0, 3.6))}

@@ -1,0 +1,67 @@
+"""The table of docs/found.md on forgetting, written from the result by readme_tables.py."""
+
+from typing import Any
+
+BEGIN, END = "<!-- {}: experiments/readme_tables.py -->", "<!-- end of {} -->"
+WORDS = {
+    "full": "full fine-tuning", "full, matrices alone": "full, embeddings and norms frozen",
+    "lora": "LoRA, a new one a task, merged", "olora": "O-LoRA", "ewc": "EWC",
+    "replay": "full, a tenth replayed", "osft uniform": "OSFT, uniform ranks",
+    "osft importance": "OSFT, importance-driven ranks", "osft scheduled": "OSFT, scheduled ranks",
+    "osft coordinates": "OSFT coordinates, uniform", "osft factored": "OSFT factored, uniform",
+    "alone": "a model for each task", "joint": "all tasks mixed",
+}
+
+
+def filled(page: str, metrics: dict[str, Any], tables: dict[str, Any] | None = None) -> str:
+    """The page with its tables between their markers. Raises: ValueError where a marker lacks."""
+    for name, table in (tables or TABLES).items():
+        begin, end = BEGIN.format(name), END.format(name)
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"the page needs {begin!r} and {end!r} once each")
+        before, rest = page.split(begin)
+        text = "\n".join("| " + " | ".join(row) + " |" for row in table(metrics))
+        page = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    return page
+
+
+def span(one: dict[str, float], form: str = "{:.3f}") -> str:
+    """A mean and its interval.
+
+    >>> span({"mean": 0.5, "low": 0.4, "high": 0.6})
+    '0.500 (0.400 to 0.600)'
+    """
+    mean, low, high = (form.format(one[name]) for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def table(metrics: dict[str, Any]) -> list[list[str]]:
+    """A line a row: accuracy, forgetting, transfer, general ability, rate."""
+    perplexity = metrics["general"]["wikitext_perplexity"]
+    answers = metrics["general"]["instructions_token_accuracy"]
+    cells = [["row", "average accuracy", "forgetting", "backward", "forward",
+              "Wikipedia perplexity", "instruction tokens right", "rate"], ["---"] * 8]
+    for row, words in WORDS.items():
+        if row not in metrics["accuracy"]:
+            continue
+        line = [words, span(metrics["accuracy_spread"][row])]
+        if row in metrics["forgetting"]:
+            line += [span(metrics["forgetting_spread"][row]), f"{metrics['backward'][row]:+.3f}",
+                     f"{metrics['forward'][row]:+.3f}",
+                     "{before:.0f} to {after:.0f}".format(**perplexity[row]),
+                     "{before:.1%} to {after:.1%}".format(**answers[row])]
+        else:
+            line += [""] * 5
+        cells.append([*line, f"{metrics['rates'][row]:g}"])
+    return cells
+
+
+def compared(metrics: dict[str, Any]) -> list[list[str]]:
+    """Every row's difference from O-LoRA, paired over the courses, in points."""
+    by = {name: metrics[f"{name}_minus_olora"] for name in ("accuracy", "forgetting")}
+    return [["row minus O-LoRA, points", "average accuracy", "forgetting"], ["---"] * 3] + [
+        [words, span(by["accuracy"][row], "{:+.1f}"), span(by["forgetting"][row], "{:+.1f}")]
+        for row, words in WORDS.items() if row in by["accuracy"]]
+
+
+TABLES = {"five tasks in turn": table, "against O-LoRA": compared}

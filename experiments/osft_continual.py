@@ -1,0 +1,236 @@
+"""Does it forget less? Five tasks of real text in turn, thirteen ways of tuning, one table.
+
+Command: python experiments/osft_continual.py --out experiments/results/osft_continual/cpu.json
+Hardware: 2 CPU cores, 3 GB.
+Minutes: 75 of one core, and 16 once for the model; a stopped run goes on where it was, and
+    a second process with the same command shares the courses.
+Expected: `forgetting` of the OSFT rows below that of full fine-tuning; `accuracy` says what it cost
+
+A model pre-trained here (asked_model.py) learns AG News, Amazon, DBpedia, SST-2 and Yelp in three
+orders, named after the published ones that they are variants of, with three seeds: of the samples,
+their order and what starts at random. The answer is the label's text, right when all of it is the
+likeliest (greedy decoding gives it then: the two are one measure). Each row's rate is the best of
+three by average accuracy on validation parts, in another order with another seed.
+
+- `accuracy`, `backward`, `forward`, `forgetting`: mean over the courses with a 95 % interval.
+- `accuracy_minus_olora_points`, `forgetting_minus_olora_points`: paired over the courses.
+- `osft_forgets_least`: whether an OSFT row forgets less than every other, that is no reference.
+- `others`: perplexity of Wikipedia and of instructions' answers, token accuracy of those, before
+  and after; `notes`: share of the updates in protected and free subspaces.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from experiments import _harness, asked_model
+from experiments.continual_courses import Length, course
+from experiments.continual_rows import ROWS
+from experiments.continual_tasks import ORDERS, TUNING_ORDER, Files, Sizes, prepare
+from experiments.task_texts import SOURCES
+from jaxlm.core.device import enable_compilation_cache
+from jaxlm.hf.bundle import Bundle
+from jaxlm.train.tasks import backward_transfer, forgetting, forward_transfer
+
+SEEDS, TUNING_SEED = 3, 100
+SIZES, LENGTH = Sizes(train=400, test=60, other=20), Length(epochs=1)
+HEADLINE, OTHER = "osft importance", "olora"  # compared; chosen before any course was run
+REFERENCES = ("alone", "joint")
+ANY = "any"  # the order of what has none
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One course: a row of the table, an order by its name, a seed, a rate."""
+
+    row: str
+    order: str
+    seed: int
+    rate: float
+
+    @property
+    def key(self) -> str:
+        """A name for its file."""
+        return f"{self.row}, {self.order}, seed {self.seed}, rate {self.rate:g}"
+
+
+class Courses:
+    """Computes cells; each is kept in a file of its own, so that processes can share the work."""
+
+    def __init__(self, bundle: Bundle, args: argparse.Namespace):
+        self.bundle, self.data, self.work = bundle, args.data, args.work
+        self.sizes, self.length = (Sizes(8, 4, 2), Length(1)) if args.smoke else (SIZES, LENGTH)
+        weights = (args.work / "asked" / "model" / "model.safetensors").read_bytes()
+        self.about = {"model": hashlib.sha256(weights).hexdigest(), "sizes": asdict(self.sizes),
+                      "length": asdict(self.length)}
+        self.files: dict[int, Files] = {}
+
+    def __call__(self, cell: Cell, wait: bool = True) -> dict[str, Any] | None:
+        """The course of a cell; None where another process is at it and is not waited for."""
+        path = self.work / "courses" / f"{cell.key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            try:  # let go of by the system, however this process ends
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return None
+            stored = _harness.Resumable(path, self.about | {"row": str(ROWS[cell.row])})
+            return stored("course", lambda: self._run(cell))
+
+    def all(self, cells: list[Cell], words: str) -> dict[Cell, dict[str, Any]]:
+        """The courses of all cells, shared with other processes in the same folder."""
+        for cell in tqdm(cells, desc=words, disable=None):
+            self(cell, wait=False)
+        return {cell: found for cell in cells if (found := self(cell))}
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        seed, row = cell.seed, ROWS[cell.row]
+        if seed not in self.files:
+            judged = "validation" if seed == TUNING_SEED else "test"
+            self.files[seed] = prepare(self.work / "texts" / str(seed), self.data,
+                                       self.bundle.tokenizer, self.sizes, seed, judged)
+        order = (ORDERS | {"tuning": TUNING_ORDER, ANY: tuple(SOURCES)})[cell.order]
+        found = course(row, self.bundle, self.files[seed], order, cell.rate, seed, self.length)
+        return {name: rounded(value) for name, value in found.items()}
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Numbers to so many significant digits, in lists and dicts."""
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def tuning_cells(rows: Iterable[str]) -> list[Cell]:
+    """Every row at each of its rates, in an order and with a seed that are not scored."""
+    return [Cell(row, "tuning", TUNING_SEED, rate) for row in rows for rate in ROWS[row].rates]
+
+
+def scored_cells(
+    rates: dict[str, float], orders: Iterable[str], seeds: Iterable[int]
+) -> list[Cell]:
+    """Every row in each order with each seed; what does not depend on the order, once a seed."""
+    return [Cell(row, order, seed, rate) for seed in seeds for row, rate in rates.items()
+            for order in (orders if ROWS[row].kind == "course" else (ANY,))]
+
+
+def average(found: dict[str, Any]) -> float:
+    """Average accuracy at the end of a course."""
+    return float(np.mean(found["accuracy"][-1]))
+
+
+def best_rates(tuned: dict[Cell, dict[str, Any]]) -> dict[str, float]:
+    """The rate of each row with the highest average accuracy; of equals the lowest."""
+    best: dict[str, Cell] = {}
+    for cell in sorted(tuned, key=lambda cell: cell.rate):
+        if cell.row not in best or average(tuned[cell]) > average(tuned[best[cell.row]]):
+            best[cell.row] = cell
+    return {row: cell.rate for row, cell in best.items()}
+
+
+def interval(values: Iterable[float]) -> dict[str, float]:
+    """Mean, 95 % interval by Student's t, and standard deviation of a few values.
+
+    >>> {name: round(value, 2) for name, value in interval([1.0, 2.0, 3.0]).items()}
+    {'mean': 2.0, 'low': -0.48, 'high': 4.48, 'sd': 1.0}
+    """
+    x = np.asarray(list(values), float)
+    sd = float(x.std(ddof=1)) if len(x) > 1 else 0.0
+    half = float(stats.t.ppf(0.975, len(x) - 1)) * sd / len(x)**0.5 if len(x) > 1 else 0.0
+    return {"mean": float(x.mean()), "low": float(x.mean() - half),
+            "high": float(x.mean() + half), "sd": sd}
+
+
+def summary(scored: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
+    """The table: of each metric the rows' means and intervals, and what is paired."""
+    rows = list(dict.fromkeys(cell.row for cell in scored))
+    turns = [row for row in rows if ROWS[row].kind == "course"]
+    of = lambda row: [found for cell, found in scored.items() if cell.row == row]
+    values = {"accuracy": {row: [average(one) for one in of(row)] for row in rows}}
+    for function in (forgetting, backward_transfer, forward_transfer):
+        name = function.__name__.removesuffix("_transfer")
+        values[name] = {row: [function(one["accuracy"]) for one in of(row)] for row in turns}
+    found: dict[str, Any] = {}
+    for name, by in values.items():
+        spread = {row: interval(x) for row, x in by.items()}
+        found[name] = {row: one["mean"] for row, one in spread.items()}
+        found[f"{name}_spread"] = spread
+    return found | paired(values, turns) | {"general": general(scored, turns)}
+
+
+def paired(values: dict[str, dict[str, list[float]]], turns: list[str]) -> dict[str, Any]:
+    """Differences of the same courses: every row and O-LoRA, in points; who forgets least."""
+    found: dict[str, Any] = {}
+    for name in ("accuracy", "forgetting"):
+        by = values[name]
+        found[f"{name}_minus_{OTHER}"] = {
+            row: interval(100 * (np.array(by[row]) - np.array(by[OTHER])))
+            for row in turns if row != OTHER}
+        points = found[f"{name}_minus_{OTHER}"][HEADLINE]
+        found[f"{name}_minus_{OTHER}_points"] = points["mean"]
+    means = {row: float(np.mean(values["forgetting"][row])) for row in turns}
+    least = min(means, key=means.__getitem__)
+    return found | {"least_forgetting": least, "headline": HEADLINE,
+                    "osft_forgets_least": least.startswith("osft")}
+
+
+def general(scored: dict[Cell, dict[str, Any]], turns: list[str]) -> dict[str, Any]:
+    """Other held-out text before and after the courses, and where the updates lie."""
+    found: dict[str, Any] = {}
+    for row in turns:
+        mine = [one for cell, one in scored.items() if cell.row == row]
+        for text in mine[0]["others"]:
+            for what in mine[0]["others"][text]:
+                ends = np.array([[one["others"][text][what][i] for i in (0, -1)] for one in mine])
+                before, after = ends.mean(0)
+                found.setdefault(f"{text}_{what}", {})[row] = {"before": before, "after": after}
+        for name in ("protected_share", "free_share", "leak_left", "leak_right"):
+            seen = [note[name] for one in mine for note in one["notes"] if name in note]
+            if seen:
+                worst = max if name.startswith("leak") else np.mean
+                found.setdefault(name, {})[row] = float(worst(seen))
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The rates, then the table."""
+    if args.smoke:
+        args.work = args.model = Path(tempfile.mkdtemp())
+    enable_compilation_cache(args.work / "programs")
+    bundle = asked_model.model(args.work / "asked", args.model, args.data, smoke=args.smoke)
+    run = Courses(bundle, args)
+    rows = [OTHER, HEADLINE, "joint"] if args.smoke else list(ROWS)
+    orders, seeds = (["tuning"], (0,)) if args.smoke else (list(ORDERS), range(args.seeds))
+    tuned = {} if args.smoke else run.all(tuning_cells(rows), "rates")
+    rates = best_rates(tuned) if tuned else {row: ROWS[row].rates[0] for row in rows}
+    scored = run.all(scored_cells(rates, orders, seeds), "courses")
+    return summary(scored) | {
+        "rates": rates, "rates_tried": {row: ROWS[row].rates for row in rows},
+        "tuning_accuracy": {cell.key: average(one) for cell, one in tuned.items()},
+        "settings": run.about | {"orders": ORDERS, "tuning_order": TUNING_ORDER,
+                                  "seeds": list(seeds)},
+        "courses": {cell.key: one for cell, one in scored.items()}}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where it works, and which part of it."""
+    parser.add_argument("--work", type=Path, default=Path("build/osft_continual"),
+                        help="the texts, and each course once it is done")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 0 on")
+    parser.add_argument("--model", type=Path, default=Path("build/text_model"),
+                        help="the folder of text_model.py; trained there if it is not yet")
+
+
+if __name__ == "__main__":
+    _harness.run(__file__, __doc__, measure, add_arguments)
