@@ -11,6 +11,8 @@ from typing import Any
 from jaxlm.cache.policy import open_cache
 from jaxlm.cli.options import Device, Dtype, note, open_model, read_text
 from jaxlm.core.errors import ConfigError, whole
+from jaxlm.decode.batcher import Batcher
+from jaxlm.eval.named_reward import open_reward
 
 
 def run(
@@ -55,8 +57,6 @@ def run(
     except ImportError as error:
         raise ConfigError(f"{error}; install the extra `serve`, or fastapi, uvicorn and "
                           "prometheus-client") from error
-    from jaxlm.decode.batcher import Batcher
-    from jaxlm.eval.named_reward import open_reward
     from jaxlm.serve.engine import Engine
     from jaxlm.serve.methods import Methods
 
@@ -79,14 +79,24 @@ def run(
             bundle, rows=rows, max_len=min(max_len, bundle.lm.config.max_len), chunk=chunk,
             piece=piece, readers=readers, cache=kinds, prompt_bytes=prompt_cache_mb << 20)
         methods = Methods(bundle, reward, kinds, max_budget)
-        note("compiling")
-        batcher.warm()
-        if reward is not None:
-            methods.warm(batcher.max_len)
+        compile_all(batcher, methods)
         engine = Engine(batcher, queue)
         settings = Settings(name or model, token, template, max_body_kb << 10)
         note(f"serving {settings.name!r} at http://{host}:{listener.getsockname()[1]}/v1")
         serve(create_app(engine, settings, methods), engine, listener, grace)
+    leave(engine)
+
+
+def compile_all(batcher: Batcher, methods: Any) -> None:
+    """What plain requests run, and, with a reward, a search that leaves all to the server."""
+    note("compiling")
+    batcher.warm()
+    if methods.reward is not None:
+        methods.warm(batcher.max_len)
+
+
+def leave(engine: Any) -> None:
+    """Say that the server is closed; end the process under a search that did not end."""
     if engine.alive:  # Python would wait for it, and the device's runtime may not end under it
         note("closed; a search that did not end is left behind")
         sys.stdout.flush()
