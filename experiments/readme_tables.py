@@ -1,4 +1,4 @@
-"""Rewrite the results in README.md, docs/performance.md and docs/found.md, between marker comments.
+"""Rewrite the results in README.md and docs (performance, serve, found), between marker comments.
 
 Command: python experiments/readme_tables.py
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
+SERVE = ROOT / "docs" / "serve.md"
 FOUND = ROOT / "docs" / "found.md"
 BEGIN, END = "<!-- results: experiments/readme_tables.py -->", "<!-- end of results -->"
 
@@ -116,11 +117,14 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "32 plain requests at once over HTTP, time over `generate`'s"),
         Row("bench_serve", "vs_its_hub_speed",
             "particle filter over HTTP, against its_hub's over the same server", TIMES),
-        Row("bench_serve", "vs_its_hub_accuracy_points", "the same, accuracy points", "{:.1f}"),
+        Row("bench_serve", "vs_its_hub_accuracy_points", "the same, accuracy points",
+            "{:+.1f}"),
+        Row("bench_serve", "vs_its_hub_accuracy_error", "their standard error, 40 problems",
+            "{:.1f}"),
         Row("bench_serve", "mixed_requests", "of 1,000 requests at once, answers that are not "
             "those alone", "{:.0f}"),
-        Row("bench_serve", "rss_growth_mb", "the server's memory over 5,000 requests, MB grown",
-            "{:.1f}"),
+        Row("bench_serve", "rss_growth_mb", "the server's memory over 5,000 plain requests, MB "
+            "grown", "{:.1f}"),
     ),
     "Fine-tuning": (
         Row("osft_exact", "golden_max_error",
@@ -249,9 +253,10 @@ def targets(bench: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Rewrite the README, docs/performance.md and docs/found.md."""
+    """Rewrite the README, docs/performance.md, docs/serve.md and docs/found.md."""
     README.write_text(rewritten(README.read_text(), results(RESULTS)))
     PERFORMANCE.write_text(between(PERFORMANCE.read_text(), bench_table()))
+    SERVE.write_text(between(SERVE.read_text(), serve_tables()))
     FOUND.write_text(found_page(FOUND.read_text()))
     return 0
 
@@ -267,6 +272,29 @@ def found_page(page: str) -> str:
 def bench_table() -> str:
     """`targets` of the committed result."""
     return targets(json.loads((RESULTS / "bench_decode" / "cpu.json").read_text()))
+
+
+def serve_tables() -> str:
+    """The tables of docs/serve.md: the load curve, plain requests, and the filters."""
+    found = json.loads((RESULTS / "bench_serve" / "cpu.json").read_text())["metrics"]
+    load = [["clients", "tokens/s", "seconds an answer, median", "95 %"], ["---"] * 4]
+    load += [[str(row["clients"]), f"{row['tokens_per_s']:.0f}", f"{row['latency_median_s']:.2f}",
+              f"{row['latency_95_s']:.2f}"] for row in found["load"]]
+    pair = found["overhead"]
+    plain = [["32 plain requests", "over HTTP", "`generate`", "ratio", "range"], ["---"] * 5,
+             ["seconds", f"{pair['slow_s']:.2f}", f"{pair['fast_s']:.2f}", f"{pair['ratio']:.2f}",
+              f"{pair['ratio_min']:.2f} to {pair['ratio_max']:.2f}"]]
+    words = {"its_hub": "its_hub, over HTTP", "ours_http": "this project, over HTTP",
+             "ours_in_process": "this project, in process"}
+    search = [[f"{found['problems']} problems, {found['budget']} particles", "seconds", "tokens",
+               "right"], ["---"] * 4]
+    search += [[words[name], f"{one['seconds']:.1f}", str(one["tokens"]), f"{one['accuracy']:.0%}"]
+               for name, one in found["particle_filters"].items()]
+    says = (f"{found['rows']} rows. The filter over HTTP is {found['vs_its_hub_speed']:.1f} times "
+            f"as fast as its_hub's, {found['vs_its_hub_accuracy_points']:+.1f} ± "
+            f"{found['vs_its_hub_accuracy_error']:.1f} points of accuracy.")
+    tables = ["\n".join("| " + " | ".join(row) + " |" for row in t) for t in (load, plain, search)]
+    return "\n\n".join([*tables, says])
 
 
 if __name__ == "__main__":

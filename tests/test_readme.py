@@ -25,6 +25,8 @@ def test_results_are_up_to_date():
     assert tables.between(page, tables.bench_table()) == page, "run experiments/readme_tables.py"
     page = tables.FOUND.read_text()
     assert tables.found_page(page) == page, "run experiments/readme_tables.py"
+    page = tables.SERVE.read_text()
+    assert tables.between(page, tables.serve_tables()) == page, "run experiments/readme_tables.py"
 
 
 def test_a_new_result_changes_the_readme(tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,15 @@ from jaxlm.decode.stop import as_texts
 from jaxlm.smc.weights import standard_error
 
 FINISHES = ("stop", "string", "length", "steps", "failed")
+
+
+class Room(NamedTuple):
+    """What a search's programs are compiled for: the most tokens of a prompt, steps of an answer,
+    and tokens of an answer. Searches that share a room share their programs."""
+
+    prompt: int
+    steps: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,8 @@ class Steps:
       max_steps: at least 1. max_new_tokens: at least 1, of all steps together.
       stop: texts that end an answer; they are cut off.
       stop_ids: tokens that end it; None: the model's own.
+      room: what is compiled, no less than asked for here; None: as much as is asked for. It costs
+        memory, and changes an answer by rounding alone.
     Raises: ConfigError.
 
     >>> Steps("\\n").delimiters
@@ -40,6 +52,7 @@ class Steps:
     max_new_tokens: int = 256
     stop: str | tuple[str, ...] = ()
     stop_ids: tuple[int, ...] | None = None
+    room: Room | None = None
 
     def __post_init__(self):
         for name in ("delimiters", "stop"):
@@ -54,11 +67,25 @@ class Steps:
             object.__setattr__(self, "stop_ids", tuple(sorted(set(self.stop_ids))))
         if not self.delimiters and self.tokens is None:
             raise ConfigError("a step has no end; give delimiters, or tokens a step, or both")
+        if self.room is not None and (
+                self.room.steps < self.max_steps or self.room.tokens < self.max_new_tokens):
+            raise ConfigError(f"room is {self.room}, less than max_steps {self.max_steps} or "
+                              f"max_new_tokens {self.max_new_tokens}; expected at least as much")
 
     @property
     def cap(self) -> int:
         """The most tokens of one step."""
         return min(self.tokens or self.max_new_tokens, self.max_new_tokens)
+
+    @property
+    def program(self) -> "Steps":
+        """What the compiled programs depend on, its shapes; texts and limits reach them as data.
+
+        >>> Steps("A:", stop="Q:", max_steps=3).program == Steps("\\n\\n", max_steps=3).program
+        True
+        """
+        _, steps, tokens = self.room or (0, self.max_steps, self.max_new_tokens)
+        return Steps("\n", max_steps=steps, max_new_tokens=tokens)
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,15 @@ class Method(Protocol):
 
 class Tools(NamedTuple):
     """What a round uses beside the static model and steps. quorum: int32, prompts that wait before
-    the round ends; 1: none waits for another."""
+    the round ends; 1: none waits for another. limits: int32, the most steps and the most tokens of
+    an answer; None: the room that the static steps have."""
 
     params: Params
     sampler: Any
     stop: "StepStop"
     method: Any
     quorum: Any = 1
+    limits: tuple[Any, Any] | None = None
 
 
 @struct.dataclass
@@ -87,9 +89,9 @@ class Population(struct.PyTreeNode):
     rows: the decode state. carry: the reward's. held: the method's. keys_R: for choosing.
     start_B: where answers begin. at_B: a row's length at its last step's end; score_B: float32,
     of the text up to there; steps_B: steps of the text; scores_BT, ends_BT: of each of them.
-    step_R: steps taken. ready_R: all rows of the prompt stand at a step's end. over_R: for good.
-    drawn_R: tokens drawn, losers included. spent: int32, row-iterations, and those that drew.
-    trail: (R, T, ...), the reports by step.
+    step_R: steps taken, of most_R. ready_R: all rows of the prompt stand at a step's end.
+    over_R: for good. drawn_R: tokens drawn, losers included. spent: int32, row-iterations, and
+    those that drew. trail: (R, T, ...), the reports by step.
     """
 
     rows: DecodeState
@@ -103,6 +105,7 @@ class Population(struct.PyTreeNode):
     scores_BT: jax.Array
     ends_BT: jax.Array
     step_R: jax.Array
+    most_R: jax.Array
     ready_R: jax.Array
     over_R: jax.Array
     drawn_R: jax.Array
@@ -119,7 +122,12 @@ def begin(
     read = prefill(lm, tools.params, tools.sampler, tokens_RT, lengths_R, kinds,
                    tokens_RT.shape[1], keys_R2[:, 0])
     rows = fork(lm, tools.params, read, particles, steps.max_new_tokens)
-    return around(rows, keys_R2[:, 1], tools.method, particles, steps)
+    if tools.limits is None:
+        return around(rows, keys_R2[:, 1], tools.method, particles, steps)
+    most, tokens = tools.limits
+    rows = rows.replace(limit_B=jnp.minimum(rows.limit_B, rows.length_B + tokens))
+    pop = around(rows, keys_R2[:, 1], tools.method, particles, steps)
+    return pop.replace(most_R=jnp.full_like(pop.most_R, most))
 
 
 def around(
@@ -136,8 +144,9 @@ def around(
         held=method.init(prompts, particles), keys_R=keys_R, start_B=rows.length_B + 0,
         at_B=rows.length_B + 0, score_B=jnp.zeros(batch), steps_B=int_B,
         scores_BT=jnp.zeros((batch, most)), ends_BT=jnp.zeros((batch, most), jnp.int32),
-        step_R=int_R, ready_R=jnp.ones(prompts, bool), over_R=jnp.zeros(prompts, bool),
-        drawn_R=int_R + 0, trail=trail, spent=jnp.zeros(2, jnp.int32))
+        step_R=int_R, most_R=int_R + most, ready_R=jnp.ones(prompts, bool),
+        over_R=jnp.zeros(prompts, bool), drawn_R=int_R + 0, trail=trail,
+        spent=jnp.zeros(2, jnp.int32))
 
 
 def move(
@@ -153,7 +162,7 @@ def move(
     particles = len(pop.at_B) // prompts
     keys_R = jax.vmap(jax.random.fold_in)(pop.keys_R, pop.step_R)
     held, report = tools.method.choose(
-        keys_R, pop.held, open_R & (pop.step_R > 0), pop.step_R / steps.max_steps)
+        keys_R, pop.held, open_R & (pop.step_R > 0), pop.step_R / pop.most_R)
     pop = follow(pop, report.ancestors_RP, one_device=width is not None)
     at = jnp.where(open_R, pop.step_R, steps.max_steps)
     log = lambda old, new: old.at[jnp.arange(prompts), at].set(new, mode="drop")
@@ -210,7 +219,7 @@ def absorb(steps: Steps, method: Any, pop: Population, score_B: jax.Array) -> Po
     by_prompt = lambda x: x.reshape(prompts, particles)
     held = method.weigh(pop.held, by_prompt(score_B), by_prompt(seen.ended_B), pop.ready_R)
     step_R = pop.step_R + pop.ready_R
-    done_R = by_prompt(pop.rows.done_B).all(1) | (step_R >= steps.max_steps)
+    done_R = by_prompt(pop.rows.done_B).all(1) | (step_R >= pop.most_R)
     over_R = pop.over_R | (pop.ready_R & done_R)
     return pop.replace(
         rows=pop.rows.replace(done_B=pop.rows.done_B | jnp.repeat(over_R, particles)),
@@ -229,12 +238,15 @@ def give_up(pop: Population, failed_R: jax.Array) -> Population:
 
 def loop(
     lm: LM, steps: Steps, tools: Tools, reward: Any, pop: Population, enough: jax.Array | int,
-    width: int | None = None,
+    width: int | None = None, rounds: jax.Array | int = 2**31 - 1,
 ) -> Population:
-    """Rounds, with a reward on the device, until `enough` prompts are over: one loop, no host."""
-    def round_of(pop):
+    """Up to so many rounds, with a reward on the device, until `enough` prompts are over: one loop,
+    no host."""
+    def round_of(carry):
+        count, pop = carry
         pop, ancestors_RP = move(lm, steps, tools, pop, width)
         score_B, carry = reward.score(reward.gather(pop.carry, ancestors_RP), view(pop))
-        return absorb(steps, tools.method, pop.replace(carry=carry), score_B)
+        return count + 1, absorb(steps, tools.method, pop.replace(carry=carry), score_B)
 
-    return jax.lax.while_loop(lambda pop: pop.over_R.sum() < enough, round_of, pop)
+    more = lambda carry: (carry[0] < rounds) & (carry[1].over_R.sum() < enough)
+    return jax.lax.while_loop(more, round_of, (jnp.int32(0), pop))[1]

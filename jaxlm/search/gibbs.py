@@ -134,7 +134,7 @@ def particle_gibbs(
         raise ConfigError(f"temperatures are {temperatures!r}; expected numbers above 0")
     keys_R = row_keys(key, len(ids))
     keys_B = jax.vmap(lambda k: jax.random.split(k, len(tau)))(keys_R).reshape(-1)
-    rows, room = len(ids) * len(tau) * particles, steps.max_new_tokens
+    rows, room = len(ids) * len(tau) * particles, steps.program.max_new_tokens
     free = Pinned(sampler, np.zeros((rows, room), np.int32), np.zeros(rows, np.int32))
     method = filter_of(weight, np.tile(tau, len(ids)), 2.0, "conditional")
     task = make_task(bundle, [prompt for prompt in ids for _ in tau], reward, method,
@@ -158,8 +158,9 @@ def run_chains(task: Task, keys_R: jax.Array, sweeps: int, tau: np.ndarray) -> l
             pop = give_up_jit(pop, np.isin(np.arange(prompts).repeat(chains), list(last)))
         pop, _, failed = grow(here, pop, carry, slots, len(slots))
         odd = sweep % 2 == 1 and chains > 2
-        state, swapped = next_references(here.steps, here.tools.method, fold(here.job.keys_B, 1),
-                                         fold(keys_R, sweep), pop, 1 / tau, odd)
+        state, swapped = next_references(
+            here.steps.program, here.tools.method, fold(here.job.keys_B, 1), fold(keys_R, sweep),
+            pop, 1 / tau, odd)
         host, final = readable(pop), to_host(final_jit(task.tools.method, pop.held))
         (tokens_CS, count_C, row_C), swapped_RM = to_host((state.path, swapped))
         exchanged, tried = exchanged + swapped_RM.sum(1) / 2, tried + (chains - odd) // 2

@@ -33,6 +33,7 @@ from jaxlm.search.engine import (
     move,
     view,
 )
+from jaxlm.search.interrupt import ROUNDS, check, interruptible
 from jaxlm.search.memory import check_memory
 
 CHOICES = ("best", "draw", "resampled")
@@ -81,15 +82,18 @@ def make_task(
         raise ConfigError(f"reward is {reward!r}, which lacks {missing}; expected a Reward as in "
                           "jaxlm.rewards.base")
     job = prepare(bundle, prompts, steps.max_new_tokens, key, steps.stop_ids, None, steps.stop)
+    if steps.room is not None:
+        job = widened(job, steps.room.prompt)
     kinds = placed(bundle, sampler, cache)
     rule = text_rule(bundle, job.strings, steps.delimiters, ids=job.stop.ids)
     stop = StepStop(rule, np.int32(steps.cap))
-    tools = Tools(bundle.params, sampler, stop, method, np.int32(whole("quorum", quorum)))
+    limits = np.int32(steps.max_steps), np.int32(steps.max_new_tokens)
+    tools = Tools(bundle.params, sampler, stop, method, np.int32(whole("quorum", quorum)), limits)
     count = len(job.prompts)
     at_once = min(whole("at_once", count if at_once is None else at_once), count)
     rows = lent(bundle, sampler, rows, at_once * particles)
-    check_memory(bundle, kinds, at_once, job.tokens_BT.shape[1], particles, steps.max_new_tokens,
-                 memory)
+    check_memory(bundle, kinds, at_once, job.tokens_BT.shape[1], particles,
+                 steps.program.max_new_tokens, memory)
     return Task(bundle, job, steps, tools, kinds, reward, particles, at_once, rows,
                 choose)
 
@@ -101,8 +105,14 @@ def lent(bundle: Bundle, sampler: Sampler, rows: int | None, batch: int) -> int 
     if bundle.mesh is not None and bundle.mesh.size > 1:
         raise ConfigError(f"rows is {rows} of {batch}, and the model lies over {bundle.mesh.size} "
                           "devices, each of which holds rows of its own; leave rows out")
-    sampler_of(sampler, np.arange(rows), batch)
+    sampler_of(sampler, jnp.arange(rows), batch)
     return int(rows)
+
+
+def widened(job: Job, width: int) -> Job:
+    """Prompts padded further, to the room that programs have for them."""
+    more = max(width - job.tokens_BT.shape[1], 0)
+    return replace(job, tokens_BT=jnp.pad(job.tokens_BT, ((0, 0), (0, more))))
 
 
 def search(task: Task) -> list[SearchResult]:
@@ -134,11 +144,11 @@ def start(task: Task, which: Sequence[int]) -> tuple[Population, Any]:
     take = lambda x: x if len(index) == len(task.job.prompts) else x[index]
     tokens_RT, lengths_R, keys_R = map(
         take, (task.job.tokens_BT, task.job.lengths_B, task.job.keys_B))
-    pop = begin_jit(task.bundle.lm, task.steps, task.tools, tokens_RT, lengths_R, kinds=task.kinds,
-                    keys_R=keys_R, particles=task.particles)
+    pop = begin_jit(task.bundle.lm, task.steps.program, task.tools, tokens_RT, lengths_R,
+                    kinds=task.kinds, keys_R=keys_R, particles=task.particles)
     texts = [task.bundle.tokenizer.decode(task.job.prompts[i]) for i in which]
     carry = task.reward.init(Prompts(tokens_RT, lengths_R, texts), task.particles,
-                             task.steps.max_new_tokens)
+                             task.steps.program.max_new_tokens)
     return (pop.replace(carry=carry), None) if task.reward.on_device else (pop, carry)
 
 
@@ -147,15 +157,18 @@ def grow(
 ) -> tuple[Population, Any, dict[int, str]]:
     """Rounds until `enough` prompts are over: one program, or one hop to the host a round.
 
+    Raises: Interrupted, between two rounds, in a context that may end.
+
     Returns: the population, the reward's carry, and for which slots the reward failed, and why.
     """
-    static, reward = (task.bundle.lm, task.steps, task.tools), task.reward
+    program, reward = task.steps.program, task.reward
+    static = task.bundle.lm, program, task.tools
     known: dict[tuple, str] = {}
     failed: dict[int, str] = {}
     if reward.on_device:
-        pop = loop_jit(*static, reward, pop, np.int32(enough), width=task.rows)
-        return pop, None, failed
+        return on_device(task, static, pop, enough), None, failed
     while int(pop.over_R.sum()) < enough:
+        check()
         pop, ancestors_RP = move_jit(*static, pop, width=task.rows)
         carry = reward.gather(carry, to_host(ancestors_RP))
         seen = to_host(view_jit(pop))
@@ -168,8 +181,20 @@ def grow(
         if score_B.shape != seen.start_B.shape:
             raise ConfigError(f"the reward gave scores of shape {score_B.shape}; expected one for "
                               f"each of {len(seen.start_B)} rows")
-        pop = absorb_jit(task.steps, task.tools.method, pop, jnp.asarray(score_B))
+        pop = absorb_jit(program, task.tools.method, pop, jnp.asarray(score_B))
     return pop, carry, failed
+
+
+def on_device(task: Task, static: tuple, pop: Population, enough: int) -> Population:
+    """One call for all rounds, or, where somebody may end the search, for a few at a time."""
+    some = lambda pop, rounds: loop_jit(*static, task.reward, pop, np.int32(enough),
+                                        width=task.rows, rounds=np.int32(rounds))
+    if not interruptible():
+        return some(pop, 2**31 - 1)
+    while int(pop.over_R.sum()) < enough:
+        check()
+        pop = some(pop, ROUNDS)
+    return pop
 
 
 def scored(reward: Reward, carry: Any, rows: Rows) -> tuple[Any, Any, Mapping[int, str]]:

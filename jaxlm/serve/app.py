@@ -2,9 +2,10 @@
 
 import asyncio
 import hmac
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,17 +15,22 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from jaxlm.core.errors import JaxlmError
+from jaxlm.core.errors import JaxlmError, NumericsError, TokenizerError
 from jaxlm.decode.batcher import Request as Wanted
 from jaxlm.decode.generate import to_ids
 from jaxlm.hf.bundle import Bundle
+from jaxlm.rewards.base import RewardError
 from jaxlm.serve.answers import Answer, Choice, collect, events, search_body
 from jaxlm.serve.body import BodyLimit
 from jaxlm.serve.engine import Engine, Refused
-from jaxlm.serve.metrics import Metrics
+from jaxlm.serve.invalid import reason
+from jaxlm.serve.methods import TOKENS
+from jaxlm.serve.metrics import Counted, Metrics
 from jaxlm.serve.schema import ChatRequest, CompletionRequest, error
 
-SEARCH_TOKENS = 256  # of a search's answer, where the request does not say
+VERBATIM = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+LOG = logging.getLogger("uvicorn.error")
+OURS = (RewardError, NumericsError)  # of the library's errors, those that no request causes
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,9 @@ def create_app(
     app = FastAPI(title="jaxlm", lifespan=lifespan, docs_url=None, redoc_url=None)
     server = Server(engine, settings, methods)
     app.add_middleware(BodyLimit, limit=settings.max_body)
-    app.middleware("http")(server.count)
+    app.add_middleware(Counted, metrics=server.metrics)
     for kind, handler in ((RequestValidationError, server.invalid), (JaxlmError, server.bad_input),
-                          (StarletteHTTPException, server.refused)):
+                          (StarletteHTTPException, server.refused), (Exception, server.unexpected)):
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
     guard = [Depends(server.authorise)]
     errors: dict[int | str, dict[str, Any]] = {
@@ -89,17 +95,6 @@ class Server:
 
     # what every request passes
 
-    async def count(
-        self, request: Request, call_next: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        """Count a request and its time, up to the head of a stream."""
-        began = time.perf_counter()
-        response = await call_next(request)
-        path = getattr(request.scope.get("route"), "path", "other")
-        self.metrics.requests.labels(path, response.status_code).inc()
-        self.metrics.seconds.labels(path).observe(time.perf_counter() - began)
-        return response
-
     async def authorise(self, request: Request) -> None:
         """401 without the token, where there is one."""
         token = self.settings.token
@@ -110,15 +105,13 @@ class Server:
 
     async def invalid(self, request: Request, found: RequestValidationError) -> JSONResponse:
         """400 with the first thing that is wrong."""
-        first = found.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = first["msg"].removeprefix("Value error, ")
-        text = f"{place}: {message}" if place else message
-        return JSONResponse(error(text.encode(errors="replace").decode(), 400, place or None), 400)
+        chat = request.url.path.endswith("/chat/completions")
+        text, place = reason(found.errors(), found.body, chat)
+        return JSONResponse(error(text.encode(errors="replace").decode(), 400, place), 400)
 
     async def bad_input(self, request: Request, found: JaxlmError) -> JSONResponse:
         """What the library refuses is 400; what the engine refuses has a status of its own."""
-        status = getattr(found, "status", 400)
+        status = getattr(found, "status", 500 if isinstance(found, OURS) else 400)
         headers = {"Retry-After": "1"} if status == 429 else None
         return JSONResponse(error(str(found), status), status, headers)
 
@@ -126,6 +119,10 @@ class Server:
         """An unknown path, a wrong verb, a missing token."""
         return JSONResponse(error(str(found.detail), found.status_code), found.status_code,
                             found.headers)
+
+    async def unexpected(self, request: Request, found: Exception) -> JSONResponse:
+        """500 for what nothing foresaw; it is logged, and the server lives on."""
+        return JSONResponse(error(f"{type(found).__name__} in the server: {found}", 500), 500)
 
     # endpoints
 
@@ -156,11 +153,25 @@ class Server:
         """Answer a chat, or go on with its last message."""
         self._check_model(given.model)
         messages = [message.plain() for message in given.messages]
-        text = await asyncio.to_thread(
-            self.bundle.tokenizer.chat, messages, given.begins_answer,
-            resume=bool(given.continue_final_message), template=self.settings.template)
+        text = await asyncio.to_thread(self._rendered, messages, given)
         ids = self.bundle.tokenizer.encode(text, special=False)
         return await self._answer(given, [ids], request)
+
+    def _rendered(self, messages: list[dict[str, str]], given: ChatRequest) -> str:
+        """A chat as a text.
+
+        Raises: Refused without a template, or for messages that it does not take.
+        """
+        tokenizer, template = self.bundle.tokenizer, self.settings.template
+        if template is None and not tokenizer.has_template:
+            raise Refused("this model has no chat template; use /v1/completions, or start the "
+                          "server with --chat-template verbatim, or a Jinja file", 400)
+        try:
+            return tokenizer.chat(messages, given.begins_answer, template=template,
+                                  resume=bool(given.continue_final_message))
+        except TokenizerError as error:  # its own message names a folder of the server
+            raise Refused(f"the chat template does not take these messages: {error.__cause__}; "
+                          "change their roles or order", 400) from error
 
     def _card(self) -> dict:
         return {"id": self.settings.name, "object": "model", "created": self.created,
@@ -221,8 +232,14 @@ class Server:
         limit = new_tokens(given)
         if room < 1 or (limit or 0) > room:
             raise Refused(f"the prompt leaves room for {max(room, 0)} tokens; ask for less", 400)
-        job = self.methods.job(given, ids, min(limit or SEARCH_TOKENS, room), seed_of(given))
-        solution = await unless_gone(self.engine.call(job), request)
+        job = self.methods.job(given, ids, min(limit or TOKENS, room), seed_of(given))
+        try:
+            solution = await unless_gone(self.engine.call(job), request)
+        except JaxlmError:
+            raise
+        except Exception as failure:  # of a reward or a method; the engine has gone on
+            LOG.exception("a search failed")
+            raise Refused(f"the search failed: {type(failure).__name__}: {failure}", 500) from None
         body = search_body(given, self.settings.name, len(ids[0]), solution)
         self.metrics.tokens(body["usage"])
         return JSONResponse(body)

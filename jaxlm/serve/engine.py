@@ -49,6 +49,10 @@ class Ticket:
             request.cancelled = True
 
 
+Whole = Callable[[Callable[[], bool]], Any]  # a job; it may ask whether anybody still waits
+CLOSING = "the server is shutting down; the answer is not complete"
+
+
 class Engine:
     """Runs a batcher, and whole jobs between its chunks, in a thread of its own.
 
@@ -60,9 +64,9 @@ class Engine:
         self.failure: str | None = None
         self._wake = threading.Condition()
         self._new: deque[tuple[Ticket, Request]] = deque()
-        self._jobs: deque[tuple[Callable[[], Any], asyncio.Future]] = deque()
+        self._jobs: deque[tuple[Whole, asyncio.Future]] = deque()
         self._tickets: dict[int, Ticket] = {}  # by request
-        self._closing, self._deadline = False, float("inf")
+        self._closing, self._ended, self._deadline = False, False, float("inf")
         self._thread = threading.Thread(target=self._run, name="jaxlm-engine", daemon=True)
 
     @property
@@ -74,18 +78,34 @@ class Engine:
         """Begin to work."""
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def drain(self, grace: float) -> None:
-        """Take no more; after `grace` seconds, end what is left with a reason."""
+        """Take no more; after `grace` seconds, end what is left with a reason.
+
+        The thread looks at the clock between chunks; what has to be on time calls `end` too.
+        """
         self._deadline = min(self._deadline, time.monotonic() + grace)
         self._closing = True
 
-    def close(self, grace: float = 0.0) -> None:
-        """`drain`, and wait for the thread to end."""
+    def end(self) -> None:
+        """End what is left with a reason, from any thread: the engine's own may be in a long job,
+        which ends at the next moment that it asks."""
+        self._refuse(Refused(CLOSING, 503))
+
+    def close(self, grace: float = 0.0, wait: float = 5.0) -> None:
+        """`drain`, `end` after the grace, and wait up to so many seconds more for the thread."""
         self.drain(grace)
         with self._wake:
             self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self.alive:
+            self._thread.join(grace)
+        self.end()
+        if self.alive:
+            self._thread.join(wait)
 
     def submit(self, requests: Sequence[Request]) -> Ticket:
         """Let requests wait for rows; from inside an event loop.
@@ -99,8 +119,12 @@ class Engine:
             self._wake.notify()
         return ticket
 
-    def call(self, job: Callable[[], Any]) -> asyncio.Future:
-        """Run a whole job on the device between two chunks; its result, or what it raised."""
+    def call(self, job: Whole) -> asyncio.Future:
+        """Run a whole job on the device between two chunks; its result, or what it raised.
+
+        job: is given a function that tells whether nobody waits any more: the future is cancelled,
+        or the engine at its end.
+        """
         self._check(1)
         future = asyncio.get_running_loop().create_future()
         with self._wake:
@@ -131,8 +155,8 @@ class Engine:
                 self._refuse(Refused(f"the server has failed: {self.failure}", 500))
                 return
             if time.monotonic() > self._deadline:
-                self._refuse(Refused("the server is shutting down; the answer is not complete",
-                                     503))
+                self.end()
+            if self._ended:
                 return
 
     def _wait(self) -> bool:
@@ -155,12 +179,14 @@ class Engine:
         job, future = self._jobs[0]
         try:
             if not future.cancelled():
-                result = job()
+                result = job(lambda: future.cancelled() or self._ended)
                 self._post(future.get_loop(), _settle, future, result, None)
         except Exception as error:  # a job's own: the pool is untouched
             self._post(future.get_loop(), _settle, future, None, error)
         finally:
-            self._jobs.popleft()
+            with self._wake:
+                if self._jobs:  # else it was refused meanwhile
+                    self._jobs.popleft()
 
     def _report(self, progress: list[Progress]) -> None:
         """Send what is new to its event loops, and forget what is over or cancelled."""
@@ -172,12 +198,12 @@ class Engine:
             if one.text or one.finish or one.request.stream:
                 by_loop.setdefault(ticket.loop, []).append((ticket.queue, one))
             if one.finish:
-                del self._tickets[id(one.request)]
+                self._tickets.pop(id(one.request), None)
         for loop, items in by_loop.items():
             self._post(loop, _deliver, items)
         for name, ticket in list(self._tickets.items()):
             if all(request.cancelled for request in ticket.requests):
-                del self._tickets[name]
+                self._tickets.pop(name, None)
 
     def _refuse(self, reason: Refused) -> None:
         """End everything that is not over."""
@@ -187,7 +213,8 @@ class Engine:
             self._new.clear()
             self._jobs.clear()
             self._tickets.clear()
-            self._closing = True
+            self._closing = self._ended = True
+            self._wake.notify()
         for ticket in tickets.values():
             self._post(ticket.loop, ticket.queue.put_nowait, reason)
         for _, future in jobs:

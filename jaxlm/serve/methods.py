@@ -1,6 +1,5 @@
 """The seam to `jaxlm.search`: from a request's fields to a method of that package, by name."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,18 +10,16 @@ import jax.numpy as jnp
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.pool import row_key, seed_words
 from jaxlm.hf.bundle import Bundle
-from jaxlm.rewards.base import Reward, RewardError
-from jaxlm.search import methods
-from jaxlm.search.base import Steps
-from jaxlm.search.beam import beam_search, dvts
+from jaxlm.rewards.base import Reward, RewardError, Stateless
+from jaxlm.search import interrupt, methods
+from jaxlm.search.base import Room, Steps
 from jaxlm.search.methods import METHODS, Solution
 from jaxlm.serve.schema import ChatRequest, CompletionRequest
 
-BEAMS: dict[str, Callable[..., Any]] = {"beam": beam_search, "dvts": dvts}
-NAMES = (*METHODS, *BEAMS)
-WIDTH = 4  # of a beam, as far as it divides the budget
-BUDGET = 8  # of a request that does not say
+BUDGET, STEPS, TOKENS, TEMPERATURE = 8, 40, 256, 0.8  # of a request that does not say
+LEAST = Room(32, 64, 64)  # of what is compiled
 UNUSED = ("stream", "logprobs", "include_stop_str_in_output", "top_p", "top_k", "min_p")
+Job = Callable[[Callable[[], bool]], Solution]
 
 
 @dataclass(frozen=True)
@@ -36,19 +33,19 @@ class Methods:
 
     def job(
         self, given: ChatRequest | CompletionRequest, prompts: list, limit: int, seed: int
-    ) -> Callable[[], Solution]:
+    ) -> Job:
         """A checked search, as a job for the engine.
 
         Args: limit: new tokens of an answer.
         Raises: ConfigError for a method that there is not, or what a search cannot honour.
         """
         name, budget = given.method, given.budget or BUDGET
-        if name not in NAMES:
-            raise ConfigError(f"method is {name!r}; expected one of plain, {', '.join(NAMES)}")
-        if name not in BEAMS:
-            methods.method(name, self.reward)
-        elif self.reward is None:
-            raise ConfigError(f"{name} needs a reward; start the server with --prm")
+        if name not in METHODS:
+            raise ConfigError(f"method is {name!r}; expected one of plain, {', '.join(METHODS)}")
+        if METHODS[name].rewarded and self.reward is None:
+            free = ", ".join(name for name, made in METHODS.items() if not made.rewarded)
+            raise ConfigError(f"method {name} needs a reward and this server has none; start it "
+                              f"with --prm, or take one of {free}")
         if budget > self.max_budget:
             raise ConfigError(f"budget is {budget}; expected at most {self.max_budget}")
         if ignored := [field for field in UNUSED if getattr(given, field)]:
@@ -56,30 +53,50 @@ class Methods:
         if len(prompts) > 1 or given.n not in (None, 1):
             raise ConfigError(f"method {name} gives one answer to one prompt; leave n out")
         step = given.step or "\n"
-        ends = step if isinstance(step, str) else tuple(step)
+        most = given.max_steps or STEPS
+        steps = Steps(step if isinstance(step, str) else tuple(step), max_steps=most,
+                      stop=given.stops, max_new_tokens=limit,
+                      room=room_of(len(prompts[0]), most, limit))
         asked = methods.Request(
-            self.bundle, self.reward, budget, cache=self.cache,
-            steps=Steps(ends, max_steps=given.max_steps or 40, stop=given.stops,
-                        max_new_tokens=limit),
-            temperature=0.8 if given.temperature is None else given.temperature)
+            self.bundle, self.reward, budget, cache=self.cache, steps=steps,
+            temperature=TEMPERATURE if given.temperature is None else given.temperature)
         return partial(solve, name, asked, prompts[0], seed)
 
+    def warm(self, max_len: int) -> None:
+        """Compile what a search that leaves all to the server runs, at the start."""
+        assert self.reward is not None
+        tokens = max(min(TOKENS, max_len - LEAST.prompt), 1)
+        reward = self.reward if self.reward.on_device else HALF  # a program never sees the host's
+        asked = methods.Request(
+            self.bundle, reward, BUDGET, cache=self.cache, temperature=TEMPERATURE,
+            steps=Steps("\n", max_steps=1, max_new_tokens=1,
+                        room=room_of(LEAST.prompt, STEPS, tokens)))
+        solve("particle-filter", asked, [0], 0, lambda: False)
 
-def solve(name: str, asked: methods.Request, prompt: Any, seed: int) -> Solution:
-    """Run a method on one prompt; RewardError where the reward failed."""
-    found = answer(name, asked, prompt, seed)
+
+HALF = Stateless(lambda rows: jnp.full(len(rows.length_B), 0.5), on_device=False)
+
+
+def room_of(prompt: int, steps: int, tokens: int) -> Room:
+    """The next powers of two, so that few programs serve all that clients ask for.
+
+    >>> room_of(40, 12, 100)
+    Room(prompt=64, steps=64, tokens=128)
+    """
+    up = lambda number, least: max(1 << (number - 1).bit_length(), least)
+    return Room(*map(up, (prompt, steps, tokens), LEAST))
+
+
+def solve(
+    name: str, asked: methods.Request, prompt: Any, seed: int, left: Callable[[], bool]
+) -> Solution:
+    """Run a method on one prompt; RewardError where the reward failed.
+
+    left: whether nobody waits any more; `Interrupted`, between two rounds, once it is true.
+    """
+    keys_R = row_key(jnp.asarray(seed_words(seed)), jnp.int32(0))[None]
+    with interrupt.unless(left):
+        found = METHODS[name].run(asked, [prompt], keys_R)[0]
     if found.failed is not None:
         raise RewardError(f"the reward failed: {found.failed}", [0], [found.failed])
     return found
-
-
-def answer(name: str, asked: methods.Request, prompt: Any, seed: int) -> Solution:
-    """What a method makes of one prompt."""
-    keys_R = row_key(jnp.asarray(seed_words(seed)), jnp.int32(0))[None]
-    if name not in BEAMS:
-        return METHODS[name].run(asked, [prompt], keys_R)[0]
-    found = BEAMS[name](
-        asked.bundle, [prompt], asked.reward, budget=asked.particles, key=keys_R,
-        width=math.gcd(WIDTH, asked.particles), steps=asked.steps, sampler=asked.sampler(),
-        cache=asked.cache)
-    return methods.solution(asked, found[0])

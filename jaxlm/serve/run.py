@@ -1,5 +1,7 @@
 """Running a server: uvicorn, and what a signal does."""
 
+import asyncio
+import os
 import socket
 from types import FrameType
 
@@ -17,10 +19,18 @@ class Server(uvicorn.Server):
         self.engine, self.grace = engine, grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Of the first signal; a second one ends at once."""
+        """Of the first signal; a second one ends the process at once."""
+        if self.should_exit:
+            os._exit(128 + sig)
         self.engine.drain(self.grace)
-        self.force_exit = self.should_exit  # uvicorn's own would raise the signal again at the end
-        self.should_exit = True
+        self.should_exit = True  # uvicorn's own would raise the signal again at the end
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's; after the grace all that waits is refused by this loop, which is always free,
+        where the engine's thread may be in a long job."""
+        refusal = asyncio.get_running_loop().call_later(self.grace, self.engine.end)
+        await super().shutdown(sockets)
+        refusal.cancel()
 
 
 def config_of(app: FastAPI, grace: float) -> uvicorn.Config:
@@ -32,6 +42,7 @@ def config_of(app: FastAPI, grace: float) -> uvicorn.Config:
 def serve(app: FastAPI, engine: Engine, listener: socket.socket, grace: float) -> None:
     """Serve on a listening socket until a signal.
 
-    Args: grace: seconds that answers in flight get at SIGTERM.
+    Args: grace: seconds that answers in flight get at SIGTERM. The engine's thread may outlive
+      this, in a job that does not ask whether it is still wanted.
     """
     Server(config_of(app, grace), engine, grace).run(sockets=[listener])

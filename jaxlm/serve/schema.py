@@ -21,7 +21,8 @@ def encodable(value: Any) -> Any:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError("the text is not valid Unicode: it holds a lone surrogate") from None
+            raise ValueError("the text is not valid Unicode: it holds a lone surrogate; send both "
+                             "halves of the pair") from None
     return value
 
 
@@ -41,6 +42,12 @@ class StreamOptions(Strict):
     """What a stream reports besides text."""
 
     include_usage: bool = False
+
+
+class ResponseFormat(Strict):
+    """The form of an answer; another than text would need a grammar."""
+
+    type: Literal["text"]
 
 
 class Request(Strict):
@@ -65,6 +72,9 @@ class Request(Strict):
     user: Text | None = None
     frequency_penalty: Nothing | None = None
     presence_penalty: Nothing | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    response_format: ResponseFormat | None = None
+    store: Literal[False] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     @model_validator(mode="before")
@@ -75,6 +85,13 @@ class Request(Strict):
             given = dict(given)
             given = {**given.pop("extra_body"), **given}
         return given
+
+    @model_validator(mode="after")
+    def check_stream(self) -> "Request":
+        """Options of a stream that is not asked for."""
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true; ask for a stream, or leave it out")
+        return self
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -125,7 +142,7 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
-    name: Text | None = None
+    name: None = None
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it."""
@@ -150,9 +167,10 @@ class ChatRequest(Request):
     def check_turns(self) -> "ChatRequest":
         """Fields that contradict one another."""
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise ValueError("top_logprobs needs logprobs: true; give both or neither")
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other; "
+                             "give one of them")
         if None not in (self.max_tokens, self.max_completion_tokens) and (
                 self.max_tokens != self.max_completion_tokens):
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
@@ -177,7 +195,8 @@ def error(message: str, status: int, param: str | None = None, code: str | None 
     >>> error("no", 429)["error"]["type"]
     'rate_limit_error'
     """
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",
+             500: "api_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

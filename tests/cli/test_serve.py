@@ -31,8 +31,23 @@ def test_only_loopback_is_silent(host, warned, capsys):
 def test_a_taken_port_is_one_line(capsys, tmp_path):
     pytest.importorskip("fastapi")
     with listen("127.0.0.1", 0) as taken:
-        with pytest.raises(OSError):
-            listen("127.0.0.1", taken.getsockname()[1])
+        port = taken.getsockname()[1]
+        assert main(["serve", "--model", "./nothing-here", "--port", str(port)]) == 2
+    assert f"--port {port}" in capsys.readouterr().err  # known before the model is looked for
+
+
+@pytest.mark.parametrize("flags", [
+    ("--port", "65536"), ("--port", "-1"), ("--queue", "-1"), ("--max-budget", "0"),
+    ("--grace", "-1"), ("--grace", "nan"), ("--max-body-kb", "0"), ("--rows", "0"),
+    ("--max-len", "1"), ("--chunk", "0"), ("--prompt-cache-mb", "-1"),
+    ("--chat-template", "no-such.jinja"), ("--host", "no.such.host.invalid"),
+])
+def test_a_wrong_flag_is_one_line_before_a_model_is_read(flags, capsys):
+    pytest.importorskip("fastapi")
+    assert main(["serve", "--model", "./nothing-here", "--port", "0", *flags]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 + (flags[0] == "--host") and flags[0] in said[-1] and flags[1] in said[-1]
+    assert "expected" in said[-1] or "take another" in said[-1]
 
 
 def test_a_model_that_is_not_there_is_one_line(capsys):

@@ -6,11 +6,9 @@ from contextlib import contextmanager
 
 from jaxlm.cli.serve import listen
 from jaxlm.decode.batcher import Batcher
-from jaxlm.serve.app import Settings, create_app
+from jaxlm.serve.app import VERBATIM, Settings, create_app
 from jaxlm.serve.engine import Engine
 from jaxlm.serve.run import Server, config_of
-
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 def make_batcher(bundle, **changes) -> Batcher:
@@ -20,13 +18,14 @@ def make_batcher(bundle, **changes) -> Batcher:
 
 @contextmanager
 def running(
-    batcher: Batcher, waiting: int = 64, methods=None, **settings
+    batcher: Batcher, waiting: int = 64, methods=None, grace: float = 5.0, **settings
 ) -> Iterator[tuple[str, Engine]]:
     """The address and the engine of a server that runs until the block ends."""
     engine = Engine(batcher, waiting)
-    app = create_app(engine, Settings("tiny-model", template=TEMPLATE, **settings), methods)
+    settings = {"template": VERBATIM, **settings}
+    app = create_app(engine, Settings("tiny-model", **settings), methods)
     with listen("127.0.0.1", 0) as listener:
-        server = Server(config_of(app, 5.0), engine, 5.0)
+        server = Server(config_of(app, grace), engine, grace)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -205,6 +205,12 @@ def test_bad_chats_are_400(client, changes):
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
+def test_fields_that_ask_for_nothing_are_taken(client):
+    nothing = {"response_format": {"type": "text"}, "repetition_penalty": 1.0, "store": False,
+               "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "echo": False}
+    assert texts(post(client, ASK | nothing)) == texts(post(client, ASK))
+
+
 def test_other_refusals(client):
     for answer, status in [
         (client.get("/v1/nothing"), 404), (client.get("/v1/completions"), 405),
@@ -224,6 +230,21 @@ def test_metrics_count_what_was_done(client):
     after = [metric(client, name) for name in names]
     assert np.subtract(after, before).tolist() == [
         used["completion_tokens"], used["prompt_tokens"], 1]
+
+
+def test_a_stream_s_time_ends_with_its_last_byte(client):
+    name = 'jaxlm_request_seconds_sum{path="/v1/completions"}'
+    post(client, ASK)
+    before, began = metric(client, name), time.perf_counter()
+    with client.stream("POST", "/v1/completions", json=ASK | {"max_tokens": 80, "stream": True,
+                                                              "temperature": 0}) as answer:
+        head = time.perf_counter() - began
+        assert "[DONE]" in "".join(answer.iter_lines())
+    whole = time.perf_counter() - began
+    until = time.monotonic() + 5
+    while metric(client, name) == before and time.monotonic() < until:
+        time.sleep(0.02)
+    assert head + 0.5 * (whole - head) < metric(client, name) - before <= whole + 0.5
 
 
 def test_a_client_that_leaves_frees_its_row(client, url):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,7 +16,8 @@ pytest.importorskip("fastapi")
 
 from experiments import bench_serve  # noqa: E402
 from jaxlm.hf.bundle import load  # noqa: E402
-from tests.serve.running import TEMPLATE, make_batcher, running  # noqa: E402
+from tests.serve.running import make_batcher, running  # noqa: E402
+from tests.source_tree import ROOT  # noqa: E402
 from tests.tiny import write_folder  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -113,13 +115,11 @@ def test_its_hub_drives_a_particle_filter(url):
 
 
 @pytest.mark.parametrize("grace", [20, 0])
-def test_sigterm_closes_the_command(folder, tmp_path, grace):
+def test_sigterm_closes_the_command(folder, grace):
     """An answer in flight is finished, or ends with a reason; then the process ends."""
-    template = tmp_path / "verbatim.jinja"
-    template.write_text(TEMPLATE)
     command = [sys.executable, "-m", "jaxlm", "serve", "--model", str(folder), "--name", "m",
                "--port", "0", "--rows", "4", "--max-len", "96", "--grace", str(grace),
-               "--chat-template", str(template)]
+               "--chat-template", "verbatim"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         line = next(line for line in process.stderr if line.startswith("serving"))
         url = line.split(" at ")[1].strip()
@@ -131,3 +131,47 @@ def test_sigterm_closes_the_command(folder, tmp_path, grace):
             rest = "".join(lines)
         assert rest.endswith("data: [DONE]") or "shutting down" in rest
         assert process.wait(timeout=60) == 0
+
+
+HANG = """
+import pathlib, time
+def score(prompts, answers):
+    pathlib.Path("asked").touch()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("grace", "signals", "code"), [(1, 1, 0), (600, 2, 128 + 15)])
+def test_sigterm_closes_the_command_in_the_middle_of_a_search(
+    folder, tmp_path, grace, signals, code
+):
+    """The reward hangs: whoever waits gets a reason in time; a second signal ends at once."""
+    (tmp_path / "hang.py").write_text(HANG)
+    command = [sys.executable, "-m", "jaxlm", "serve", "--model", str(folder), "--name", "m",
+               "--port", "0", "--rows", "4", "--max-len", "96", "--grace", str(grace),
+               "--prm", "hang:score"]
+    root = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": root}) as process:
+        line = next(line for line in process.stderr if line.startswith("serving"))
+        url = line.split(" at ")[1].strip()
+        body = {"model": "m", "prompt": "Hi", "max_tokens": 9, "method": "particle-filter"}
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(httpx.post, f"{url}/completions", json=body, timeout=120)
+            until = time.monotonic() + 100
+            while not (tmp_path / "asked").exists():
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            began = time.monotonic()
+            for _ in range(signals):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(1.0)
+            assert process.wait(timeout=30) == code and time.monotonic() - began < 25
+            if signals == 1:
+                answer = asked.result()
+                assert answer.status_code == 503
+                assert "shutting down" in answer.json()["error"]["message"]
+                assert "Traceback" not in process.stderr.read()
+            else:
+                with pytest.raises(httpx.TransportError):
+                    asked.result()
