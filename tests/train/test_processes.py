@@ -165,11 +165,10 @@ def test_two_processes_train_save_and_go_on_as_one(tiny_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["update", "coordinates", "factored"])
-def test_two_processes_protect_subspaces_as_one(tiny_folder, tmp_path, form):
+def test_two_processes_protect_subspaces_as_one(tiny_folder, tmp_path):
     """Weights lie over both: bases, steps, a checkpoint taken up, evaluation and its leaks."""
     held_out = str(sums(tmp_path / "held_out.jsonl", 16, seed=1))
-    config = settings(tmp_path, steps=2, model=str(tiny_folder), tuning=Osft(form),
+    config = settings(tmp_path, steps=2, model=str(tiny_folder), tuning=Osft(),
                       optimizer={"kind": "sgd"}, mesh=MeshSizes(fsdp=2, tensor=2),
                       data={"eval": (held_out,)}, evaluate_every=1)
     finish(start_two(config, tmp_path))
@@ -177,8 +176,9 @@ def test_two_processes_protect_subspaces_as_one(tiny_folder, tmp_path, form):
     said = [json.loads((tmp_path / f"said.{i}").read_text()) for i in range(2)]
     alone = run(config.replace(steps=4, mesh=MeshSizes(), out=f"{tmp_path}/alone"))
     losses = [row["loss"] for row in alone.history if "loss" in row]
+    assert [len(one["losses"]) for one in said] == [4, 2]  # the first process keeps the log
     for one in said:
-        assert one["step"] == 4 and len(one["losses"]) == 4
-        np.testing.assert_allclose(one["losses"], losses, rtol=1e-4)
+        assert one["step"] == 4
+        np.testing.assert_allclose(one["losses"], losses[-len(one["losses"]):], rtol=1e-4)
         np.testing.assert_allclose(one["evaluation"]["loss"], alone.evaluation["loss"], rtol=1e-4)
         assert one["evaluation"]["leak_left"] < 5e-7 and one["evaluation"]["leak_right"] < 5e-7
