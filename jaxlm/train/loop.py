@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from jaxlm.core.errors import CheckpointError, NumericsError
 from jaxlm.core.hosts import is_writer
+from jaxlm.core.tree import Params
 from jaxlm.hf.bundle import Bundle
 from jaxlm.models.lm import LM
 from jaxlm.models.stack import STACK, unstack
@@ -158,6 +159,12 @@ def _step(lm: LM, tuning: Tuning, optimizer: Optimizer, parts: int, dtype: Any) 
 
 
 @lru_cache
+def _parameters(tuning: Tuning) -> Callable[[Any, Any], Params]:
+    """One program: operation by operation, several processes could wait for each other for ever."""
+    return jax.jit(tuning.materialise)
+
+
+@lru_cache
 def _measures(tuning: Tuning) -> Any:
     return jax.jit(tuning.metrics)
 
@@ -278,7 +285,7 @@ class Run:
         """Held-out data, where there are any, and what the tuning measures of itself."""
         config, found = self.config, {}
         if self.data.held_out is not None:
-            params = config.tuning.materialise(state.params, frozen)
+            params = _parameters(config.tuning)(state.params, frozen)
             found = evaluate(setup.training_lm(self.bundle, config, self.mesh), params,
                              self.data.held_out, self.mesh, jnp.dtype(config.dtype))
         own = _measures(config.tuning)(state.params, frozen)
@@ -292,7 +299,7 @@ class Run:
                    for row in self.log.rows)
 
     def _result(self, state: TrainState, frozen: Any, stopped: bool) -> Fitted:
-        params = self.config.tuning.materialise(state.params, frozen)
+        params = _parameters(self.config.tuning)(state.params, frozen)
         if STACK in params:
             params = unstack(params)
         return Fitted(

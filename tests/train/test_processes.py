@@ -165,10 +165,11 @@ def test_two_processes_train_save_and_go_on_as_one(tiny_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_protect_subspaces_as_one(tiny_folder, tmp_path):
+@pytest.mark.parametrize("form", ["update", "coordinates", "factored"])
+def test_two_processes_protect_subspaces_as_one(tiny_folder, tmp_path, form):
     """Weights lie over both: bases, steps, a checkpoint taken up, evaluation and its leaks."""
     held_out = str(sums(tmp_path / "held_out.jsonl", 16, seed=1))
-    config = settings(tmp_path, steps=2, model=str(tiny_folder), tuning=Osft(),
+    config = settings(tmp_path, steps=2, model=str(tiny_folder), tuning=Osft(form),
                       optimizer={"kind": "sgd"}, mesh=MeshSizes(fsdp=2, tensor=2),
                       data={"eval": (held_out,)}, evaluate_every=1)
     finish(start_two(config, tmp_path))
