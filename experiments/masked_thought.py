@@ -1,7 +1,7 @@
 """Does masking tokens of worked solutions help a model that learns from few of them?
 
-The bundled model is tuned on sums of a kind that it gets right one time in five: four or five
-numbers of 50 to 99, so that totals pass the 299 that it has seen at most. It learns from a few of
+The bundled model is tuned on sums of a kind that it has not seen: four or five numbers of 50 to 99,
+so that totals pass the 299 that it has seen at most. It learns from a few of
 them with their worked steps, once reading the solutions as they are and once with a share of their
 tokens masked in what it reads, not in what it is to say (`data.mask_thoughts`; 2403.02178, which
 saw it help with word problems, whose tokens are words; here they are digits). All runs take as many

@@ -145,9 +145,11 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         *(Row("osft_continual", f"{metric}.{row}", f"five tasks in turn, {words}: {row}", PERCENT)
           for row in ("full", "replay", "ewc", "olora", "osft importance", "osft uniform")
           for metric, words in (("accuracy", "average accuracy"), ("forgetting", "forgetting"))),
-        *(Row("sft_recipe", f"early_{name}_spearman", f"36 fine-tuning runs, {words} of the first "
-              "8 steps: rank correlation with the final quality", "{:+.2f}")
-          for name, words in (("loss", "training loss"), ("gradnorm", "gradient norm"))),
+        *(Row("sft_recipe", f"windows.window 8.early_{name}_spearman.{end}", f"36 fine-tuning "
+              f"runs, {words} of the first 8 steps: rank correlation with the final quality{which}",
+              "{:+.2f}")
+          for name, words in (("loss", "training loss"), ("gradnorm", "gradient norm"))
+          for end, which in (("rho", ""), ("low", ", 95% interval from"), ("high", ", to"))),
         Row("sft_recipe", "stacked_minus_phased", "held-out loss of shuffled samples less that of "
             "three phases in turn, nats a token", "{:+.3f}"),
         Row("masked_thought", "gain_points.share 0.2.mean", "a fifth of the tokens masked, 128 "

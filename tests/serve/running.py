@@ -10,6 +10,10 @@ from jaxlm.serve.app import VERBATIM, Settings, create_app
 from jaxlm.serve.engine import Engine
 from jaxlm.serve.run import Server, config_of
 
+ASK = {"model": "tiny-model", "prompt": "Hello, ", "max_tokens": 12, "seed": 5}
+CHAT = {"model": "tiny-model", "messages": [{"role": "user", "content": "Hi. "}], "max_tokens": 9,
+        "seed": 1}
+
 
 def make_batcher(bundle, **changes) -> Batcher:
     """As in `tests/decode/test_batcher.py`, so that programs are compiled once."""

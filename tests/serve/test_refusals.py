@@ -8,20 +8,9 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from jaxlm.hf.bundle import load  # noqa: E402
 from jaxlm.serve.invalid import EXPECTED  # noqa: E402
 from jaxlm.serve.schema import ChatRequest, CompletionRequest  # noqa: E402
-from tests.serve.running import make_batcher, running  # noqa: E402
-from tests.tiny import write_folder  # noqa: E402
-
-ASK = {"model": "tiny-model", "prompt": "Hello, ", "max_tokens": 12, "seed": 5}
-CHAT = {"model": "tiny-model", "messages": [{"role": "user", "content": "Hi. "}], "max_tokens": 9,
-        "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return load(write_folder(tmp_path_factory.mktemp("served") / "model"))
+from tests.serve.running import ASK, CHAT, make_batcher, running  # noqa: E402
 
 
 @pytest.fixture(scope="module")

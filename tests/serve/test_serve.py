@@ -17,19 +17,9 @@ pytest.importorskip("uvicorn")
 
 from jaxlm.decode.generate import generate  # noqa: E402
 from jaxlm.decode.samplers import Categorical  # noqa: E402
-from jaxlm.hf.bundle import load  # noqa: E402
 from jaxlm.serve.engine import Engine, Refused  # noqa: E402
-from tests.serve.running import make_batcher, running  # noqa: E402
-from tests.tiny import BOS, write_folder  # noqa: E402
-
-ASK = {"model": "tiny-model", "prompt": "Hello, ", "max_tokens": 12, "seed": 5}
-CHAT = {"model": "tiny-model", "messages": [{"role": "user", "content": "Hi. "}], "max_tokens": 9,
-        "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return load(write_folder(tmp_path_factory.mktemp("served") / "model"))
+from tests.serve.running import ASK, CHAT, make_batcher, running  # noqa: E402
+from tests.tiny import BOS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
