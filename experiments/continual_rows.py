@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from jaxlm.train import Ewc, Full, Lora, OLora, Osft
 from jaxlm.train.config import AnyTuning
 
-FULL = (3e-4, 1e-3, 3e-3)
+FULL = (1e-4, 3e-4, 1e-3)
 PART = (1e-3, 3e-3, 1e-2)  # adapters and projected updates move less at the same rate
 
 
