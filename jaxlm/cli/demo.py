@@ -1,7 +1,9 @@
 """`jaxlm demo`: the main job on the bundled model, with a report."""
 
+import os
 from pathlib import Path
 
+from jaxlm.cli import INTERRUPTED
 from jaxlm.cli.options import Device, columns, note, open_model
 from jaxlm.eval import demo_page
 from jaxlm.eval.demo import QUICK, Plan, measure
@@ -27,8 +29,12 @@ def run(
         raise NotADirectoryError(f"{out} is a file; --out names the report's folder")
     bundle = open_model(model, device)
     plan = QUICK if quick else Plan()
-    with tqdm(total=plan.parts, disable=None, leave=False) as bar:  # None: only on a terminal
-        findings = measure(bundle, model, plan, seed, bar.update, bar.set_description)
+    try:
+        with tqdm(total=plan.parts, disable=None, leave=False) as bar:  # None: only on a terminal
+            findings = measure(bundle, model, plan, seed, bar.update, bar.set_description)
+    except KeyboardInterrupt:
+        note("interrupted")
+        os._exit(INTERRUPTED)  # a thread that compiles cannot be told to end
     print(columns([list(demo_page.HEAD), *demo_page.arithmetic_rows(findings)]))
     print()
     print(columns([list(demo_page.RECALL_HEAD), *demo_page.recall_rows(findings)]))

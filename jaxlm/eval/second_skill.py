@@ -1,7 +1,6 @@
 """A second skill is taught to a model: what is left of the first, by way of tuning."""
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,29 +57,30 @@ def sums(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def teach(
-    bundle: Bundle, steps: int, problems: int, seed: int = 0, tick: Callable[[], Any] = lambda: None
+    bundle: Bundle, folder: Path, steps: int, problems: int, seed: int = 0,
+    tick: Callable[[], Any] = lambda: None,
 ) -> list[Taught]:
     """Teach words backwards in each of `WAYS`, and ask for sums again; [] for a large model.
 
-    Args: steps: of training. problems: held-out ones of each skill. tick: called after each way.
+    Args:
+      folder: for samples and checkpoints. steps: of training.
+      problems: held-out ones of each skill. tick: called after each way.
     """
     if size(bundle.params) > LARGEST:
         return []
-    with tempfile.TemporaryDirectory() as name:
-        folder, found = Path(name), []
-        train = write(folder / "train.jsonl", reversals(LESSONS, seed))
-        files = [write(folder / "first.jsonl", sums(problems, seed)),
-                 write(folder / "second.jsonl", reversals(problems, seed + 1))]
-        config = Config(data=Data(train=(train,), window=WINDOW), batch=ROWS, steps=steps,
-                        stack=True, export="none", seed=seed)
-        before = [judge(bundle, config, file, problems) for file in files]
-        for number, (way, tuning, rate) in enumerate(WAYS):
-            own = config.replace(out=str(folder / str(number)), tuning=tuning,
-                                 optimizer=Optimizer(rate=rate))
-            taught = fit(bundle, own).bundle
-            after = [judge(taught, config, file, problems) for file in files]
-            found.append(Taught(way, (before[0], after[0]), (before[1], after[1])))
-            tick()
+    train = write(folder / "train.jsonl", reversals(LESSONS, seed))
+    files = [write(folder / "first.jsonl", sums(problems, seed)),
+             write(folder / "second.jsonl", reversals(problems, seed + 1))]
+    config = Config(data=Data(train=(train,), window=WINDOW), batch=ROWS, steps=steps,
+                    stack=True, export="none", seed=seed)
+    before, found = [judge(bundle, config, file, problems) for file in files], []
+    for number, (way, tuning, rate) in enumerate(WAYS):
+        own = config.replace(out=str(folder / str(number)), tuning=tuning,
+                             optimizer=Optimizer(rate=rate))
+        taught = fit(bundle, own).bundle
+        after = [judge(taught, config, file, problems) for file in files]
+        found.append(Taught(way, (before[0], after[0]), (before[1], after[1])))
+        tick()
     return found
 
 

@@ -147,3 +147,12 @@ def test_the_command(tmp_path, capsys):
     assert dense["length"] == coded["length"] == 64 and dense["bytes"] != coded["bytes"]
     assert dense["arithmetic"] == stored["arithmetic"][1]["greedy"]
     assert {"index.html", "arithmetic.png"} <= {path.name for path in out.iterdir()}
+
+
+def test_work_aside_gives_its_result_or_its_error():
+    def fails():
+        raise ValueError("why")
+
+    assert demo.aside(lambda: 3).result() == 3
+    with pytest.raises(ValueError, match="why"):
+        demo.aside(fails).result()
