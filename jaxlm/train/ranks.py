@@ -36,14 +36,15 @@ def cosine(x: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def importance(
-    lm: LM, params: Params, batches: Iterable[dict[str, Any]], clip: bool = False
+    lm: LM, params: Params, batches: Iterable[dict[str, Any]], clip: bool = True
 ) -> dict[str, float]:
     """`I^(l) = cosine / mean over matrices of cosine`, on data of the task before.
 
     Args:
       params: plain or stacked.
       batches: dicts as `lm_objective` takes them; padding, segment 0, does not count.
-      clip: take a negative cosine for 0.
+      clip: take a negative cosine for 0; without it, ranks follow the paper's first version to the
+        letter, and the mean of small models' cosines can be near 0 or below.
     Returns: importance by module, as `layers_0/attn/q`; their mean is 1.
     Raises: ConfigError without a batch, or when the mean is not positive.
     """
@@ -66,7 +67,7 @@ def importance(
                        for name in found[0]}, clip)
 
 
-def normalised(cosines: dict[str, float], clip: bool = False) -> dict[str, float]:
+def normalised(cosines: dict[str, float], clip: bool = True) -> dict[str, float]:
     """Divided by their mean, negative ones taken for 0 if `clip`.
 
     Raises: ConfigError when the mean is not positive: no ranks follow from it.
@@ -75,7 +76,8 @@ def normalised(cosines: dict[str, float], clip: bool = False) -> dict[str, float
     mean = sum(cosines.values()) / len(cosines)
     if not mean > 0:
         raise ConfigError(f"the mean cosine of inputs and outputs is {mean:.3g}; importance is "
-                          "relative to it and needs it above 0: use ranks='uniform'")
+                          "relative to it and needs it above 0: use ranks='uniform'"
+                          + ("" if clip else ", or clip=True"))
     return {name: value / mean for name, value in cosines.items()}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlm.core.errors import ConfigError
 from jaxlm.train.osft import Osft, project, project_corner, project_factors
 from jaxlm.train.ranks import cosine, kept, normalised
 from jaxlm.train.subspace import svd
@@ -102,12 +103,22 @@ def test_importance_and_ranks(golden):
             X, W = (jnp.asarray(golden[f"imp/L{layer}/{x}"]) for x in "XW")
             raw[layer] = float(cosine(X.T, (W @ X).T, jnp.ones(X.shape[1])))
     np.testing.assert_allclose(list(raw.values()), golden["imp/I_raw"], atol=1e-9)
-    relative = normalised(raw)
+    relative = normalised(raw, clip=False)
     np.testing.assert_allclose(list(relative.values()), golden["imp/I_norm"], atol=1e-8)
     for clip, name in ((False, "k_paper_clipped"), (True, "k_negclip")):
         shares = normalised(raw, clip)
         found = [kept(32, 0.1 + 0.7 * share) for share in shares.values()]
         assert found == golden[f"imp/{name}"].tolist()
+
+
+def test_negative_cosines_count_as_none():
+    """In a small model their mean may lie below 0, from which no ranks follow."""
+    cosines = {"a": -3.0, "b": 1.0, "c": 1.0}
+    assert normalised(cosines) == {"a": 0.0, "b": 1.5, "c": 1.5}
+    with pytest.raises(ConfigError, match="clip=True"):
+        normalised(cosines, clip=False)
+    with pytest.raises(ConfigError, match="uniform"):
+        normalised({"a": -1.0})
 
 
 @pytest.mark.parametrize("project_parameters", [True, False])
