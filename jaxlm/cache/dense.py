@@ -13,6 +13,8 @@ from jaxlm.models.attention import Mask, attention, merge
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
 
+LEAST = 64  # slots that a CPU reads at least
+STEADY = 256  # the same in pieces, whose merging takes longer than reading a few slots more
 SPARE = 8  # slots beyond the last: rows that are done go on stepping, and write there
 
 
@@ -71,7 +73,7 @@ class Dense:
             ends = [end for end in sizes if end <= size]
             return merge([look(end, start) for start, end in zip([0, *ends], ends, strict=False)])
 
-        sizes = read_sizes(state["v"].shape[2])
+        sizes = read_sizes(state["v"].shape[2], STEADY if self.steady else LEAST)
         out, lse = bounded(in_pieces if self.steady else look, jnp.max(length_B), sizes,
                            lambda: look(sizes[-1]))
         return out, lse, state
@@ -126,9 +128,14 @@ def append_one(state: State, k_B1KH: jax.Array, v_B1KH: jax.Array, start_B: jax.
     }
 
 
-def read_sizes(slots: int) -> list[int]:
-    """64, 128, 256, ..., and `slots`: what a step may read."""
-    return [64 << i for i in range(slots.bit_length()) if 4 * (64 << i) <= 3 * slots] + [slots]
+def read_sizes(slots: int, least: int = LEAST) -> list[int]:
+    """`least` times 1, 2, 4, ..., and `slots`: what a step may read.
+
+    >>> read_sizes(300)
+    [64, 128, 300]
+    """
+    sizes = [least << i for i in range(slots.bit_length())]
+    return [size for size in sizes if 4 * size <= 3 * slots] + [slots]
 
 
 def bounded(
