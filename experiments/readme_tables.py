@@ -138,10 +138,16 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         Row("osft_kill", "kills", "training killed with -9, a checkpoint a step", "{:.0f} kills"),
         Row("osft_kill", "resume_bit_exact", "of these, kills of runs that ended to the bit as the "
             "one never killed", "{:.0f}"),
-        Row("osft_speed", "trainer_overhead", "a full step of the trainer, over a bare optax step"),
+        Row("osft_speed", "trainer_overhead", "the trainer's loop (data, packing, logs), seconds a "
+            "step over bare optax steps on the same batches"),
         Row("osft_speed", "step_ratio_full", "an OSFT step over a full step, form"),
         Row("osft_speed", "step_ratio_peft", "the same over peft's OSF, form"),
         Row("osft_speed", "step_ratio_mini_trainer", "the same over mini_trainer's, form"),
+        *(Row("osft_speed", f"mfu.{name}", f"model FLOPs of a step over the CPU's measured float32 "
+              f"peak, {words}", PERCENT)
+          for name, words in (("full", "full"), ("update", "OSFT, form update"))),
+        Row("osft_speed", "step_flops_ratio_8b", "FLOPs of an OSFT step over a full step's, "
+            "Llama-3.1-8B", "{:.3f}"),
         *(Row("osft_continual", f"{metric}.{row}", f"five tasks in turn, {words}: {row}", PERCENT)
           for row in ("full", "replay", "ewc", "olora", "osft importance", "osft uniform")
           for metric, words in (("accuracy", "average accuracy"), ("forgetting", "forgetting"))),
