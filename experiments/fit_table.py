@@ -100,16 +100,22 @@ def all_cells(args: argparse.Namespace, parts: _harness.Resumable) -> dict[str, 
 
 
 def compile_cell(cell: Cell, gpu_python: Path) -> dict[str, Any]:
-    """One `jaxlm fit`, its processor time, and the load of the machine when it began."""
+    """`jaxlm fit` of a cell."""
     model, job, cache, target = cell
     card = target.split(":")[0] in CARDS
     if card and not gpu_python.exists():
         raise NotCompiled("no CUDA compiler here: make test-gpu-targets installs it")
     batch, context = SIZES[job]
     dtype = "float16" if target.startswith("t4") else "bfloat16"  # a T4 has no bfloat16
-    command = [str(gpu_python if card else sys.executable), "-m", "jaxlm", "fit", "--model", model,
-               "--target", target, "--job", job, "--cache", cache, "--batch", str(batch),
-               "--context", str(context), "--dtype", dtype, "--json"]
+    options = {"model": model, "target": target, "job": job, "cache": cache, "batch": batch,
+               "context": context, "dtype": dtype}
+    return asked(str(gpu_python if card else sys.executable), options, card) | {"dtype": dtype}
+
+
+def asked(python: str, options: dict[str, Any], card: bool = False) -> dict[str, Any]:
+    """One `jaxlm fit`, its processor time, and the load of the machine when it began."""
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    command = [python, "-m", "jaxlm", "fit", *flags, "--json"]
     environment = {**os.environ, "PYTHONPATH": str(_harness.ROOT), "JAX_PLATFORMS": "cpu",
                    "JAX_ENABLE_COMPILATION_CACHE": "false", **(GPU_FLAGS if card else {})}
     load, before = os.getloadavg()[0], cpu_seconds()
@@ -120,7 +126,7 @@ def compile_cell(cell: Cell, gpu_python: Path) -> dict[str, Any]:
         raise NotCompiled(f"no end after {LIMIT_S} s") from None
     if done.returncode:
         raise NotCompiled((done.stderr.strip().splitlines() or ["no message"])[-1][-300:])
-    return json.loads(done.stdout) | {"dtype": dtype, "load": round(load, 1),
+    return json.loads(done.stdout) | {"load": round(load, 1),
                                       "cpu_seconds": cpu_seconds() - before}
 
 
