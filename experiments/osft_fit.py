@@ -69,5 +69,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "fit": sum(bool(cell.get("fits")) for cell in found.values())}
 
 
+def table(metrics: dict[str, Any]) -> list[list[str]]:
+    """For docs/fit.md: a line a slice; bytes are those of one device."""
+    gib = lambda value: "" if value is None else f"{value / 2**30:.1f}"
+    cells = [["model", "form", "slice", "chips", "fsdp x tensor", "arguments", "temporaries",
+              "of", "fits", "collectives a step"], ["---"] * 10]
+    for name, one in metrics["rows"].items():
+        if "not_compiled" not in one:
+            cells.append([*name.split(), str(one["chips"]),
+                          "{fsdp} x {tensor}".format(**one["mesh"]), gib(one["argument_bytes"]),
+                          gib(one["temporary_bytes"]), f"{gib(one['device_bytes'])} GiB",
+                          "yes" if one["fits"] else "**no**", gib(one["collective_bytes"])])
+    return cells
+
+
 if __name__ == "__main__":
     _harness.run(__file__, __doc__, measure)

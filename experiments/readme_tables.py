@@ -1,4 +1,4 @@
-"""Rewrite the results in README.md and docs (performance, serve, found), between marker comments.
+"""Rewrite results in README.md and docs (performance, serve, found, fit), between marker comments.
 
 Command: python experiments/readme_tables.py
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import continual_table, recipe_table
+from experiments import continual_table, osft_fit, recipe_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -20,6 +20,7 @@ README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 SERVE = ROOT / "docs" / "serve.md"
 FOUND = ROOT / "docs" / "found.md"
+FIT = ROOT / "docs" / "fit.md"
 BEGIN, END = "<!-- results: experiments/readme_tables.py -->", "<!-- end of results -->"
 
 
@@ -169,6 +170,7 @@ WANTED = (("decode_b1_ratio", "15"), ("decode_b32_ratio", "2, better 4"),
           ("import_and_names_s", "at most 0.3"))
 
 FOUND_TABLES = {"osft_continual": continual_table.TABLES, **recipe_table.TABLES}
+FIT_TABLES = {"osft_fit": {"slices": osft_fit.table}}
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -261,18 +263,19 @@ def targets(bench: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Rewrite the README, docs/performance.md, docs/serve.md and docs/found.md."""
+    """Rewrite the README and docs/performance.md, serve.md, found.md and fit.md."""
     README.write_text(rewritten(README.read_text(), results(RESULTS)))
     PERFORMANCE.write_text(between(PERFORMANCE.read_text(), bench_table()))
     SERVE.write_text(between(SERVE.read_text(), serve_tables()))
-    FOUND.write_text(found_page(FOUND.read_text()))
+    FOUND.write_text(filled(FOUND.read_text(), FOUND_TABLES))
+    FIT.write_text(filled(FIT.read_text(), FIT_TABLES))
     return 0
 
 
-def found_page(page: str) -> str:
-    """docs/found.md with its tables up to date."""
+def filled(page: str, of: dict[str, dict[str, Any]]) -> str:
+    """A page with its tables up to date. Args: of: script -> marker -> table of its metrics."""
     for result in results(RESULTS):
-        if tables := FOUND_TABLES.get(result["name"]):
+        if tables := of.get(result["name"]):
             page = continual_table.filled(page, result["metrics"], tables)
     return page
 
