@@ -170,6 +170,11 @@ WANTED = (("decode_b1_ratio", "15"), ("decode_b32_ratio", "2, better 4"),
           ("import_and_names_s", "at most 0.3"))
 
 FOUND_TABLES = {"osft_continual": continual_table.TABLES, **recipe_table.TABLES}
+# Of experiments/results, shown in docs: mkdocs serves what lies in its own folder alone.
+PLOTS = {f"{script}-{name}.png": RESULTS / script / f"cpu-{name}.png"
+         for script, names in (("osft_continual", ("tradeoff", "through")),
+                               ("sft_recipe", ("effects", "early-loss", "early-norm")),
+                               ("masked_thought", ("gain",))) for name in names}
 FIT_TABLES = {"osft_fit": {"slices": osft_fit.table}}
 
 
@@ -269,6 +274,9 @@ def main() -> int:
     SERVE.write_text(between(SERVE.read_text(), serve_tables()))
     FOUND.write_text(filled(FOUND.read_text(), FOUND_TABLES))
     FIT.write_text(filled(FIT.read_text(), FIT_TABLES))
+    for name, plot in PLOTS.items():
+        (FOUND.parent / "plots").mkdir(exist_ok=True)
+        (FOUND.parent / "plots" / name).write_bytes(plot.read_bytes())
     return 0
 
 

@@ -31,6 +31,14 @@ def test_results_are_up_to_date():
     assert tables.between(page, tables.serve_tables()) == page, "run experiments/readme_tables.py"
 
 
+def test_plots_of_the_docs_are_those_of_the_results():
+    shown = set(re.findall(r"plots/([\w-]+\.png)", tables.FOUND.read_text()))
+    assert shown == set(tables.PLOTS), "each is shown on docs/found.md, and no other"
+    for name, plot in tables.PLOTS.items():
+        copied = tables.FOUND.parent / "plots" / name
+        assert copied.read_bytes() == plot.read_bytes(), "run python experiments/readme_tables.py"
+
+
 def test_a_new_result_changes_the_readme(tmp_path):
     folder = tmp_path / "bench_decode"
     folder.mkdir()
