@@ -7,7 +7,7 @@ import numpy as np
 from jaxlm.eval.plots import LIGHT, Draw
 
 SHOWN = ("full", "replay", "olora", "osft importance")
-COLOURS = (*LIGHT["series"], "#c92a2a", "#868e96", "#364fc7", "#d6336c",
+COLOURS = (*LIGHT["series"], "#c92a2a", "#868e96", "#364fc7", "#f06595",
            "#000000", "#99711b", "#66d9e8")
 
 

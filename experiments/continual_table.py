@@ -39,29 +39,46 @@ def table(metrics: dict[str, Any]) -> list[list[str]]:
     """A line a row: accuracy, forgetting, transfer, general ability, rate."""
     perplexity = metrics["general"]["wikitext_perplexity"]
     answers = metrics["general"]["instructions_token_accuracy"]
-    cells = [["row", "average accuracy", "forgetting", "backward", "forward",
-              "Wikipedia perplexity", "instruction tokens right", "rate"], ["---"] * 8]
+    cells = [["row", "average accuracy", "forgetting", "learnt", "lost of it", "forward",
+              "Wikipedia perplexity", "instruction tokens right", "rate"], ["---"] * 9]
     for row, words in WORDS.items():
         if row not in metrics["accuracy"]:
             continue
         line = [words, span(metrics["accuracy_spread"][row])]
         if row in metrics["forgetting"]:
-            line += [span(metrics["forgetting_spread"][row]), f"{metrics['backward'][row]:+.3f}",
-                     f"{metrics['forward'][row]:+.3f}",
+            line += [span(metrics["forgetting_spread"][row]), f"{metrics['learnt'][row]:.3f}",
+                     f"{metrics['lost_share'][row]:.0%}", f"{metrics['forward'][row]:+.3f}",
                      "{before:.0f} to {after:.0f}".format(**perplexity[row]),
                      "{before:.1%} to {after:.1%}".format(**answers[row])]
         else:
-            line += [""] * 5
-        cells.append([*line, f"{metrics['rates'][row]:g}"])
+            line += [""] * 6
+        tried = metrics["rates_tried"][row]
+        edge = metrics["rates"][row] in (min(tried), max(tried))
+        cells.append([*line, f"{metrics['rates'][row]:g}{' (edge)' if edge else ''}"])
     return cells
 
 
 def compared(metrics: dict[str, Any]) -> list[list[str]]:
-    """Every row's difference from O-LoRA, paired over the courses, in points."""
-    by = {name: metrics[f"{name}_minus_olora"] for name in ("accuracy", "forgetting")}
-    return [["row minus O-LoRA, points", "average accuracy", "forgetting"], ["---"] * 3] + [
-        [words, span(by["accuracy"][row], "{:+.1f}"), span(by["forgetting"][row], "{:+.1f}")]
-        for row, words in WORDS.items() if row in by["accuracy"]]
+    """Every row's difference from two others, paired over the courses, in points."""
+    others = {"olora": "O-LoRA", "matrices": "full, embeddings and norms frozen"}
+    by = {(short, name): metrics[f"{name}_minus_{short}"]
+          for short in others for name in ("accuracy", "forgetting")}
+    head = [f"{name} minus that of {words}" for words in others.values()
+            for name in ("accuracy", "forgetting")]
+    return [["points", *head], ["---"] * 5] + [
+        [words, *(span(rows[row], "{:+.1f}") if row in rows else "" for rows in by.values())]
+        for row, words in WORDS.items() if row in metrics["forgetting"]]
 
 
-TABLES = {"five tasks in turn": table, "against O-LoRA": compared}
+TABLES = {"five tasks in turn": table, "in pairs": compared}
+
+
+def shares(metrics: dict[str, Any]) -> list[list[str]]:
+    """Of osft_share.py: a line for each share that may change."""
+    names = ("first_learnt", "first_kept", "choice_learnt", "choice_kept", "second",
+             "update_protected", "input_free")
+    head = ["", "DBpedia learnt", "after AG News", "its likeliest label right, learnt",
+            "after AG News", "AG News", "of DBpedia's change, protected", "of its inputs, open"]
+    return [head, ["---"] * len(head)] + [
+        [share, *(f"{one[name]:.3f}" for name in names)]
+        for share, one in metrics["by_share"].items()]

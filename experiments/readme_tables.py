@@ -169,7 +169,8 @@ WANTED = (("decode_b1_ratio", "15"), ("decode_b32_ratio", "2, better 4"),
           ("first_token_s", "at most 5"), ("import_s", "at most 0.3"),
           ("import_and_names_s", "at most 0.3"))
 
-FOUND_TABLES = {"osft_continual": continual_table.TABLES, **recipe_table.TABLES}
+FOUND_TABLES = {"osft_continual": continual_table.TABLES,
+                "osft_share": {"shares": continual_table.shares}, **recipe_table.TABLES}
 # Of experiments/results, shown in docs: mkdocs serves what lies in its own folder alone.
 PLOTS = {f"{script}-{name}.png": RESULTS / script / f"cpu-{name}.png"
          for script, names in (("osft_continual", ("tradeoff", "through")),
