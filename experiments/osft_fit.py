@@ -78,7 +78,8 @@ def table(metrics: dict[str, Any]) -> list[list[str]]:
         if "not_compiled" not in one:
             cells.append([*name.split(), str(one["chips"]),
                           "{fsdp} x {tensor}".format(**one["mesh"]), gib(one["argument_bytes"]),
-                          gib(one["temporary_bytes"]), f"{gib(one['device_bytes'])} GiB",
+                          "" if one["refused"] else gib(one["temporary_bytes"]),
+                          f"{gib(one['device_bytes'])} GiB",
                           "yes" if one["fits"] else "**no**", gib(one["collective_bytes"])])
     return cells
 
