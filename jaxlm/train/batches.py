@@ -103,6 +103,8 @@ class Batches:
         return found + [()] * (self.size - len(found))
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        if not 0 <= step < self.steps:  # or a loop over them would have no end
+            raise IndexError(f"batch {step} of {self.steps}")
         rows = self.samples(step)
         mine = range(self.size) if self.mine is None else self.mine
         return stack_rows([self._row(step, int(r), rows[r]) for r in mine])

@@ -64,6 +64,7 @@ def test_an_epoch_is_every_sample_once(packed):
     seen = [i for row in rows for i in row]
     assert sorted(seen) == sorted(list(range(10)) * 2)
     assert seen[:10] != seen[10:]
+    assert len(list(batches)) == len(batches)  # a loop over them ends
     total = sum(batches[s]["weights"].sum() for s in range(len(batches)))
     assert total == 2 * (found.lengths.sum() - 10)
 
