@@ -14,7 +14,7 @@ from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
 
 LEAST = 64  # slots that a CPU reads at least
-STEADY = 256  # the same in pieces, whose merging takes longer than reading a few slots more
+STEADY = 128  # the same in pieces: smaller ones take longer to merge than to read more
 SPARE = 8  # slots beyond the last: rows that are done go on stepping, and write there
 
 
