@@ -131,17 +131,21 @@ def fake(accuracy: list[list[float]]) -> dict:
 
 
 def test_the_summary_counts_what_it_says():
-    rates = {"full": 1.0, "olora": 1.0, "osft importance": 1.0}
+    rates = dict.fromkeys(("full", "full, matrices alone", "olora", "osft importance"), 1.0)
     cells = study.scored_cells(rates, ORDERS, (0,))
-    ends = {"full": 0.2, "olora": 0.6, "osft importance": 0.5}
+    ends = {"full": 0.2, "full, matrices alone": 0.3, "olora": 0.6, "osft importance": 0.5}
     scored = {cell: fake([[0.0, 0.0], [0.8, 0.1], [ends[cell.row], 0.8]]) for cell in cells}
     found = study.summary(scored)
     assert found["forgetting"] == pytest.approx({row: 0.8 - end for row, end in ends.items()})
     assert found["accuracy"]["full"] == pytest.approx(0.5)
     assert found["accuracy_minus_olora_points"] == pytest.approx(-5.0)
     assert found["forgetting_minus_olora_points"] == pytest.approx(10.0)
+    assert found["forgetting_minus_matrices_points"] == pytest.approx(-20.0)
     assert found["least_forgetting"] == "olora" and found["osft_forgets_least"] is False
-    assert found["general"]["wikitext_perplexity"]["full"] == {"before": 10.0, "after": 12.0}
+    assert found["general"]["wikitext_perplexity"]["full"] == pytest.approx(
+        {"before": 10.0, "after": 12.0})
+    assert found["learnt"]["full"] == pytest.approx(0.8)
+    assert found["lost_share"] == pytest.approx({row: (0.8 - x) / 0.8 for row, x in ends.items()})
     assert found["general"]["leak_left"]["olora"] == pytest.approx(1e-7)
 
 
@@ -170,14 +174,16 @@ def test_files_are_named_by_what_they_hold():
 @pytest.fixture
 def metrics():
     """What the script writes, of made-up courses."""
-    rates = {"full": 1.0, "olora": 2.0, "osft importance": 1.0, "joint": 1.0}
+    rates = dict.fromkeys(("full", "full, matrices alone", "osft importance", "joint"), 1.0)
+    rates |= {"olora": 2.0}
     scored = {cell: fake([[0.0] * 5] * 5 + [[0.1 * len(cell.row), 0.5, 0.5, 0.5, 0.5]])
               for cell in study.scored_cells(rates, ORDERS, (0, 1))}
     for cell, one in scored.items():
         one |= {"rate": cell.rate}
         one["others"]["instructions"] = {"token_accuracy": [0.3, 0.25]}
     return study.summary(scored) | {
-        "rates": rates, "courses": {cell.key: one for cell, one in scored.items()}}
+        "rates": rates, "rates_tried": {row: [1.0, 2.0, 3.0] for row in rates},
+        "courses": {cell.key: one for cell, one in scored.items()}}
 
 
 def test_plots_and_tables_can_be_made_of_it(metrics):
@@ -189,8 +195,8 @@ def test_plots_and_tables_can_be_made_of_it(metrics):
     assert "old" not in new and new.count("a\n<!--") == 2
     assert continual_table.filled(new, metrics) == new
     for row in metrics["rates"]:
-        assert new.count(f"| {continual_table.WORDS[row]} |") == (1 if row in ("joint", "olora")
-                                                                  else 2)
+        assert new.count(f"| {continual_table.WORDS[row]} |") == (1 if row == "joint" else 2)
+    assert new.count("| 1 (edge) |") == 4 and new.count("| 2 |") == 1  # rates
     with pytest.raises(ValueError, match="once each"):
         continual_table.filled("nothing", metrics)
     assert set(continual_table.WORDS) == set(ROWS)
