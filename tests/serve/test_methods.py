@@ -64,12 +64,13 @@ def test_a_particle_filter_over_http(bundle, client):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_answers(client, name):
-    body = post(client, method=name, budget=4).json()
+    budget = 8  # what two tempered chains of two sweeps need
+    body = post(client, method=name, budget=budget).json()
     assert body["choices"][0]["text"] and body["search"]["method"] == name
-    again = post(client, method=name, budget=4).json()
+    again = post(client, method=name, budget=budget).json()
     assert again["choices"] == body["choices"]
     chat = client.post("/v1/chat/completions", json={
-        **{k: v for k, v in ASK.items() if k != "prompt"}, "method": name,
+        **{k: v for k, v in ASK.items() if k != "prompt"}, "method": name, "budget": budget,
         "messages": [{"role": "user", "content": ASK["prompt"]}]}).json()
     assert chat["choices"][0]["message"]["content"]
 
