@@ -77,9 +77,9 @@ def shares(metrics: dict[str, Any]) -> list[list[str]]:
     """Of osft_share.py: a line for each share that may change."""
     names = ("first_learnt", "first_kept", "choice_learnt", "choice_kept", "second",
              "update_protected", "input_free")
-    head = ["free, u", "DBpedia, answered: learnt", "after AG News", "chosen: learnt",
+    head = ["free u, rate", "DBpedia, answered: learnt", "after AG News", "chosen: learnt",
             "after AG News", "AG News, answered", "protected of DBpedia's change",
             "open of its inputs"]
     return [head, ["---"] * len(head)] + [
         [share, *(f"{one[name]:.3f}" for name in names)]
-        for share, one in metrics["by_share"].items()]
+        for share, one in metrics["by_share_and_rate"].items()]
