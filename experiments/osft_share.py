@@ -16,7 +16,7 @@ Command: python experiments/osft_share.py --out experiments/results/osft_share/c
 Hardware: 2 CPU cores, 3 GB
 Minutes: 15 of one core, and 12 once for the model
 Expected: `first_kept` about 0 at every u, though at u = 0.05 nearly all of `update_protected`;
-    `choice_kept` above chance
+    `choice_kept` above chance, but for u = 1 at the higher rate
 """
 
 import argparse
@@ -37,6 +37,7 @@ from jaxlm.train import Config, Data, Optimizer, Osft, Task, continual, setup
 from jaxlm.train.bases import bases_of, matrix
 from jaxlm.train.data import open_examples
 from jaxlm.train.leak import leaks
+from jaxlm.train.ranks import kept
 
 SEEDS, FIRST, SECOND = 3, "dbpedia", "ag"
 RATES = (3e-3, 1e-3)  # what osft_continual.py chose for uniform ranks, and for all matrices free
@@ -128,20 +129,20 @@ def where(
                      basis) for path, basis in bases_of(frozen).items()}
     noise = {path: (jax.random.normal(jax.random.key(i), x.shape), w, basis)
              for i, (path, (x, w, basis)) in enumerate(change.items())}
-    kept = {path: share_of(tuning, w) for path, (_, w, _) in change.items()}
+    sides = {path: share_of(tuning, w) for path, (_, w, _) in change.items()}
     share = lambda some: float(leaks(some)["protected_share"]) if some else 0.0
-    inputs = {path: free_inputs(x, *kept[path]) for path, x in taps(new, task, config).items()
-              if path in kept}
+    inputs = {path: free_inputs(x, *sides[path]) for path, x in taps(new, task, config).items()
+              if path in sides}
     return {"update_protected": share(change), "update_protected_random": share(noise),
             "input_free": float(np.mean(list(inputs.values()))) if inputs else 1.0,
-            "input_free_random": float(np.mean([1 - k / len(u) for u, k in kept.values()]))
-            if kept else 1.0}
+            "input_free_random": float(np.mean([1 - k / len(u) for u, k in sides.values()]))
+            if sides else 1.0}
 
 
 def share_of(tuning: Osft, w: jax.Array) -> tuple[np.ndarray, int]:
     """The left singular vectors of a matrix (inputs, outputs), and how many are protected."""
     return (np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)[0],
-            int((1 - tuning.unfreeze_ratio) * min(w.shape) + 1e-9))
+            kept(min(w.shape), 1 - tuning.unfreeze_ratio))
 
 
 def free_inputs(x: np.ndarray, u: np.ndarray, k: int) -> float:

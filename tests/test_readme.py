@@ -31,6 +31,30 @@ def test_results_are_up_to_date():
     assert tables.between(page, tables.serve_tables()) == page, "run experiments/readme_tables.py"
 
 
+def test_figures_in_the_prose_of_what_we_found_are_those_of_the_results():
+    page = " ".join(tables.FOUND.read_text().split())
+    load = lambda name: json.loads((tables.RESULTS / name / "cpu.json").read_text())["metrics"]
+    share, turns = load("osft_share"), load("osft_continual")
+    best, full = (share["by_share_and_rate"][name] for name in ("0.25, 0.003", "1, 0.001"))
+    assert f"{best['choice_kept']:.3f} and {full['choice_kept']:.3f}, the three seeds" in page
+    apart = [a["choice_kept"] - b["choice_kept"] for a, b in zip(
+        share["runs"]["0.25, 0.003"], share["runs"]["1, 0.001"], strict=True)]
+    assert "{:+.2f}, {:+.2f} and {:+.2f}".format(*apart) in page
+    half = share["by_share_and_rate"]["0.5, 0.003"]
+    assert f"only {half['update_protected']:.0%}".replace("%", " %") in page
+    assert f"random directions ({half['update_protected_random']:.0%})".replace("%", " %") in page
+    right = {task: [] for task in ("ag", "dbpedia")}
+    for key, one in turns["courses"].items():
+        if one["accuracy"][1:] and re.match("full, (?!matrices)", key):
+            for i, task in enumerate(one["order"]):
+                right.get(task, []).append(one["accuracy"][i + 1][i])
+    means = [f"{100 * sum(x) / len(x):.0f} %" for x in right.values()]
+    assert "right on {} of AG News and {} of DBpedia".format(*means) in page
+    minus = [one["mean"] for row, one in turns["forgetting_minus_matrices"].items()
+             if row.startswith("osft") and row != "osft uniform"]
+    assert (round(-max(minus)), round(-min(minus))) == (2, 7) and "two to seven points" in page
+
+
 def test_plots_of_the_docs_are_those_of_the_results():
     shown = set(re.findall(r"plots/([\w-]+\.png)", tables.FOUND.read_text()))
     assert shown == set(tables.PLOTS), "each is shown on docs/found.md, and no other"
