@@ -1,8 +1,8 @@
 """A step of orthogonal subspace fine-tuning on a CPU: ours in three forms, full, and two peers.
 
 Width 512, 6 layers, u = 0.5, 16,384 tokens, float32, AdamW with clipping. Each contender is a
-process of its own; all take one step in turn, so that a busy machine hits each. A ratio is the
-median over rounds of two times of one round. The peers run by another Python (--peer-python), whose
+process of its own; all take one step in turn, each round begun by another, so that a busy machine
+hits each. A ratio is the median over rounds of two times of one round. The peers run by another Python (--peer-python), whose
 environment has peft 0.21.2, rhai-innovation-mini-trainer 0.9.0, torch 2.13.0 and transformers; one
 that is absent is listed under `left_out`.
 
@@ -43,7 +43,7 @@ from typing import Any
 
 from experiments import _harness
 
-WIDTH, LAYERS, HEADS, FFN, VOCAB, ROUNDS = 512, 6, 8, 1408, 1024, 3
+WIDTH, LAYERS, HEADS, FFN, VOCAB, ROUNDS = 512, 6, 8, 1408, 1024, 4
 ROWS, TOKENS = 16, 1024
 TRAINER_ROWS, TRAINER_STEPS = 1, 13
 SIDE = 4096  # of the square matrices whose product is the machine's peak
@@ -92,10 +92,13 @@ def in_turn(
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of each one's steps, and each round's peak in FLOPs a second."""
     times: dict[str, list[float]] = {name: [] for name in workers}
-    peaks = []
+    names, peaks = list(workers), []
     for number in range(1 + rounds):
         peak = peak_flops(side)
-        took = {name: worker.step() for name, worker in workers.items()}
+        begins = number % len(names)
+        order = names[begins:] + names[:begins]
+        workers[order[-1]].step()  # a virtual machine's host took back what the last step freed
+        took = {name: workers[name].step() for name in order}
         print(f"peak {peak:.3g}, seconds {took}", file=sys.stderr, flush=True)
         if number:  # the first compiles
             peaks.append(peak)
