@@ -224,7 +224,7 @@ class Server:
     async def _search(
         self, given: CompletionRequest | ChatRequest, prompts: list, request: Request
     ) -> Response:
-        """A search over one prompt, as a whole job between chunks."""
+        """A search over one prompt, as a whole job beside the batch."""
         if self.methods is None:
             raise Refused("this server has no methods; leave method out", 400)
         ids, _ = to_ids(self.bundle, prompts)

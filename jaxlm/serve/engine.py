@@ -1,14 +1,15 @@
-"""The thread that owns the device: requests in from any event loop, progress back to it."""
+"""The thread that runs the batch: requests in from any event loop, progress back to it."""
 
 import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlm.core.errors import JaxlmError
 from jaxlm.decode.batcher import Batcher, Progress, Request
+from jaxlm.serve.jobs import Jobs, Whole, post
 
 
 class Refused(JaxlmError):
@@ -49,12 +50,11 @@ class Ticket:
             request.cancelled = True
 
 
-Whole = Callable[[Callable[[], bool]], Any]  # a job; it may ask whether anybody still waits
 CLOSING = "the server is shutting down; the answer is not complete"
 
 
 class Engine:
-    """Runs a batcher, and whole jobs between its chunks, in a thread of its own.
+    """Runs a batcher in a thread of its own, and whole jobs in another.
 
     Args: waiting: answers that may wait for a row; more are refused.
     """
@@ -64,7 +64,7 @@ class Engine:
         self.failure: str | None = None
         self._wake = threading.Condition()
         self._new: deque[tuple[Ticket, Request]] = deque()
-        self._jobs: deque[tuple[Whole, asyncio.Future]] = deque()
+        self._jobs = Jobs()
         self._tickets: dict[int, Ticket] = {}  # by request
         self._closing, self._ended, self._deadline = False, False, float("inf")
         self._thread = threading.Thread(target=self._run, name="jaxlm-engine", daemon=True)
@@ -77,11 +77,12 @@ class Engine:
     def start(self) -> None:
         """Begin to work."""
         self._thread.start()
+        self._jobs.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether a thread runs."""
+        return self._thread.is_alive() or self._jobs.alive
 
     def drain(self, grace: float) -> None:
         """Take no more; after `grace` seconds, end what is left with a reason.
@@ -90,22 +91,25 @@ class Engine:
         """
         self._deadline = min(self._deadline, time.monotonic() + grace)
         self._closing = True
+        self._jobs.drain()
 
     def end(self) -> None:
-        """End what is left with a reason, from any thread: the engine's own may be in a long job,
-        which ends at the next moment that it asks."""
+        """End what is left with a reason, from any thread: a long job ends at the next moment that
+        it asks."""
         self._refuse(Refused(CLOSING, 503))
 
     def close(self, grace: float = 0.0, wait: float = 5.0) -> None:
-        """`drain`, `end` after the grace, and wait up to so many seconds more for the thread."""
+        """`drain`, `end` after the grace, and wait up to so many seconds more for the threads."""
         self.drain(grace)
-        with self._wake:
-            self._wake.notify()
-        if self.alive:
-            self._thread.join(grace)
+        self._join(grace)
         self.end()
-        if self.alive:
-            self._thread.join(wait)
+        self._join(wait)
+
+    def _join(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+        self._jobs.join(max(until - time.monotonic(), 0.0))
 
     def submit(self, requests: Sequence[Request]) -> Ticket:
         """Let requests wait for rows; from inside an event loop.
@@ -120,17 +124,12 @@ class Engine:
         return ticket
 
     def call(self, job: Whole) -> asyncio.Future:
-        """Run a whole job on the device between two chunks; its result, or what it raised.
+        """Run a whole job beside the batch; its result, or what it raised. As `Jobs.call`.
 
-        job: is given a function that tells whether nobody waits any more: the future is cancelled,
-        or the engine at its end.
+        Raises: as `submit`.
         """
         self._check(1)
-        future = asyncio.get_running_loop().create_future()
-        with self._wake:
-            self._jobs.append((job, future))
-            self._wake.notify()
-        return future
+        return self._jobs.call(job)
 
     def _check(self, count: int) -> None:
         if self.failure is not None:
@@ -145,10 +144,9 @@ class Engine:
                           "again later", 429)
 
     def _run(self) -> None:
-        """Until closed: take what is new, run one job, advance one chunk, report."""
+        """Until closed: take what is new, advance one chunk, report."""
         while self._wait():
             try:
-                self._job()
                 self._report(self.batcher.step())
             except Exception as error:  # the pool's arrays were donated: nothing can go on
                 self.failure = f"{type(error).__name__}: {error}"
@@ -162,7 +160,7 @@ class Engine:
     def _wait(self) -> bool:
         """Sleep until there is work, and take it; False when closed and nothing is left."""
         with self._wake:
-            while not (self._new or self._jobs or self.batcher.busy):
+            while not (self._new or self.batcher.busy):
                 if self._closing:
                     return False
                 self._wake.wait(timeout=0.5)  # a signal handler cannot notify
@@ -171,22 +169,6 @@ class Engine:
                 self._tickets[id(request)] = ticket
                 self.batcher.add(request)
         return True
-
-    def _job(self) -> None:
-        """Run one whole job, if its client still waits."""
-        if not self._jobs:
-            return
-        job, future = self._jobs[0]
-        try:
-            if not future.cancelled():
-                result = job(lambda: future.cancelled() or self._ended)
-                self._post(future.get_loop(), _settle, future, result, None)
-        except Exception as error:  # a job's own: the pool is untouched
-            self._post(future.get_loop(), _settle, future, None, error)
-        finally:
-            with self._wake:
-                if self._jobs:  # else it was refused meanwhile
-                    self._jobs.popleft()
 
     def _report(self, progress: list[Progress]) -> None:
         """Send what is new to its event loops, and forget what is over or cancelled."""
@@ -200,7 +182,7 @@ class Engine:
             if one.finish:
                 self._tickets.pop(id(one.request), None)
         for loop, items in by_loop.items():
-            self._post(loop, _deliver, items)
+            post(loop, _deliver, items)
         for name, ticket in list(self._tickets.items()):
             if all(request.cancelled for request in ticket.requests):
                 self._tickets.pop(name, None)
@@ -209,31 +191,15 @@ class Engine:
         """End everything that is not over."""
         with self._wake:
             tickets = {id(t): t for t in [*self._tickets.values(), *(t for t, _ in self._new)]}
-            jobs = list(self._jobs)
             self._new.clear()
-            self._jobs.clear()
             self._tickets.clear()
             self._closing = self._ended = True
             self._wake.notify()
+        self._jobs.end(reason)
         for ticket in tickets.values():
-            self._post(ticket.loop, ticket.queue.put_nowait, reason)
-        for _, future in jobs:
-            self._post(future.get_loop(), _settle, future, None, reason)
-
-    def _post(self, loop: asyncio.AbstractEventLoop, call: Callable, *arguments: Any) -> None:
-        """Call in an event loop, unless it is closed already."""
-        try:
-            loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:
-            if not loop.is_closed():
-                raise
+            post(ticket.loop, ticket.queue.put_nowait, reason)
 
 
 def _deliver(items: list[tuple[asyncio.Queue, Progress]]) -> None:
     for queue, progress in items:
         queue.put_nowait(progress)
-
-
-def _settle(future: asyncio.Future, result: Any, error: Exception | None) -> None:
-    if not future.done():
-        future.set_exception(error) if error is not None else future.set_result(result)

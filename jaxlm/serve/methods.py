@@ -1,7 +1,7 @@
 """The seam to `jaxlm.search`: from a request's fields to a method of that package, by name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,11 @@ from jaxlm.rewards.base import Reward, RewardError, Stateless
 from jaxlm.search import interrupt, methods
 from jaxlm.search.base import Room, Steps
 from jaxlm.search.methods import METHODS, Solution
+from jaxlm.search.run import forget_programs
 from jaxlm.serve.schema import ChatRequest, CompletionRequest
 
 BUDGET, STEPS, TOKENS, TEMPERATURE = 8, 40, 256, 0.8  # of a request that does not say
+SIZES = 32  # whose programs are kept: each is some 60 MB, and 700 of a process's 65,000 mappings
 LEAST = Room(32, 64, 64)  # of what is compiled
 UNUSED = ("stream", "logprobs", "include_stop_str_in_output", "top_p", "top_k", "min_p")
 Job = Callable[[Callable[[], bool]], Solution]
@@ -24,12 +26,16 @@ Job = Callable[[Callable[[], bool]], Solution]
 
 @dataclass(frozen=True)
 class Methods:
-    """The searches that a server offers: `reward` steers them; without one, some need none."""
+    """The searches that a server offers: `reward` steers them; without one, some need none.
+
+    The programs of `SIZES` sizes are kept; one more, and all are compiled anew when asked for.
+    """
 
     bundle: Bundle
     reward: Reward | None = None
     cache: Any = "dense"
     max_budget: int = 64
+    _sizes: set = field(default_factory=set, repr=False, compare=False)
 
     def job(
         self, given: ChatRequest | CompletionRequest, prompts: list, limit: int, seed: int
@@ -60,7 +66,16 @@ class Methods:
         asked = methods.Request(
             self.bundle, self.reward, budget, cache=self.cache, steps=steps,
             temperature=TEMPERATURE if given.temperature is None else given.temperature)
-        return partial(solve, name, asked, prompts[0], seed)
+        return partial(self._solve, name, asked, prompts[0], seed)
+
+    def _solve(self, name: str, asked: methods.Request, *rest: Any) -> Solution:
+        """`solve`, with the memory of compiled programs bounded."""
+        size = name, asked.particles, asked.steps.room, bool(asked.steps.stop)
+        if size not in self._sizes and len(self._sizes) >= SIZES:
+            forget_programs()
+            self._sizes.clear()
+        self._sizes.add(size)
+        return solve(name, asked, *rest)
 
     def warm(self, max_len: int) -> None:
         """Compile what a search that leaves all to the server runs, at the start."""

@@ -27,7 +27,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's; after the grace all that waits is refused by this loop, which is always free,
-        where the engine's thread may be in a long job."""
+        where the engine's threads may be in a long job."""
         refusal = asyncio.get_running_loop().call_later(self.grace, self.engine.end)
         await super().shutdown(sockets)
         refusal.cancel()
@@ -42,7 +42,7 @@ def config_of(app: FastAPI, grace: float) -> uvicorn.Config:
 def serve(app: FastAPI, engine: Engine, listener: socket.socket, grace: float) -> None:
     """Serve on a listening socket until a signal.
 
-    Args: grace: seconds that answers in flight get at SIGTERM. The engine's thread may outlive
+    Args: grace: seconds that answers in flight get at SIGTERM. The engine's threads may outlive
       this, in a job that does not ask whether it is still wanted.
     """
     Server(config_of(app, grace), engine, grace).run(sockets=[listener])

@@ -131,23 +131,25 @@ def test_a_search_ends_when_its_client_leaves(bundle):
         assert engine.pending == 0 and gate.calls == 1 < whole
 
 
-def test_a_shutdown_does_not_wait_for_a_search(bundle):
-    """All who wait get a reason in time, though the engine's thread is in the search."""
+def test_plain_answers_pass_a_search_and_a_shutdown_does_not_wait_for_it(bundle):
+    """While one search hangs and another waits; both get a reason in time."""
     gate = Gate()
     methods = Methods(bundle, gate.reward)
     with ThreadPoolExecutor(2) as pool:
         with running(make_batcher(bundle), methods=methods, grace=0.5) as (url, engine):
             ask = lambda **more: httpx.post(f"{url}/v1/completions", json=ASK | more, timeout=300)
-            search = pool.submit(ask, method="particle-filter")
+            first = pool.submit(ask, method="particle-filter")
             assert gate.asked.wait(300)
-            plain = pool.submit(ask, budget=None, max_steps=None)
+            second = pool.submit(ask, method="beam")
             while engine.pending < 2:
                 time.sleep(0.02)
+            assert ask(budget=None, max_steps=None).status_code == 200
+            assert engine.pending == 2 and not first.done()
             began = time.monotonic()
         assert time.monotonic() - began < 15 and engine.alive
-        for answer in (search.result(), plain.result()):
-            assert answer.status_code == 503
-            assert "shutting down" in answer.json()["error"]["message"]
+        for search in (first, second):
+            assert search.result().status_code == 503
+            assert "shutting down" in search.result().json()["error"]["message"]
         gate.may.set()
 
 
@@ -185,6 +187,21 @@ def test_clients_lengths_share_programs(bundle, client):
     assert size() == before
     assert ask(max_tokens=70).status_code == 200
     assert size() != before  # the power check
+
+
+def test_the_programs_of_few_sizes_are_kept(bundle, monkeypatch):
+    from jaxlm.search.run import begin_jit, forget_programs
+
+    methods = Methods(bundle)
+    forget_programs()
+
+    def after(budget):
+        asked = Given(method="self-consistency", budget=budget)
+        assert methods.job(asked, [[1]], 2, 0)(lambda: False).text is not None
+        return begin_jit._cache_size()
+
+    monkeypatch.setattr("jaxlm.serve.methods.SIZES", 2)
+    assert [after(budget) for budget in (2, 3, 2, 4, 2)] == [1, 2, 2, 1, 2]
 
 
 def test_rooms_are_few():
