@@ -79,6 +79,9 @@ def gather(
     on alike; shared prompts stay where they are. Each layer moves in a loop of one trip, which the
     compiler does in place: the room of one layer is needed beside the state, not that of all.
 
+    Draws are keyed by row and place in the text. A row that gets a shorter text than its own would
+    repeat draws at places it has been at: give rows new keys, as `jaxlm.search.engine.move` does.
+
     Args: when: bool, whether caches move at all; False only where all ancestors are themselves.
       Or bool (R,), by prompt: the time is then that of the prompts that move; on one device alone.
     Raises: ShapeError when the indices do not cover the rows.

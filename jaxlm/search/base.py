@@ -29,7 +29,8 @@ class Steps:
 
     A step ends once a delimiter is complete in what the row drew, or after `tokens` tokens,
     whichever comes first. An answer ends at a stop id or a stop string, after `max_steps` steps or
-    after `max_new_tokens` tokens.
+    after `max_new_tokens` tokens. A stop id behind a step's end belongs to that step, whose score
+    is then that of the ended text.
 
     Args:
       delimiters: texts that end a step; they stay in the answer.
@@ -93,11 +94,12 @@ class Answer:
     """One particle, or one beam.
 
     text: continues the prompt. tokens: everything drawn, a stop id included. logprob: their sum
-    under the sampling distribution. score: the reward's last one; a NaN counts as 0. log_weight:
-    float, of the last set, -inf for a weight of zero. finish: "stop" after a stop id, "string"
-    after a stop string, "length" after `max_new_tokens`, "steps" after `max_steps`, "failed" where
-    the reward failed before the answer was at its end. step_scores: one a step. step_ends: how many
-    of `tokens` each step had drawn by its end.
+    under the sampling distribution. score: the reward's last one; 0 for one that is no number, or
+    outside [0, 1] where the weight needs that. log_weight: float, of the last set, -inf for a
+    weight of zero, as such a score has. finish: "stop" after a stop id, "string" after a stop
+    string, "length" after `max_new_tokens`, "steps" after `max_steps`, "failed" where the reward
+    failed before the answer was at its end. step_scores: one a step. step_ends: how many of
+    `tokens` each step had drawn by its end.
     """
 
     text: str
@@ -114,14 +116,16 @@ class Answer:
 class SearchResult:
     """What a search made of one prompt.
 
-    answers: one a particle. chosen: which of them is the answer. log_evidence: the log of the
-    unbiased estimate of `E[prod_t w_t]` (particle methods, else NaN). ess: (steps,), the effective
-    size before each step's resampling. resampled: (steps,). ancestors: (steps, P). unique_roots:
+    answers: one a particle. chosen: which of them is the answer; unless drawn, the first of the
+    best scores among those of some weight, whatever the text. log_evidence: the log of the unbiased
+    estimate of `E[prod_t w_t]` (particle methods, else NaN). ess: (steps,), the effective size
+    before each step's resampling. resampled: (steps,). ancestors: (steps, P). unique_roots:
     (steps,), first particles that still have offspring. tokens_drawn: tokens the model computed for
-    this prompt, losers included, a copy's shared past once. steps: taken. row_utilisation: of the
-    batch that this prompt ran in, the share of computed rows that drew a token. flags: "broken"
-    where at some step all weights were zero or one was NaN, "failed" where the reward failed.
-    failed: why it did, after its retries; the answers then end at the last step that has scores.
+    this prompt, losers included, a copy's shared past once. steps: taken, one in which rows did no
+    more than end included. row_utilisation: of the batch that this prompt ran in, the share of
+    computed rows that drew a token. flags: "broken" where at some step all weights were zero or one
+    was NaN, "failed" where the reward failed. failed: why it did, after its retries; the answers
+    then end at the last step that has scores.
     """
 
     prompt: str

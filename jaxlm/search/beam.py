@@ -1,9 +1,10 @@
 """Step-level beam search and diverse verifier tree search, on the particles' engine.
 
-Of the P rows of a prompt, those with the best scores go on, each several times. They maximise the
-reward and stand for no law: no evidence, no weights.
+Of the N rows of a prompt the N / M with the best scores go on, each M times; M is the width. They
+maximise the reward and stand for no law: no evidence, no weights.
 Source: Snell et al. 2024 (arXiv 2408.03314), section 5.1; trees: Beeching et al. 2024, "Scaling
-test-time compute with open models".
+test-time compute with open models", whose code, search-and-learn, has the same N / M and M = 4.
+its_hub keeps as many as its `beam_width` says: here, a width of N / `beam_width`.
 """
 
 from collections.abc import Sequence
@@ -30,9 +31,10 @@ from jaxlm.search.run import make_task, search
 
 @struct.dataclass
 class Beams:
-    """The `width` best of all rows go on; or, `trees`, the best of every `width` neighbours.
+    """The best of all rows go on, `width` times each; or, `trees`, the best of every `width`
+    neighbours.
 
-    held: the last scores (R, P), and whether one was no number (R,).
+    held: the last scores (R, P), -inf where one was no number, whether one was (R,), and roots.
     """
 
     width: int = struct.field(pytree_node=False)
@@ -54,27 +56,33 @@ class Beams:
         size_R = jnp.full(open_R.shape, score_RP.shape[1], jnp.float32)
         return (score_RP, broken_R, root_RP), Report(size_R, open_R, index, roots_R)
 
-    def weigh(self, held, score_RP, ended_RP, ready_R):
+    def known(self, score_B):
+        """NaN for an infinity."""
+        return jnp.where(jnp.isfinite(score_B), score_B, jnp.nan)
+
+    def weigh(self, held, score_RP, before_RP, ended_RP, ready_R):
         """The new scores; what is no number is the last in rank, and flagged."""
         old_RP, broken_R, root_RP = held
-        strange = ~jnp.isfinite(score_RP)
+        strange = jnp.isnan(score_RP)
         score_RP = jnp.where(strange, -jnp.inf, score_RP)
         return (jnp.where(ready_R[:, None], score_RP, old_RP),
                 broken_R | (ready_R & strange.any(1)), root_RP)
 
     def final(self, held):
-        """All alike; no evidence."""
-        return jnp.zeros_like(held[0]), jnp.full(held[1].shape, jnp.nan), held[1]
+        """All alike, but for scores that are no number; no evidence."""
+        return (jnp.where(held[0] == -jnp.inf, -jnp.inf, 0.0),
+                jnp.full(held[1].shape, jnp.nan), held[1])
 
 
 def best_of_all(score_RP: jax.Array, width: int) -> jax.Array:
-    """The `width` best rows of each prompt, each P / width times.
+    """The P / width best rows of each prompt, each `width` times.
 
-    >>> best_of_all(jnp.array([[0.1, 0.9, 0.5, 0.5]]), 2).tolist()
-    [[1, 1, 2, 2]]
+    >>> best_of_all(jnp.array([[0.1, 0.9, 0.5, 0.5, 0.2, 0.3]]), 2).tolist()
+    [[1, 1, 2, 2, 3, 3]]
     """
-    order = jnp.argsort(-score_RP, axis=1, stable=True)[:, :width].astype(jnp.int32)
-    return jnp.repeat(order, score_RP.shape[1] // width, axis=1)
+    kept = score_RP.shape[1] // width
+    order = jnp.argsort(-score_RP, axis=1, stable=True)[:, :kept].astype(jnp.int32)
+    return jnp.repeat(order, width, axis=1)
 
 
 def best_of_trees(score_RP: jax.Array, width: int) -> jax.Array:
@@ -95,12 +103,12 @@ def beam_search(
     at_once: int | None = None, rows: int | None = None, quorum: int = 1,
     memory: int | None = None,
 ) -> Any:
-    """Beam search over steps: of `budget` rows the `width` best go on, `budget / width` times each.
+    """Beam search over steps: of `budget` rows the `budget / width` best go on, `width` times each.
 
     Ended answers stay, and compete; the best last score is chosen.
 
-    Args: budget: rows a prompt, a multiple of `width`. width: 1 to `budget`. The others: as
-      `particle_filter`.
+    Args: budget: rows a prompt, a multiple of `width`. width: 1 to `budget`, what a row becomes.
+      The others: as `particle_filter`.
     Returns: a SearchResult, or a list of them when a list was given; `log_evidence` is NaN.
     Raises: as `particle_filter`; ConfigError where the width does not divide the budget.
     """
@@ -140,6 +148,6 @@ def check_width(budget: int, width: int) -> int:
     check_particles(budget)
     width = whole("width", width, 1, budget)
     if budget % width:
-        raise ConfigError(f"budget {budget} is not a multiple of width {width}; every beam goes on "
-                          "budget / width times")
+        raise ConfigError(f"budget {budget} is not a multiple of width {width}; budget / width "
+                          "rows go on, width times each")
     return width

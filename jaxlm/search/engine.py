@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.core.tree import Params, gather_rows
-from jaxlm.decode.rows import fork, gather, release
+from jaxlm.decode.rows import fork, gather, release, split_keys
 from jaxlm.decode.state import DecodeState, Kinds, iterate, prefill
 from jaxlm.decode.stop import Stop
 from jaxlm.models.lm import LM
 from jaxlm.rewards.base import Carry, Rows
 from jaxlm.search.base import Steps
+
+OF_STEPS = 2  # folded into a prompt's key; 0 and 1 draw among the answers at the end
 
 
 class Report(NamedTuple):
@@ -42,10 +44,15 @@ class Method(Protocol):
     ) -> tuple[Any, Report]:
         """Ancestors of the prompts that stand at a step's end; the others keep their rows."""
 
+    def known(self, score_B: jax.Array) -> jax.Array:
+        """The scores, NaN for those that the rule can do nothing with."""
+
     def weigh(
-        self, held: Any, score_RP: jax.Array, ended_RP: jax.Array, ready_R: jax.Array
+        self, held: Any, score_RP: jax.Array, before_RP: jax.Array, ended_RP: jax.Array,
+        ready_R: jax.Array,
     ) -> Any:
-        """Take in the scores of the prompts that have reached one."""
+        """Take in the scores of the prompts that have reached one. before_RP: the score whose place
+        the new one takes, NaN where it is of a further step."""
 
     def final(self, held: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of the last sets: log-weights (R, P), log-evidence (R,), and whether they broke (R,)."""
@@ -74,6 +81,11 @@ class StepStop:
     rule: Stop
     cap: Any
 
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens that end a row."""
+        return self.rule.ids
+
     def step(self, match_B3, token_B):
         """As `Stop.step`."""
         match_B2, done_B, hold_B = self.rule.step(match_B3[:, :2], token_B)
@@ -86,7 +98,7 @@ class StepStop:
 class Population(struct.PyTreeNode):
     """All rows between two rounds; leaves lead with B = R P or with R, but for `rows_spent`.
 
-    rows: the decode state. carry: the reward's. held: the method's. keys_R: for choosing.
+    rows: the decode state. carry: the reward's. held: the method's. keys_R: of all steps.
     start_B: where answers begin. at_B: a row's length at its last step's end; score_B: float32,
     of the text up to there; steps_B: steps of the text; scores_BT, ends_BT: of each of them.
     step_R: steps taken, of most_R. ready_R: all rows of the prompt stand at a step's end.
@@ -118,15 +130,15 @@ def begin(
     keys_R: jax.Array, particles: int,
 ) -> Population:
     """Read each prompt once, and stand before the first step; the reward's carry comes later."""
-    keys_R2 = jax.vmap(jax.random.split)(keys_R)
+    keys_R = jax.vmap(lambda key: jax.random.fold_in(key, OF_STEPS))(keys_R)
     read = prefill(lm, tools.params, tools.sampler, tokens_RT, lengths_R, kinds,
-                   tokens_RT.shape[1], keys_R2[:, 0])
+                   tokens_RT.shape[1], keys_R)
     rows = fork(lm, tools.params, read, particles, steps.max_new_tokens)
     if tools.limits is None:
-        return around(rows, keys_R2[:, 1], tools.method, particles, steps)
+        return around(rows, keys_R, tools.method, particles, steps)
     most, tokens = tools.limits
     rows = rows.replace(limit_B=jnp.minimum(rows.limit_B, rows.length_B + tokens))
-    pop = around(rows, keys_R2[:, 1], tools.method, particles, steps)
+    pop = around(rows, keys_R, tools.method, particles, steps)
     return pop.replace(most_R=jnp.full_like(pop.most_R, most))
 
 
@@ -160,13 +172,18 @@ def move(
     """
     open_R, prompts = pop.ready_R & ~pop.over_R, len(pop.step_R)
     particles = len(pop.at_B) // prompts
-    keys_R = jax.vmap(jax.random.fold_in)(pop.keys_R, pop.step_R)
+    keys_R2 = jax.vmap(lambda key, step: jax.random.split(jax.random.fold_in(key, step)))(
+        pop.keys_R, pop.step_R)
     held, report = tools.method.choose(
-        keys_R, pop.held, open_R & (pop.step_R > 0), pop.step_R / pop.most_R)
+        keys_R2[:, 0], pop.held, open_R & (pop.step_R > 0), pop.step_R / pop.most_R)
     pop = follow(pop, report.ancestors_RP, one_device=width is not None)
     at = jnp.where(open_R, pop.step_R, steps.max_steps)
     log = lambda old, new: old.at[jnp.arange(prompts), at].set(new, mode="drop")
-    rows = release(pop.rows, jnp.repeat(open_R, particles))
+    open_B = jnp.repeat(open_R, particles)
+    # Draws are keyed by row and place, and a row may now hold a shorter text than it had: with the
+    # key of the step before it would draw again what it drew then, which may live on in another.
+    keys_B = jnp.where(open_B, split_keys(keys_R2[:, 1], particles), pop.rows.keys_B)
+    rows = release(pop.rows.replace(keys_B=keys_B), open_B)
 
     def enough(rows):
         waiting_R = stands(rows, prompts) & ~pop.over_R
@@ -209,21 +226,32 @@ def view(pop: Population) -> Rows:
     return Rows(pop.rows.tokens_BS, pop.start_B, length_B, pop.rows.done_B & ready_B)
 
 
-def absorb(steps: Steps, method: Any, pop: Population, score_B: jax.Array) -> Population:
-    """Scores of the prompts that stand at a step's end: kept, and weighed by the method."""
+def absorb(steps: Steps, tools: Tools, pop: Population, score_B: jax.Array) -> Population:
+    """Scores of the prompts that stand at a step's end: kept, and weighed by the method.
+
+    A stop id alone is no step: the text was scored before, and the score that it has now that it
+    has ended takes the place of that one. As the first of all tokens it is a step, of no text.
+    """
     seen, prompts = view(pop), len(pop.step_R)
     particles = len(pop.at_B) // prompts
     grew_B = seen.length_B > pop.at_B
-    score_B = jnp.where(grew_B, score_B.astype(jnp.float32), pop.score_B)
-    rows, at_B = jnp.arange(len(grew_B)), jnp.where(grew_B, pop.steps_B, steps.max_steps)
+    last_B = jnp.take_along_axis(seen.tokens_BS, seen.length_B[:, None] - 1, 1)[:, 0]
+    bare_B = (seen.length_B == pop.at_B + 1) & (pop.steps_B > 0) & jnp.isin(
+        last_B, jnp.asarray(tools.stop.ids, jnp.int32))
+    before_B = jnp.where(bare_B, pop.score_B, jnp.nan)
+    score_B = tools.method.known(score_B.astype(jnp.float32))
+    score_B = jnp.where(grew_B, score_B, pop.score_B)
+    rows = jnp.arange(len(grew_B))
+    at_B = jnp.where(grew_B, pop.steps_B - bare_B, steps.max_steps)
     by_prompt = lambda x: x.reshape(prompts, particles)
-    held = method.weigh(pop.held, by_prompt(score_B), by_prompt(seen.ended_B), pop.ready_R)
+    held = tools.method.weigh(pop.held, by_prompt(score_B), by_prompt(before_B),
+                              by_prompt(seen.ended_B), pop.ready_R)
     step_R = pop.step_R + pop.ready_R
     done_R = by_prompt(pop.rows.done_B).all(1) | (step_R >= pop.most_R)
     over_R = pop.over_R | (pop.ready_R & done_R)
     return pop.replace(
         rows=pop.rows.replace(done_B=pop.rows.done_B | jnp.repeat(over_R, particles)),
-        held=held, at_B=seen.length_B, score_B=score_B, steps_B=pop.steps_B + grew_B,
+        held=held, at_B=seen.length_B, score_B=score_B, steps_B=pop.steps_B + (grew_B & ~bare_B),
         scores_BT=pop.scores_BT.at[rows, at_B].set(score_B, mode="drop"),
         ends_BT=pop.ends_BT.at[rows, at_B].set(seen.length_B - pop.start_B, mode="drop"),
         step_R=step_R, over_R=over_R)
@@ -246,7 +274,7 @@ def loop(
         count, pop = carry
         pop, ancestors_RP = move(lm, steps, tools, pop, width)
         score_B, carry = reward.score(reward.gather(pop.carry, ancestors_RP), view(pop))
-        return count + 1, absorb(steps, tools.method, pop.replace(carry=carry), score_B)
+        return count + 1, absorb(steps, tools, pop.replace(carry=carry), score_B)
 
     more = lambda carry: (carry[0] < rounds) & (carry[1].over_R.sum() < enough)
     return jax.lax.while_loop(more, round_of, (jnp.int32(0), pop))[1]

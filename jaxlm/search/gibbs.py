@@ -1,9 +1,10 @@
 """Particle Gibbs and parallel tempering over text: Markov chains of whole answers.
 
-A sweep is the particle filter with row 0 held to the chain's present answer, the reference: its
-tokens are forced, so that it reaches the same steps by the same rules. All other rows choose
-ancestors from all at every step; the next reference is drawn from the last set by its weights. The
-law `p(x) prod_t w_t / Z` is invariant, for any number of particles from 2.
+The first sweep is the particle filter, multinomial at every step. A later one holds row 0 to the
+chain's present answer, the reference: its tokens are forced, so that it reaches the same steps by
+the same rules. All other rows choose ancestors from all at every step; the next reference is drawn
+from the last set by its weights. The law `p(x) prod_t w_t / Z` is invariant, for any number of
+particles from 2.
 
 Source: Andrieu, Doucet and Holenstein 2010, section 4; for text arXiv 2502.01618, algorithms 2, 3.
 The published code weighs the reference by its last score at every step, and the last factor twice:
@@ -90,7 +91,8 @@ class Chain:
 
     references: one a sweep, fewer where the reward failed (`last.failed` says why); after a few
     sweeps they are draws, not independent, from the law.
-    last: the last sweep's particles; its `log_evidence` is biased, the reference being given.
+    last: the last sweep's particles; after the first its `log_evidence` is biased, the reference
+    being given.
     swapped: the share of exchanges between temperatures that were accepted, NaN for one.
     """
 
@@ -118,7 +120,8 @@ def particle_gibbs(
 
     Args:
       particles: rows a chain, the reference included, at least 2. sweeps: at least 1; the first has
-        no reference yet. temperatures: above 0. Each is a chain with a prompt cache of its own.
+        no reference yet and is the plain filter (`scheme="multinomial"`, `threshold=2.0`).
+        temperatures: above 0. Each is a chain with a prompt cache of its own.
       choose: of the last sweep, "best" or "draw". sampler: a `Categorical` or `Greedy`; one whose
         state depends on its own draws is refused. The others: as `particle_filter`.
     Returns: a Chain, or a list of them when a list was given.
@@ -152,14 +155,16 @@ def run_chains(task: Task, keys_R: jax.Array, sweeps: int, tau: np.ndarray) -> l
     exchanged, tried = np.zeros(prompts), 0
     last: dict[int, SearchResult] = {}
     for sweep in range(sweeps):
-        here = replace(task, job=replace(task.job, keys_B=fold(task.job.keys_B, sweep)))
+        method = task.tools.method if sweep else task.tools.method.replace(scheme="multinomial")
+        here = replace(task, job=replace(task.job, keys_B=fold(task.job.keys_B, sweep)),
+                       tools=task.tools._replace(method=method))
         pop, carry = start(here, slots)
         if last:
             pop = give_up_jit(pop, np.isin(np.arange(prompts).repeat(chains), list(last)))
         pop, _, failed = grow(here, pop, carry, slots, len(slots))
         odd = sweep % 2 == 1 and chains > 2
         state, swapped = next_references(
-            here.steps.program, here.tools.method, fold(here.job.keys_B, 1), fold(keys_R, sweep),
+            here.steps.program, task.tools.method, fold(here.job.keys_B, 1), fold(keys_R, sweep),
             pop, 1 / tau, odd)
         host, final = readable(pop), to_host(final_jit(task.tools.method, pop.held))
         (tokens_CS, count_C, row_C), swapped_RM = to_host((state.path, swapped))

@@ -4,6 +4,7 @@ Methods that only select draw by the particle filter that never resamples: the s
 same step scores, so that a comparison differs in nothing else.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,7 +110,8 @@ def as_rollouts(
         [answer.text for answer in answers], [request.extract(a.text) for a in answers],
         equal=request.equal, logprobs=[answer.logprob for answer in answers],
         lengths=[len(answer.tokens) for answer in answers],
-        rewards=[answer.score for answer in answers] if request.reward else None,
+        rewards=[answer.score if answer.log_weight > -math.inf else math.nan
+                 for answer in answers] if request.reward else None,
         temperatures=np.repeat(at, [len(result.answers) for result in results]).tolist())
 
 
@@ -119,7 +121,7 @@ def first_failed(results: Sequence[SearchResult]) -> SearchResult | None:
 
 
 def by_search(search: Callable[..., Any], budget: str = "particles", **options: Any) -> Run:
-    """A method that steers while it draws: its own choice is the answer.
+    """A method that steers while it draws: the best of its last set is the answer.
 
     budget: the search's name for it.
     """
@@ -133,7 +135,8 @@ def by_search(search: Callable[..., Any], budget: str = "particles", **options: 
 
 
 def by_width(search: Callable[..., Any]) -> Run:
-    """A search of the width that its authors take, 4, or the budget where that is less."""
+    """A search in which each row that goes on becomes 4, as its authors have it, or the budget
+    where that is less."""
     def run(request, prompts, keys_R):
         width = min(WIDTH, request.particles)
         return by_search(search, "budget", width=width)(request, prompts, keys_R)
@@ -162,11 +165,17 @@ def by_chains(temperatures: Sequence[float] = (1.0,)) -> Run:
 
 
 def solution(request: Request, result: SearchResult) -> Solution:
-    """A search's chosen answer."""
-    chosen = result.answers[result.chosen]
-    return Solution(chosen.text, request.extract(chosen.text), chosen.score, result.log_evidence,
+    """A search's best answer.
+
+    As in `select`, none that cannot be read while another one can. Of those the best score of an
+    answer with some weight; of equals one that came to its own end, then the first.
+    """
+    rank = lambda answer: (request.extract(answer.text) is not None, answer.log_weight > -math.inf,
+                           answer.score, answer.finish in ("stop", "string"))
+    best = max(result.answers, key=rank)
+    return Solution(best.text, request.extract(best.text), best.score, result.log_evidence,
                     tuple(map(float, result.ess)), result.tokens_drawn, result.flags,
-                    chosen.finish, result.failed)
+                    best.finish, result.failed)
 
 
 def by_choice(choose: Callable[[Rollouts], Choice], rewarded: bool) -> Run:

@@ -57,12 +57,15 @@ def log_weight(score: jax.Array, weight: str, tau: jax.Array | float = 1.0) -> j
 class Filter:
     """The filter's rule as numbers and names; `held` is a `jaxlm.smc` state without particles.
 
-    tau: a number, or (R,). again: static, weigh ended particles at every step, as its_hub does.
+    tau: a number, or (R,). temper_below, early: the effective size, over P, and the progress below
+    which ancestors are drawn less sharply. again: static, weigh ended particles at every step, as
+    its_hub does.
     """
 
     tau: Any = 1.0
     threshold: Any = 0.5
     early: Any = 0.5
+    temper_below: Any = 0.5
     weight: str = struct.field(pytree_node=False, default="odds")
     scheme: str = struct.field(pytree_node=False, default="systematic")
     temper: str | None = struct.field(pytree_node=False, default=None)
@@ -78,17 +81,30 @@ class Filter:
         """Resample the open prompts whose effective size is below the threshold."""
         state, potential_RP = held
         tau = 1.0 if self.temper is None else temperature(
-            state.log_weights_P, progress_R, self.temper, self.threshold, self.early)
+            state.log_weights_P, progress_R, self.temper, self.temper_below, self.early)
         state, info = smc.resample(
             self._model(None), keys_R, state, jnp.where(open_R, self.threshold, 0.0), self.scheme,
             tau, self.forget)
         potential_RP = jnp.take_along_axis(potential_RP, info.ancestors_P, 1)
         return (state, potential_RP), Report(*info)
 
-    def weigh(self, held, score_RP, ended_RP, ready_R):
-        """Weights of the ready prompts; others, and the ended, keep theirs."""
+    def known(self, score_B):
+        """NaN for a score without a weight: infinity, and but for "raw" one outside [0, 1]."""
+        good_B = (score_B < jnp.inf) & ~jnp.isnan(log_weight(score_B, self.weight))
+        return jnp.where(good_B, score_B, jnp.nan)
+
+    def weigh(self, held, score_RP, before_RP, ended_RP, ready_R):
+        """Weights of the ready prompts; others, and the ended, keep theirs.
+
+        Where a score takes the place of another, the weight is their quotient: 1 where the text's
+        end changes nothing.
+        """
         state, potential_RP = held
-        log_RP = jnp.where(ready_R[:, None], log_weight(score_RP, self.weight), 0.0)
+        log_RP = log_weight(score_RP, self.weight)
+        if not self.again:
+            before_RP = log_weight(before_RP, self.weight)
+            log_RP -= jnp.where(jnp.isfinite(before_RP), before_RP, 0.0)
+        log_RP = jnp.where(ready_R[:, None], log_RP, 0.0)
         tau = jnp.broadcast_to(jnp.asarray(self.tau, jnp.float32), ready_R.shape)[:, None]
         count_RP = jnp.zeros_like(state.ended_P) if self.again else state.ended_P
         sure_RP = jnp.where(jnp.isfinite(log_RP), log_RP, -jnp.inf)
@@ -110,6 +126,7 @@ class Filter:
 def filter_of(
     weight: str, tau: Any, threshold: Any, scheme: str,
     temper: str | None = None, early: Any = 0.5, forget: bool = False, compat: str | None = None,
+    temper_below: Any = 0.5,
 ) -> Filter:
     """A checked rule; ConfigError for a name or a number that is none."""
     if weight not in WEIGHTS:
@@ -121,10 +138,12 @@ def filter_of(
     resampler(scheme)
     if compat:
         scheme, threshold, temper = "multinomial", 2.0, None
-    method = Filter(tau, threshold, early, weight, scheme, temper, forget, compat is not None)
+    method = Filter(tau, threshold, early, temper_below, weight, scheme, temper, forget,
+                    compat is not None)
     check(method, "tau", low=0.0, above=True)
     check(method, "threshold", low=0.0)
     check(method, "early", low=0.0)
+    check(method, "temper_below", low=0.0)
     return method
 
 
@@ -133,8 +152,9 @@ def particle_filter(
     steps: Steps = LINES, sampler: Sampler = WARM,
     cache: CacheKind | Kinds | str = Dense(), key: jax.Array | None = None, weight: str = "odds",
     tau: Any = 1.0, threshold: Any = 0.5, scheme: str = "systematic", temper: str | None = None,
-    early: Any = 0.5, forget: bool = False, choose: str = "best", at_once: int | None = None,
-    rows: int | None = None, quorum: int = 1, memory: int | None = None, compat: str | None = None,
+    temper_below: Any = 0.5, early: Any = 0.5, forget: bool = False, choose: str = "best",
+    at_once: int | None = None, rows: int | None = None, quorum: int = 1,
+    memory: int | None = None, compat: str | None = None,
 ) -> Any:
     """Particle filter: better answers of one model, by a reward of every step.
 
@@ -151,9 +171,11 @@ def particle_filter(
       threshold: resample where the effective size is below `threshold * P`; above 1: at every step.
       scheme: "multinomial", "stratified", "systematic" or "residual".
       temper: resample less sharply at first, by the rule "size", "entropy" or "progress"
-        (arXiv 2510.05825), while progress, steps over `max_steps`, is below `early`. forget: drop
-        the weights that this leaves, as published; the target is then another.
-      choose: "best", the highest last score, or "draw", one draw by the weights.
+        (arXiv 2510.05825), where the effective size is below `temper_below * P` and progress, steps
+        over `max_steps`, below `early`. forget: drop the weights that this leaves; the target is
+        then another. Published: `threshold=2.0` and `forget`.
+      choose: "best", the highest last score among answers of some weight, or "draw", one draw by
+        the weights.
       at_once: prompts in the batch; those that end make room for the next. Default: all.
       rows: computed in an iteration, of all `at_once * particles`. With fewer than all, rows of
         other prompts work while some wait for the slowest of theirs. Default: all. One device.
@@ -175,7 +197,8 @@ def particle_filter(
       >>> len(found.answers), round(found.log_evidence, 3)
       (2, 0.0)
     """
-    method = filter_of(weight, tau, threshold, scheme, temper, early, forget, compat)
+    method = filter_of(weight, tau, threshold, scheme, temper, early, forget, compat,
+                       temper_below)
     if choose not in ("best", "draw"):
         raise ConfigError(f"choose is {choose!r}; expected 'best' or 'draw'")
     choose = "resampled" if compat else choose

@@ -181,7 +181,7 @@ def grow(
         if score_B.shape != seen.start_B.shape:
             raise ConfigError(f"the reward gave scores of shape {score_B.shape}; expected one for "
                               f"each of {len(seen.start_B)} rows")
-        pop = absorb_jit(program, task.tools.method, pop, jnp.asarray(score_B))
+        pop = absorb_jit(program, task.tools, pop, jnp.asarray(score_B))
     return pop, carry, failed
 
 
@@ -281,7 +281,9 @@ def read(
                for p in range(task.particles)]
     if failed is not None:
         answers = [replace(a, finish="failed") if a.finish == "steps" else a for a in answers]
-    answers, chosen = pick(answers, log_weights, task.choose, task.job.keys_B, which)
+    scores = host.score_B[first: first + task.particles]
+    answers, chosen = pick(
+        answers, scores, log_weights, task.choose, task.job.keys_B, which)
     line = lambda x: x[slot, :steps]
     size, resampled, ancestors, roots = map(line, host.trail)
     return SearchResult(
@@ -311,16 +313,22 @@ def read_row(
 
 
 def pick(
-    answers: list[Answer], log_weights: np.ndarray, choose: str, keys_R: jax.Array, which: int
+    answers: list[Answer], scores: np.ndarray, log_weights: np.ndarray, choose: str,
+    keys_R: jax.Array, which: int,
 ) -> tuple[list[Answer], int]:
-    """The answers, and which is chosen: the best, a draw, or the best after one resampling."""
+    """The answers, and which is chosen: the best, a draw, or the best after one resampling.
+
+    The best has a score that is a number, and some weight, where any has both.
+    """
     if choose != "best":
         key = jax.random.fold_in(keys_R[which], 0)
         drawn = jax.random.categorical(key, _known(log_weights), shape=(len(answers),)).tolist()
         if choose == "draw":
             return answers, drawn[0]
         answers = [answers[i] for i in drawn]
-    return answers, int(np.argmax([answer.score for answer in answers]))
+        scores, log_weights = scores[drawn], log_weights[drawn]
+    sound = np.isfinite(scores) & (log_weights > -np.inf)
+    return answers, int(np.argmax(np.where(sound, scores, -np.inf)))
 
 
 def _known(log_weights: np.ndarray) -> jax.Array:

@@ -21,7 +21,7 @@ class Rollouts:
 
     texts: what was written. answers: the final answer of each, None where there is none.
     classes_P: int, alike for equal answers, -1 without one. logprobs_P: float64, of the whole
-    text. lengths_P: int, tokens. rewards_P: float, NaN where there is none; a NaN never wins.
+    text. lengths_P: int, tokens. rewards_P: float, NaN where there is no number; it never wins.
     temperatures_P: float, what each was drawn at.
     """
 
@@ -47,7 +47,8 @@ def rollouts(
     logprobs: Sequence[float] | None = None, lengths: Sequence[int] | None = None,
     rewards: Sequence[float] | None = None, temperatures: Sequence[float] | None = None,
 ) -> Rollouts:
-    """Rollouts from parallel sequences; what is not given is 0, rewards are NaN.
+    """Rollouts from parallel sequences; what is not given is 0, rewards are NaN, as are infinite
+    ones.
 
     Raises: ShapeError without a rollout, or for sequences of different lengths.
 
@@ -63,8 +64,9 @@ def rollouts(
         raise ShapeError(f"got {count} texts and {wrong or 'nothing else'}; expected at least one "
                          "text and as many of each")
     numbers = lambda value, fill: np.array([fill] * count if value is None else value, float)
+    scores = numbers(rewards, math.nan)
     return Rollouts(tuple(texts), tuple(answers), classes(answers, equal), numbers(logprobs, 0),
-                    numbers(lengths, 0).astype(int), numbers(rewards, math.nan),
+                    numbers(lengths, 0).astype(int), np.where(np.isfinite(scores), scores, np.nan),
                     numbers(temperatures, 0))
 
 
@@ -192,7 +194,12 @@ def calibrated_best_of_n(
 
     It does not change when rewards go through any increasing function; with large t it is
     best-of-n, near 0 the majority. Without references the rollouts are their own.
+    Raises: ConfigError for t that is not above 0: Phi is negative then, and the answer that few
+      gave would win.
     """
+    if not t > 0:
+        raise ConfigError(f"t is {t}; expected a number above 0: of weights below 0 the sum is no "
+                          "vote")
     reference = drawn.rewards_P if reference_K is None else np.asarray(reference_K, float)
     if np.isnan(reference).all():
         return choose(drawn, np.full(len(drawn.texts), -np.inf))

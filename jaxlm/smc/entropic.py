@@ -4,7 +4,8 @@ At progress `s = t / T`, when the effective size is below a threshold and s belo
 are drawn by `W^(1/tau)`. The published rule then forgets the weights, which changes the target;
 `filter.step` carries `W^(1 - 1/tau)` on, which keeps it.
 
-Source: arXiv 2510.05825, section 4, and its released code for the three temperatures.
+Source: arXiv 2510.05825, section 4, and its released code for the three temperatures. That code
+resamples at every step, by that step's weights alone, and tempers below an effective size of P / 2.
 """
 
 import jax

@@ -32,12 +32,14 @@ class GibbsInfo(NamedTuple):
     """log_evidence: of the sweep; unlike the filter's it is biased, the reference being given.
 
     chosen: int32, the particle that became the reference. kept: float32, the share of steps at
-    which the new path is still the old one's.
+    which the new path is still the old one's. broken: bool, whether at some step every weight was
+    zero, or one was NaN or +inf, which counts as zero.
     """
 
     log_evidence: jax.Array
     chosen: jax.Array
     kept: jax.Array
+    broken: jax.Array
 
 
 def sweep(
@@ -62,30 +64,41 @@ def sweep(
     pin = lambda many, one: jax.tree.map(lambda x, y: x.at[0].set(y), many, one)
 
     def step(carry, t):
-        x, logw, potential, ended, scale = carry
+        x, logw, potential, ended, scale, broken = carry
         key_t = jax.random.fold_in(key, t)
         found = normalise(logw)
         index = conditional(jax.random.fold_in(key_t, 0), found.probs_P, count)
         if connect is not None:
-            past = logw + connect(x, state.path, t)
-            index = index.at[0].set(jax.random.categorical(jax.random.fold_in(key_t, 2), past))
+            past = normalise(jnp.log(found.probs_P) + connect(x, state.path, t))
+            index = index.at[0].set(draw(jax.random.fold_in(key_t, 2), past.probs_P))
+            broken |= past.broken
         before, past_potential, ended = gathered(x, index), potential[index], ended[index]
         after = pin(model.propose(jax.random.fold_in(key_t, 3), before, t), at(state.path, t + 1))
         log_w = jnp.where(ended, 0.0, model.log_weight(before, after, t))
+        broken |= normalise(log_w).broken
+        log_w = jnp.where(jnp.isnan(log_w) | (log_w == jnp.inf), -jnp.inf, log_w)
+        logw = jnp.where(log_w == -jnp.inf, -jnp.inf, power * log_w)
         over = ended if model.ended is None else ended | model.ended(after)
-        carry = (after, power * log_w, past_potential + log_w, over, scale + found.log_mean)
+        carry = (after, logw, past_potential + log_w, over, scale + found.log_mean, broken)
         return carry, (after, index)
 
     first = pin(particles, at(state.path, 0))
     zeros = jnp.zeros(count)
-    carry = (first, zeros, zeros, jnp.zeros(count, bool), jnp.zeros(()))
-    (_, logw, potential, _, scale), (later, index) = jax.lax.scan(step, carry, jnp.arange(steps))
-    chosen = jax.random.categorical(jax.random.fold_in(key, steps), logw)
+    carry = (first, zeros, zeros, jnp.zeros(count, bool), jnp.zeros(()), jnp.zeros((), bool))
+    (_, logw, potential, _, scale, broken), (later, index) = jax.lax.scan(
+        step, carry, jnp.arange(steps))
+    found = normalise(logw)
+    chosen = draw(jax.random.fold_in(key, steps), found.probs_P)
     lineage = trace(index, chosen)
     history = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
     path = jax.tree.map(lambda leaf: jax.vmap(lambda row, i: row[i])(leaf, lineage), history)
-    info = GibbsInfo(scale + normalise(logw).log_mean, chosen, jnp.mean(lineage[1:] == 0))
+    info = GibbsInfo(scale + found.log_mean, chosen, jnp.mean(lineage[1:] == 0), broken)
     return GibbsState(path, potential[chosen]), info
+
+
+def draw(key: jax.Array, probs_P: jax.Array) -> jax.Array:
+    """One particle by normalised weights, int32."""
+    return jax.random.categorical(key, jnp.log(probs_P))
 
 
 def trace(ancestors_TP: jax.Array, last: jax.Array) -> jax.Array:

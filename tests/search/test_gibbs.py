@@ -10,6 +10,7 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.decode.samplers import Mirostat2
 from jaxlm.rewards.call import TextReward
 from jaxlm.search.gibbs import particle_gibbs
+from jaxlm.search.particles import particle_filter
 from tests.search.toy import PROMPT, REWARD, SAMPLER, STEPS, bundle, exact, log_potential
 
 CHAINS, SWEEPS = 384, 6
@@ -46,6 +47,22 @@ def test_the_chain_s_law_is_the_target_s():
     for answer in chains[0].references:
         assert abs(sum(np.log(s / (1 - s)) for s in answer.step_scores)
                    - log_potential(answer.tokens)) < 1e-4
+
+
+def test_the_first_sweep_is_the_plain_filter():
+    """There is no reference yet: row 0 may be lost, with all that comes from it."""
+    chains = run(8, sweeps=1)
+    keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.split(key, 1)[0], 0))(
+        jax.random.split(jax.random.key(5), 8))
+    plain = particle_filter(bundle(), [PROMPT] * 8, REWARD, particles=4, steps=STEPS, key=keys,
+                            sampler=SAMPLER, scheme="multinomial", threshold=2.0)
+    for chain, result in zip(chains, plain, strict=True):
+        assert [a.tokens for a in chain.last.answers] == [a.tokens for a in result.answers]
+        np.testing.assert_array_equal(chain.last.ancestors, result.ancestors)
+        np.testing.assert_allclose(chain.last.log_evidence, result.log_evidence, rtol=1e-5)
+    assert any((step != 0).all() for chain in chains for step in chain.last.ancestors[1:])
+    second = run(8, sweeps=2)
+    assert all((chain.last.ancestors[:, 0] == 0).all() for chain in second)
 
 
 def test_a_chain_whose_reward_fails_ends_there_and_others_go_on():

@@ -32,6 +32,12 @@ def test_each_method_by_hand():
     assert select.calibrated_best_of_n(found, t=1e-3).index == 2
 
 
+def test_an_infinite_reward_is_none():
+    found = drawn(["1", "2", "3"], [0.6, math.inf, -math.inf])
+    for method in (select.best_of_n, select.weighted_best_of_n, select.calibrated_best_of_n):
+        assert method(found).index == 0
+
+
 def test_temperatures_have_the_same_say():
     found = drawn(["1"] * 6 + ["2", "2"], temperatures=[0.5] * 6 + [0.9] * 2)
     assert np.allclose(select.multi_temperature_vote(found).scores_P, 0.5)
@@ -102,6 +108,9 @@ def test_calibration_is_the_rank_whatever_the_scale():
     for bad in (0.0, NAN):
         with pytest.raises(ConfigError):
             select.transformed(rewards, bad)
+    for bad in (-10.0, 0.0, NAN):  # Phi is below 0: the sum would be least for the rarest
+        with pytest.raises(ConfigError, match="above 0"):
+            select.calibrated_best_of_n(drawn(["1", "2", "2"], [0.1, 0.5, 0.6]), t=bad)
     with pytest.raises(ShapeError):
         select.calibrated(rewards, np.array([NAN]))
 

@@ -72,11 +72,13 @@ def score_of(text: tuple[int, ...]) -> float:
 
 
 def ends(text: tuple[int, ...]) -> list[int]:
-    """Tokens drawn by the end of each step."""
+    """Tokens drawn by the end of each step; an end alone belongs to the step before it."""
     out, since = [], 0
     for i, token in enumerate(text, 1):
         since += 1
-        if token in (NEWLINE, END) or since == 2 or i == LENGTH:
+        if token == END and since == 1 and out:
+            out[-1] = i
+        elif token in (NEWLINE, END) or since == 2 or i == LENGTH:
             out, since = [*out, i], 0
     return out
 

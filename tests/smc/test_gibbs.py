@@ -114,9 +114,62 @@ def test_swaps_leave_every_chain_its_law():
 
 
 def test_swapping_without_a_test_is_refused():
+    """Between powers that are alike every exchange is accepted."""
     powers = jnp.array([1.0, 0.2])
-    cold, hot = (references(jax.random.key(30 + i), float(p)) for i, p in enumerate(powers))
-    assert worst(hot, float(powers[0])) > 10 and worst(cold, float(powers[1])) > 10
+    chains = [references(jax.random.key(30 + i), float(p)) for i, p in enumerate(powers)]
+    joint = jax.tree.map(lambda *x: jnp.stack(x, 1), *chains)
+    keys = jax.random.split(jax.random.key(32), CHAINS)
+    tested, some = jax.vmap(swap, (0, 0, None))(keys, joint, powers)
+    always, every = jax.vmap(swap, (0, 0, None))(keys, joint, jnp.ones(2))
+    assert bool(every.all()) and 0.1 < float(some.mean()) < 0.9
+    for i, power in enumerate(powers):
+        one = lambda states, i=i: jax.tree.map(lambda x: x[:, i], states)
+        assert worst(one(tested), float(power)) < 4
+        assert worst(one(always), float(power)) > 10
+
+
+def weighing(value, step, slot=2):
+    """The toy with another log-weight in one slot, or in all (None), at one step."""
+    def log_weight(before, after, t):
+        found = toy().log_weight(before, after, t)
+        here = (t == step) & ((jnp.arange(len(found)) == slot) | (slot is None))
+        return jnp.where(here, value, found)
+
+    return toy()._replace(log_weight=log_weight)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("step", [1, T - 1])
+def test_a_weight_that_is_no_number_is_zero_and_flagged(value, step):
+    start = references(jax.random.key(40), 1.0)
+    states, info = after(jax.random.key(41), start, 1.0, 3, False, weighing(value, step))
+    assert bool(info.broken.all()) and bool(jnp.isfinite(info.log_evidence).all())
+    assert bool(jnp.isfinite(states.log_potential).all())
+    if step == T - 1:
+        assert set(np.unique(info.chosen)) == {0, 1}
+    none = after(jax.random.key(41), start, 1.0, 3, False, weighing(-jnp.inf, step))
+    np.testing.assert_array_equal(states.path, none[0].path)  # an honest dead end
+    assert not bool(none[1].broken.any())
+
+
+def test_without_any_weight_particles_are_drawn_alike():
+    start = references(jax.random.key(42), 1.0)
+    _, info = after(jax.random.key(43), start, 1.0, 3, False, weighing(-jnp.inf, T - 1, None))
+    share = np.bincount(np.asarray(info.chosen), minlength=3) / CHAINS
+    assert np.abs(share - 1 / 3).max() < 4 * np.sqrt(2 / 9 / CHAINS)
+    assert bool(info.broken.all()) and bool((info.log_evidence == -jnp.inf).all())
+
+
+def test_an_ancestor_that_connects_by_no_number_is_not_drawn():
+    """Where only its own past connects, the reference keeps it."""
+    only = lambda x, path, t: jnp.array([0.0, -jnp.inf, jnp.nan])
+    start = references(jax.random.key(44), 1.0)
+    keys = jax.random.split(jax.random.key(45), CHAINS)
+    one = lambda connect: jax.jit(jax.vmap(lambda key, state: sweep(
+        toy(), key, state, jnp.zeros(3, int), T, 1.0, connect)))(keys, start)
+    (found, info), (plain, other) = one(only), one(None)
+    np.testing.assert_array_equal(found.path, plain.path)
+    assert bool(info.broken.all()) and not bool(other.broken.any())
 
 
 def test_trace_follows_ancestors_back():
