@@ -11,6 +11,8 @@ same with some of its verdicts turned round, and with --prm FOLDER a learned pro
 (`train_prm.py`).
 Methods that only select share one set of rollouts; the smaller budgets take their first ones. Bands
 are 95 % of problems drawn anew (a bootstrap over problems, seeds averaged).
+With --larger FOLDER, a larger sibling (`make_models.py`): `budget_to_match_larger`, the answers a
+problem with which each method is right as often as the sibling is greedily, and by one sample.
 """
 
 import argparse
@@ -112,7 +114,8 @@ def rewards_of(args: argparse.Namespace, bundle: jaxlm.Bundle) -> tuple[dict[str
     found: dict[str, Any] = {"checker": arithmetic_reward()}
     left_out = []
     if args.prm:
-        found["prm"] = process_reward(jaxlm.load(str(args.prm)), bundle)
+        found["prm"] = process_reward(jaxlm.load(str(args.prm)), bundle,
+                                      aggregate="prod")  # as train_prm.py judges it
     else:
         left_out.append("the learned reward: no --prm")
     if not args.quick and not args.smoke:
@@ -137,6 +140,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             add_cells(cells, parts, request, reward, problems, seed, args)
     metrics = table(cells, len(problems), args)
     metrics["larger"] = larger(args, parts, problems, left_out)
+    metrics["budget_to_match_larger"] = matching(metrics["accuracy"], metrics["larger"])
     metrics |= {"left_out": left_out, "quick": bool(args.quick), "device_s": sum(
         part["seconds"] for part in parts.parts.values())}
     return metrics
@@ -173,14 +177,22 @@ def add_cells(
         for budget in args.budgets:
             if budget > 64 and name not in LONG or "noise" in reward and budget > 64:
                 continue
-            try:
-                cell = parts(f"{name}, {budget}, {reward}, seed {seed}", lambda: searched(
-                    request, name, budget, problems, seed, args.rows))  # noqa: B023
-            except ConfigError:  # a budget that the method cannot share out
+            if not shared_out(name, budget):
                 continue
+            cell = parts(f"{name}, {budget}, {reward}, seed {seed}", lambda: searched(
+                request, name, budget, problems, seed, args.rows))  # noqa: B023
             print(f"{name} {budget} {reward} seed {seed}: {np.mean(cell['right']):.3f}, "
                   f"{cell['seconds']:.0f} s", flush=True)
             cells.setdefault(f"{name}|{reward}", {}).setdefault(str(budget), []).append(cell)
+
+
+def shared_out(name: str, budget: int) -> bool:
+    """Whether a method can share out this budget among its beams or chains."""
+    try:
+        METHODS[name].check(budget)
+    except ConfigError:
+        return False
+    return True
 
 
 def searches(reward: str, args: argparse.Namespace) -> tuple[str, ...]:
@@ -222,15 +234,34 @@ def ratio(accuracy: dict[str, dict[str, Any]], reward: str, other: str, at: str 
     at = at if at in mine else "4"
     if at not in mine or not theirs:
         return None
-    wanted = mine[at]["value"]
-    x = np.log2(sorted(map(int, theirs)))
-    y = np.maximum.accumulate([theirs[str(int(2**b))]["value"] for b in x])
+    need, at_least = budget_for(theirs, mine[at]["value"])
+    return {"ratio": need / int(at), "at_least": at_least, "filter_budget": int(at)}
+
+
+def matching(accuracy: dict[str, dict[str, Any]], sibling: dict[str, Any]) -> dict[str, Any]:
+    """The budget with which each method by each reward reaches the larger sibling, by what of it;
+    nothing without one."""
+    found: dict[str, Any] = {}
+    for what in ("greedy", "one_sample"):
+        for line, by_budget in accuracy.items() if what in sibling else ():
+            need, at_least = budget_for(by_budget, sibling[what])
+            found.setdefault(what, {})[line] = {"budget": need, "at_least": at_least}
+    return found
+
+
+def budget_for(by_budget: dict[str, Any], wanted: float) -> tuple[float, bool]:
+    """The budget that reaches an accuracy, between budgets by their logarithms; the largest, and
+    true, where none does. No less than the smallest."""
+    budgets = sorted(map(int, by_budget))
+    x = np.log2(budgets)
+    y = np.maximum.accumulate([by_budget[str(budget)]["value"] for budget in budgets])
     if y[-1] < wanted:
-        return {"ratio": float(2 ** x[-1] / int(at)), "at_least": True, "filter_budget": int(at)}
+        return float(budgets[-1]), True
     i = int(np.argmax(y >= wanted))
-    need = x[0] if i == 0 else x[i - 1] + (wanted - y[i - 1]) / (y[i] - y[i - 1]) * (
-        x[i] - x[i - 1])
-    return {"ratio": float(2**need / int(at)), "at_least": False, "filter_budget": int(at)}
+    if i == 0:
+        return float(budgets[0]), False
+    share = (wanted - y[i - 1]) / (y[i] - y[i - 1])
+    return float(2 ** (x[i - 1] + share * (x[i] - x[i - 1]))), False
 
 
 def larger(args: argparse.Namespace, parts: _harness.Resumable, problems: list[Problem],
@@ -247,7 +278,7 @@ def larger(args: argparse.Namespace, parts: _harness.Resumable, problems: list[P
         return {"greedy": float(np.mean(cell["right"])), "one_sample": shared["one"],
                 "seconds": cell["seconds"] + shared["seconds"]}
 
-    return parts("larger", compute)
+    return parts(f"larger, {args.larger}", compute)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

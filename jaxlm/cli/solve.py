@@ -44,7 +44,8 @@ def run(
       aggregate: of a process reward model's step scores: prod, min, last or model.
       task: prompt, arithmetic, math or gsm8k; default by the fields.
       limit: the first so many problems.
-      batch: problems together.
+      batch: problems together; one that is done makes room for the next. The methods of chains and
+        of several temperatures take a batch after another.
       rows: answers computed in an iteration, of batch x particles; with fewer than all, none idles
         while others wait for the slowest of their problem. Default all.
       temperature: of the sampling.
@@ -57,8 +58,9 @@ def run(
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
     """
     jobs = jobs_of(method, particles, prm)
-    if rows is not None:
-        whole("rows", rows)
+    for name, number in (("batch", batch), ("rows", rows)):
+        if number is not None:
+            whole(name, number)
     bundle = open_model(model, device, dtype)
     found = open_data(data, bundle.tokenizer, task, limit, seed)
     for line, reason in found.wrong:
@@ -84,12 +86,15 @@ def run(
 
 def jobs_of(names: tuple[str, ...], particles: tuple[int, ...], prm: str | None
             ) -> list[solving.Job]:
-    """Every method at every budget; those that take none, once. Checked before a model is read."""
+    """Every method at every budget; those that take none, once. Checked before a model is read, a
+    budget that a method cannot share out too."""
     jobs = []
     for name in names:
         made = method(name, None if prm is None else object())  # type: ignore[arg-type]
         for count in [1] if made.single else particles:
-            jobs.append(solving.Job(name, whole("particles", count)))
+            job = solving.Job(name, whole("particles", count))
+            made.check(job.particles)
+            jobs.append(job)
     if not jobs:
         raise ConfigError(f"nothing to do; --method takes some of {', '.join(METHODS)}")
     return list(dict.fromkeys(jobs))
@@ -124,7 +129,7 @@ def solve_all(
     with tqdm(total=total, disable=None, unit="problem") as bar:  # None: only on a terminal
         for job in jobs:
             bar.set_description(f"{job.method}, {job.particles}")
-            solving.solve(problems, request, job, results, seed=seed, batch=whole("batch", batch),
+            solving.solve(problems, request, job, results, seed=seed, batch=batch,
                           retry_failed=retry_failed, tick=bar.update)
 
 

@@ -1,4 +1,4 @@
-"""Problems solved one batch after another, each kept on disk as soon as it is done.
+"""Problems solved in a queue, each kept on disk as soon as it is done.
 
 The file of results is JSON lines: first what the run depends on, then a record a problem, method
 and budget. A stopped run, killed too, goes on where it was: a last line that was cut is dropped.
@@ -9,7 +9,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, TokenizerError
+from jaxlm.decode.generate import Prompt
 from jaxlm.eval.skills import Share, share
 from jaxlm.eval.tasks import Problem
 from jaxlm.rewards.base import RewardError
@@ -105,7 +106,8 @@ def solve(
     """Solve what `results` does not hold yet.
 
     Args:
-      batch: problems together; they may be fewer when the rest is.
+      batch: problems together; one that is done makes room for the next. They may be fewer when the
+        rest is.
       retry_failed: solve again what failed before.
       tick: called with the number of problems that were done.
     Raises: ConfigError, DeviceError: what is wrong for every problem. A problem whose reward fails,
@@ -117,37 +119,66 @@ def solve(
             if not (retry_failed and record.get("failed"))}
     left = [p for p in problems if (job.method, job.particles, p.id) not in done]
     tick(len(problems) - len(left))
-    for at in range(0, len(left), batch):
-        part = left[at: at + batch]
-        for problem, found, spent in attempts(made.run, request, part, seed):
-            results.add(record_of(request, job, problem, found, spent, seed))
-            tick(1)
+    last = time.perf_counter()
+
+    def keep(problem: Problem, found: Solution | str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        results.add(record_of(request, job, problem, found, now - last, seed))
+        last = now
+        tick(1)
+
+    attempt(made.run, request, left, seed, batch, keep)
 
 
-def attempts(
-    run: Callable[..., list[Solution]], request: Request, part: Sequence[Problem], seed: int
-) -> Iterator[tuple[Problem, Solution | str, float]]:
-    """Problems with their solution, or why there is none, and seconds each. A batch with a problem
-    that fails is taken apart, so that it takes no other with it."""
-    began = time.perf_counter()
-    keys_R = jnp.stack([key_for(seed, problem) for problem in part])
-    try:
-        found: list[Any] = run(request, [problem.prompt for problem in part], keys_R)
-    except ONE_PROBLEM_S as error:
-        if len(part) > 1:
-            for problem in part:
-                yield from attempts(run, request, [problem], seed)
-            return
-        found = [f"{type(error).__name__}: {error}"]
-    each = (time.perf_counter() - began) / len(part)
-    for problem, one in zip(part, found, strict=True):
-        yield problem, one, each
+def attempt(
+    run: Callable[..., list[Solution]], request: Request, problems: Sequence[Problem], seed: int,
+    batch: int, keep: Callable[[Problem, Solution | str], None],
+) -> None:
+    """Give `keep` each problem as soon as it is done, with its solution or why there is none.
+
+    A problem that fails takes no other with it: the `batch` that ran then is done again, and if
+    it fails too, one problem after another; what waited behind it goes on as a queue.
+    One that does not fit the model is an error before any compute, and looked for by halves.
+    """
+    parts = [list(problems)] if problems else []
+    while parts:
+        part = parts.pop()
+        waiting = dict(enumerate(part))
+
+        def tell(number: int, found: Solution) -> None:
+            keep(waiting.pop(number), found)  # noqa: B023
+
+        try:
+            found = run(
+                replace(request, at_once=min(batch, len(part)), on_solution=tell,
+                        questions=[problem.question or problem.prompt for problem in part]),
+                [prompt_of(problem, request) for problem in part],
+                jnp.stack([key_for(seed, problem) for problem in part]))
+            for number in sorted(waiting):  # where the method did not tell as they were done
+                tell(number, found[number])
+        except ONE_PROBLEM_S as error:
+            left = list(waiting.values())
+            if len(left) == 1:
+                keep(left[0], f"{type(error).__name__}: {error}")
+            elif len(left) > batch:
+                cut = len(left) // 2 if isinstance(error, ShapeError) else batch
+                parts += [left[cut:], left[:cut]]
+            else:
+                parts += [[problem] for problem in reversed(left)]
+
+
+def prompt_of(problem: Problem, request: Request) -> Prompt:
+    """What the model reads: a chat has its begin mark already."""
+    return request.bundle.tokenizer.encode(problem.prompt, special=False) if problem.chat else (
+        problem.prompt)
 
 
 def record_of(
     request: Request, job: Job, problem: Problem, found: Solution | str, spent: float, seed: int
 ) -> Record:
-    """One line of the results."""
+    """One line of the results; `seconds` since the line before, so that their mean is a problem's
+    share of the time."""
     head = {"id": problem.id, "method": job.method, "particles": job.particles, "seed": seed,
             "seconds": round(spent, 4)}
     if isinstance(found, str):

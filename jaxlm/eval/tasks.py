@@ -21,11 +21,14 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 @dataclass(frozen=True)
 class Problem:
     """id: of the line's "id" or "unique_id", else its number. gold: the right answer, or None where
-    the line has none: such a problem is answered, not judged."""
+    the line has none: such a problem is answered, not judged. question: what is asked, without what
+    the prompt puts around it; None: the prompt. chat: the prompt is a chat, begin mark and all."""
 
     id: str
     prompt: str
     gold: str | None
+    question: str | None = None
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,19 +152,20 @@ def problem_of(
         if gold is None:
             raise ValueError(f"{task.fields[1]} has no final answer after {task.gold_how}")
     name = record.get("id", record.get("unique_id", number))
-    return Problem(str(name), ask(question, task, tokenizer), gold)
-
-
-def ask(question: str, task: Task, tokenizer: Tokenizer | None) -> str:
-    """The prompt: the question itself, or the user's words in the model's chat template."""
     if task.ask is None:
-        return question
-    words = task.ask(question)
+        return Problem(str(name), question, gold)
+    prompt, chat = ask(task.ask(question), tokenizer)
+    return Problem(str(name), prompt, gold, question, chat)
+
+
+def ask(words: str, tokenizer: Tokenizer | None) -> tuple[str, bool]:
+    """The prompt: the user's words in the model's chat template, if it has one, and whether."""
+    if tokenizer is None:
+        return words + "\n\n", False
     try:
-        return words + "\n\n" if tokenizer is None else tokenizer.chat(
-            [{"role": "user", "content": words}])
+        return tokenizer.chat([{"role": "user", "content": words}]), True
     except ValueError:  # it has no template
-        return words + "\n\n"
+        return words + "\n\n", False
 
 
 def held_out(level: str, count: int, seed: int = 0) -> Data:

@@ -26,7 +26,9 @@ _NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|-?\.[0
 _THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _PLAIN = re.compile(r"[-+]?[0-9]{0,60}(?:\.[0-9]{0,60})?(?:/[0-9]{1,60})?")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?[0-9]{1,60})\}\{([0-9]{1,60})\}")
-_NOISE = re.compile(r"\\(?:left|right|[!,;: ])|\\(?:text|mathrm|mbox)\{\s*\}|[$\s]")
+_NOISE = re.compile(r"\\(?:left|right|[!,;: ])|\\(?:text|mathrm|mbox)\{\s*\}|\\?\$|\s")
+_UNIT = re.compile(
+    r"(?<=[0-9])(?:\\?%|\\(?:text|textrm|mathrm|mbox)\{~*[a-zA-Z][^{}]*\}(?:\^\{?[23]\}?)?)$")
 
 
 def boxed(text: str) -> str | None:
@@ -96,8 +98,8 @@ def extract(text: str, how: str = "auto") -> str | None:
 
 
 def normal(answer: str) -> str:
-    r"""An answer without what changes no meaning: spaces, dollars, a final point, commas of
-    thousands, `\left`; a fraction of two numbers as `a/b`.
+    r"""An answer without what changes no meaning: spaces, dollars, also as `\$`, a final point,
+    commas of thousands, `\left`; a fraction of two numbers as `a/b`.
 
     >>> normal(r"$ 1{,}234. $"), normal(r"\dfrac{3}{4}")
     ('1234', '3/4')
@@ -106,6 +108,17 @@ def normal(answer: str) -> str:
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
     return _FRACTION.sub(r"\1\2/\3", text) if text.count("\\frac") <= 8 else text
+
+
+def apart(answer: str) -> tuple[str, str]:
+    r"""A normal answer, and the unit that stood behind its last digit: `%`, or words in `\text{}`.
+
+    >>> apart(r"1,800\text{ dollars}"), apart(r"18\%"), apart(r"\text{Ann}")
+    (('1800', 'text{dollars}'), ('18', '%'), ('\\text{Ann}', ''))
+    """
+    text = normal(answer)
+    found = _UNIT.search(text)
+    return (text, "") if found is None else (normal(text[: found.start()]), found[0].lstrip("\\"))
 
 
 def number(answer: str) -> Fraction | None:
@@ -127,13 +140,18 @@ def number(answer: str) -> Fraction | None:
 def same(one: str, other: str) -> bool:
     r"""Whether two answers are alike as normal text or as exact numbers; needs no math-verify.
 
-    >>> same("0.5", r"\frac{1}{2}"), same("2", "3")
-    (True, False)
+    A unit that only one of them names is no difference.
+
+    >>> same("0.5", r"\frac{1}{2}"), same("2", "3"), same(r"\$18", r"18\text{ dollars}")
+    (True, False, True)
     """
-    if normal(one) == normal(other):
+    (left, unit), (right, others) = apart(one), apart(other)
+    if unit and others and unit != others:
+        return False
+    if left == right:
         return True
-    left, right = number(one), number(other)
-    return left is not None and left == right
+    exact = number(left)
+    return exact is not None and exact == number(right)
 
 
 def classes(answers: Sequence[str | None], equal: Same = same) -> np.ndarray:

@@ -14,11 +14,17 @@ Scores = jax.Array | np.ndarray  # float32 (B,), on the device or on the host
 
 
 class Prompts(NamedTuple):
-    """R prompts: int32 ids (R, T), right-padded, their lengths (R,), and their texts."""
+    """R prompts.
+
+    tokens_RT: int32 ids, right-padded, as the policy reads them. length_R: their lengths. texts:
+    what is asked, a chat's question without the chat. own: the texts of the ids; None: the same
+    as `texts`.
+    """
 
     tokens_RT: jax.Array
     length_R: jax.Array
     texts: Sequence[str]
+    own: Sequence[str] | None = None
 
 
 class Rows(NamedTuple):
@@ -42,12 +48,15 @@ class Reward(Protocol):
     `on_device`: `score` and `gather` are traced inside the search's own program, and the reward is
     a pytree that is passed to it, so that another reward of the same shapes compiles nothing;
     otherwise they are called on the host between steps, with numpy arrays and texts.
+    `costly`, where it is there and true: a model, computed over all rows of the batch at each call.
+    A search then waits for all prompts of the batch before it asks.
     """
 
     on_device: bool
 
     def init(self, prompts: Prompts, particles: int, slots: int) -> Carry:
-        """Read the prompts, once each; `slots` bounds the tokens a row adds to its prompt."""
+        """Read the prompts, once each; `slots` bounds the tokens a row adds to its prompt. On the
+        device, and where costly, it is asked for its shapes too, by `jax.eval_shape`."""
 
     def score(self, carry: Carry, rows: Rows) -> tuple[Scores, Carry]:
         """float32 (B,) of the answers so far. A row that did not grow keeps the score it had."""

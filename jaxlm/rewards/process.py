@@ -91,13 +91,15 @@ class ProcessReward(struct.PyTreeNode):
     chunk: int = struct.field(pytree_node=False)
     on_device: bool = struct.field(pytree_node=False, default=True)
 
+    costly = True
+
     def init(self, prompts: Prompts, particles: int, slots: int) -> Carry:
-        """Read the problems, once each; not traced."""
-        if self.layout.prompt == PROBLEM:
-            tokens_RT, length_R = jnp.asarray(prompts.tokens_RT), jnp.asarray(prompts.length_R)
-        else:
-            width = prompts.tokens_RT.shape[1]
-            tokens_RT, length_R = problem_ids(self.words, self.layout, prompts.texts, width)
+        """Read the problems, once each."""
+        tokens_RT: Any = prompts.tokens_RT
+        length_R: Any = prompts.length_R
+        if self.layout.prompt != PROBLEM:
+            tokens_RT, length_R = problem_ids(
+                self.words, self.layout, prompts.texts, tokens_RT.shape[1])
         extra = self.after_A.shape[0] + self.lead_2L.shape[1]
         room = slots + extra * min(self.steps, slots)
         state = read_problems(self.lm, self.params, tokens_RT, length_R, particles, room)
@@ -146,9 +148,10 @@ class ProcessReward(struct.PyTreeNode):
             score_B=score_B, lost_B=lost_B, appended_B=carry.appended_B + count_B)
 
     def gather(self, carry: Carry, ancestors_RP: jax.Array) -> Carry:
-        """Caches and scores go with their rows; the problems stay where they are."""
+        """Caches and scores go with their rows, if any moves; the problems stay where they are."""
         moved = {name: getattr(carry, name) for name in ("read_B", "steps_B", "score_B", "lost_B")}
-        return carry.replace(state=gather(carry.state, ancestors_RP),
+        moves = jnp.any(ancestors_RP != jnp.arange(ancestors_RP.shape[1]))
+        return carry.replace(state=gather(carry.state, ancestors_RP, moves),
                              **gather_rows(moved, ancestors_RP))
 
     def _after_at(self, index_BT: jax.Array) -> jax.Array:
@@ -192,7 +195,7 @@ def probability(logits_BV: jax.Array, pair: tuple[int, int] | None) -> jax.Array
 
 
 def read_problems(
-    lm: LM, params: Params, tokens_RT: jax.Array, length_R: jax.Array, particles: int, room: int
+    lm: LM, params: Params, tokens_RT: Any, length_R: Any, particles: int, room: int
 ) -> DecodeState:
     """The problems, each read once and shared by `particles` rows with `room` tokens of their own.
     """
@@ -204,7 +207,7 @@ def read_problems(
 
 def problem_ids(
     known: Words, layout: Layout, texts: Any, width: int
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """The problems as the layout has them: int32 ids (R, T), right-padded, and lengths (R,).
 
     A bare problem gets the tokenizer's begin mark; a chat has its own. `width`: what the problems'
@@ -218,7 +221,7 @@ def problem_ids(
     tokens = np.zeros((len(ids), width), np.int32)
     for row, line in enumerate(ids):
         tokens[row, : len(line)] = line
-    return jnp.asarray(tokens), jnp.asarray([len(line) for line in ids], jnp.int32)
+    return tokens, np.array([len(line) for line in ids], np.int32)
 
 
 def process_reward(

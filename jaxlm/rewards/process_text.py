@@ -16,7 +16,7 @@ from jaxlm.decode.state import DecodeState, extend
 from jaxlm.models.lm import LM
 from jaxlm.rewards.base import Prompts, Rows
 from jaxlm.rewards.host import as_texts, flat, objects
-from jaxlm.rewards.layout import Layout, Words
+from jaxlm.rewards.layout import PROBLEM, Layout, Words
 from jaxlm.rewards.process import probability, problem_ids, read_problems
 
 BUCKET = 16  # pieces are padded to multiples of this
@@ -69,18 +69,20 @@ class TextProcessReward:
     steps: int
 
     on_device = False
+    costly = True
 
     def init(self, prompts: Prompts, particles: int, slots: int) -> TextCarry:
         """Read the problems, once each."""
+        bare = self.layout.prompt == PROBLEM and prompts.own is not None
         width = 2 * prompts.tokens_RT.shape[1]
-        tokens_RT, length_R = problem_ids(self.words, self.layout, prompts.texts, width)
+        texts = prompts.own if bare else prompts.texts  # without a form: the policy's own text
+        tokens_RT, length_R = problem_ids(self.words, self.layout, texts, width)
         around = (self.layout.first, self.layout.before, self.layout.after)
         extra = sum(len(self._encode(text)) for text in around)
         room = 2 * slots + extra * min(self.steps, slots)
         state = read_problems(self.lm, self.params, tokens_RT, length_R, particles, room)
         B = len(state.length_B)
-        return TextCarry(state, np.asarray(length_R), objects([Reading()] * B),
-                         np.zeros(B, np.int64))
+        return TextCarry(state, length_R, objects([Reading()] * B), np.zeros(B, np.int64))
 
     def score(self, carry: TextCarry, rows: Rows) -> tuple[np.ndarray, TextCarry]:
         """Read what each answer has gained, and score it."""
@@ -115,7 +117,9 @@ class TextProcessReward:
                                      appended_B=carry.appended_B + at_B - kept)
 
     def gather(self, carry: TextCarry, ancestors_RP: jax.Array) -> TextCarry:
-        """Caches and texts go with their rows."""
+        """Caches and texts go with their rows, if any moves."""
+        if (np.asarray(ancestors_RP) == np.arange(ancestors_RP.shape[1])).all():
+            return carry
         return carry.replace(state=gather_jit(carry.state, jnp.asarray(ancestors_RP)),
                              rows=carry.rows[flat(ancestors_RP)])
 

@@ -1,8 +1,8 @@
 """What a search is told and what it gives: steps, answers, results."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +146,9 @@ class SearchResult:
     def text(self) -> str:
         """The chosen answer's text."""
         return self.answers[self.chosen].text
+
+
+OnResult = Callable[[int, SearchResult], Any]  # a prompt's number, and its result when it is over
 
 
 def evidence(results: Sequence[SearchResult]) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from jaxlm.decode.samplers import Sampler
 from jaxlm.decode.state import Kinds
 from jaxlm.hf.bundle import Bundle
 from jaxlm.rewards.base import Reward
-from jaxlm.search.base import Steps
+from jaxlm.search.base import OnResult, Steps
 from jaxlm.search.engine import Report
 from jaxlm.search.particles import LINES, WARM
 from jaxlm.search.run import make_task, search
@@ -100,8 +100,9 @@ def beam_search(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, *, budget: int = 16,
     width: int = 4, steps: Steps = LINES, sampler: Sampler = WARM,
     cache: CacheKind | Kinds | str = Dense(), key: jax.Array | None = None,
-    at_once: int | None = None, rows: int | None = None, quorum: int = 1,
-    memory: int | None = None,
+    at_once: int | None = None, rows: int | None = None, quorum: int | None = None,
+    memory: int | None = None, questions: str | Sequence[str] | None = None,
+    on_result: OnResult | None = None,
 ) -> Any:
     """Beam search over steps: of `budget` rows the `budget / width` best go on, `width` times each.
 
@@ -114,15 +115,17 @@ def beam_search(
     """
     return ranked(bundle, prompts, reward, Beams(check_width(budget, width)), particles=budget,
                   steps=steps, sampler=sampler, cache=cache, key=key, at_once=at_once,
-                  rows=rows, quorum=quorum, memory=memory)
+                  rows=rows, quorum=quorum, memory=memory, questions=questions,
+                  on_result=on_result)
 
 
 def dvts(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, *, budget: int = 16,
     width: int = 4, steps: Steps = LINES, sampler: Sampler = WARM,
     cache: CacheKind | Kinds | str = Dense(), key: jax.Array | None = None,
-    at_once: int | None = None, rows: int | None = None, quorum: int = 1,
-    memory: int | None = None,
+    at_once: int | None = None, rows: int | None = None, quorum: int | None = None,
+    memory: int | None = None, questions: str | Sequence[str] | None = None,
+    on_result: OnResult | None = None,
 ) -> Any:
     """Diverse verifier tree search: `budget / width` trees that never meet; in each the best of
     `width` rows goes on, `width` times.
@@ -131,16 +134,17 @@ def dvts(
     """
     return ranked(bundle, prompts, reward, Beams(check_width(budget, width), True),
                   particles=budget, steps=steps, sampler=sampler, cache=cache, key=key,
-                  at_once=at_once, rows=rows, quorum=quorum, memory=memory)
+                  at_once=at_once, rows=rows, quorum=quorum, memory=memory, questions=questions,
+                  on_result=on_result)
 
 
 def ranked(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, method: Beams,
-    **options: Any,
+    on_result: OnResult | None = None, **options: Any,
 ) -> Any:
     """The search that both are."""
     task = make_task(bundle, prompts, reward, method, **options)
-    return task.unwrap(search(task))
+    return task.unwrap(search(task, on_result))
 
 
 def check_width(budget: int, width: int) -> int:

@@ -36,6 +36,7 @@ from jaxlm.search.engine import Population
 from jaxlm.search.particles import LINES, WARM, Filter, filter_of
 from jaxlm.search.run import (
     Task,
+    checked_questions,
     final_jit,
     give_up_jit,
     grow,
@@ -112,6 +113,7 @@ def particle_gibbs(
     sampler: Sampler = WARM, cache: CacheKind | Kinds | str = Dense(),
     key: jax.Array | None = None, weight: str = "odds", choose: str = "best",
     rows: int | None = None, memory: int | None = None,
+    questions: str | Sequence[str] | None = None,
 ) -> Any:
     """Particle Gibbs; with several temperatures, parallel tempering with swaps between them.
 
@@ -140,9 +142,12 @@ def particle_gibbs(
     rows, room = len(ids) * len(tau) * particles, steps.program.max_new_tokens
     free = Pinned(sampler, np.zeros((rows, room), np.int32), np.zeros(rows, np.int32))
     method = filter_of(weight, np.tile(tau, len(ids)), 2.0, "conditional")
+    asked = checked_questions(questions, len(ids))
+    if asked is not None:
+        asked = tuple(question for question in asked for _ in tau)
     task = make_task(bundle, [prompt for prompt in ids for _ in tau], reward, method,
                      particles=particles, steps=steps, sampler=free, cache=cache, key=keys_B,
-                     rows=rows, memory=memory, choose=choose)
+                     rows=rows, memory=memory, choose=choose, questions=asked)
     found = run_chains(task, keys_R, sweeps, tau)
     return found if many else found[0]
 

@@ -1,6 +1,9 @@
 """What a search will hold in memory, and how many particles fit."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from jaxlm.decode.samplers import Greedy
 from jaxlm.decode.state import Kinds, prefill
 from jaxlm.hf.bundle import Bundle
 from jaxlm.models.lm import LM
+from jaxlm.rewards.base import Prompts
 
 RESERVE = 0.05  # of a device: the runtime's own, the program's code, fragments
 
@@ -19,18 +23,20 @@ RESERVE = 0.05  # of a device: the runtime's own, the program's code, fragments
 @dataclass(frozen=True)
 class Memory:
     """Bytes of a search: parameters, prompts (once each), what the particles add (caches, and
-    texts with their logits), and one layer's suffix again, for resampling."""
+    texts with their logits), one layer's suffix again, for resampling; and what a reward on the
+    device holds, as `reward_bytes`."""
 
     params: int
     prompts: int
     suffixes: int
     texts: int
     layer: int
+    reward: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.params + self.prompts + self.suffixes + self.texts + self.layer
+        return self.params + self.prompts + self.suffixes + self.texts + self.layer + self.reward
 
 
 def estimate(
@@ -39,7 +45,8 @@ def estimate(
     """The memory of `prompts` prompts of `width` tokens, with `particles` answers of up to `slots`
     tokens each; from shapes, with nothing computed.
 
-    The reward's own is not counted, nor a step's activations; logits are counted twice.
+    The reward's own is counted by `reward_bytes`, a step's activations are not; logits are counted
+    twice.
     """
     def forked(params):
         keys = jax.random.split(jax.random.key(0), prompts)
@@ -51,31 +58,62 @@ def estimate(
     own = [nbytes(cache.own) for cache in state.caches if cache != ()]
     shared = sum(nbytes(cache.prompt) for cache in state.caches if cache != ())
     texts = nbytes((state.tokens_BS, state.logprob_BS, state.logits_BV, state.logits_BV))
-    return Memory(nbytes(params), shared, sum(own), texts, max(own, default=0))
+    return Memory(placed_bytes(params), shared, sum(own), texts, max(own, default=0))
+
+
+def placed_bytes(tree: Any) -> int:
+    """How many bytes the leaves hold on all their devices together, copies included."""
+    def one(leaf):
+        if not isinstance(leaf, jax.Array):
+            return nbytes(leaf)
+        shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        return shard * leaf.dtype.itemsize * len(leaf.sharding.device_set)
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def reward_bytes(reward: Any, prompts: Prompts, particles: int, slots: int) -> int:
+    """What a reward that computes on the device holds: its parameters, and what `init` makes, from
+    shapes.
+
+    0 for any other on the host: what its own code holds is not known here.
+    """
+    if not (reward.on_device or getattr(reward, "costly", False)):
+        return 0
+    arrays = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    try:
+        carry = jax.eval_shape(lambda: arrays(reward.init(prompts, particles, slots)))
+    except jax.errors.JAXTypeError:  # an init that looks at numbers cannot be asked for shapes
+        carry = []
+    return placed_bytes(arrays(reward if reward.on_device else vars(reward))) + nbytes(carry)
 
 
 def check_memory(
     bundle: Bundle, kinds: Kinds, prompts: int, width: int, particles: int, slots: int,
-    limit: int | None,
+    limit: int | None, reward: Callable[[int], int] = lambda particles: 0,
 ) -> Memory:
     """The estimate, where it fits the device.
 
     Args: limit: bytes; None: what the device says it has, if it does. On a mesh, of all its
-      devices together.
+      devices together. reward: bytes of the reward for so many particles.
     Raises: DeviceError that names the number of particles that fits.
     """
     found = estimate(bundle.lm, bundle.params, kinds, prompts, width, particles, slots)
+    found = replace(found, reward=reward(particles))
     limit = device_limit(bundle) if limit is None else limit
     if limit is None or found.total <= limit:
         return found
-    each = -(-(found.suffixes + found.texts + found.layer) // particles)
-    fits = max((limit - found.params - found.prompts) // each, 0)
+    more = reward(particles + 1) - found.reward  # each row holds as much as another
+    fixed = found.params + found.prompts + found.reward - particles * more
+    each = -(-(found.suffixes + found.texts + found.layer) // particles) + more
+    fits = max((limit - fixed) // each, 0)
     size = lambda n: f"{n / 2**20:,.1f} MiB"
+    judge = f"reward {size(found.reward - particles * more)}, " if found.reward else ""
     raise DeviceError(
         f"{particles} particles for each of {prompts} prompts need {size(found.total)} (parameters "
-        f"{size(found.params)}, prompts {size(found.prompts)}, particles {size(each)} each), but "
-        f"the device has {size(limit)}; {fits} particles fit: lower particles, prompts at once, or "
-        "max_new_tokens, or take a quantised cache")
+        f"{size(found.params)}, prompts {size(found.prompts)}, {judge}particles {size(each)} "
+        f"each), but the device has {size(limit)}; {fits} particles fit: lower particles, prompts "
+        "at once, or max_new_tokens, or take a quantised cache")
 
 
 def device_limit(bundle: Bundle) -> int | None:

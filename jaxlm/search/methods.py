@@ -7,6 +7,7 @@ same step scores, so that a comparison differs in nothing else.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.errors import ConfigError, whole
+from jaxlm.decode.generate import Prompt
+from jaxlm.decode.rows import check_particles
 from jaxlm.decode.samplers import Categorical
 from jaxlm.hf.bundle import Bundle
 from jaxlm.rewards.answers import Same, extract, same
 from jaxlm.rewards.base import Reward, RewardError, Stateless
 from jaxlm.search import perplexity, select
-from jaxlm.search.base import SearchResult, Steps
-from jaxlm.search.beam import beam_search, dvts
+from jaxlm.search.base import OnResult, SearchResult, Steps
+from jaxlm.search.beam import beam_search, check_width, dvts
 from jaxlm.search.gibbs import particle_gibbs
 from jaxlm.search.particles import particle_filter
 from jaxlm.search.select import Choice, Rollouts, rollouts
@@ -43,7 +46,9 @@ class Request:
 
     particles: the budget, answers a prompt. rows: computed in an iteration, None for all (as
     `particle_filter`). extract: a text -> its final answer, or None. equal:
-    whether two final answers are the same.
+    whether two final answers are the same. at_once: prompts in the batch, None for all. questions:
+    one a prompt, what the reward is told of it; None: the prompts. on_solution: called with a
+    prompt's number and its Solution, as soon as that is there.
     """
 
     bundle: Bundle
@@ -55,6 +60,9 @@ class Request:
     extract: Callable[[str], str | None] = extract
     equal: Same = same
     rows: int | None = None
+    at_once: int | None = None
+    questions: Sequence[str] | None = None
+    on_solution: Callable[[int, "Solution"], Any] | None = None
 
     def sampler(self, temperature: float | None = None) -> Categorical:
         """At a temperature, by default the request's."""
@@ -81,18 +89,19 @@ class Solution:
     failed: str | None = None  # as `SearchResult.failed`
 
 
-Run = Callable[[Request, Sequence[str], jax.Array], list[Solution]]
+Run = Callable[[Request, Sequence[Prompt], jax.Array], list[Solution]]
 
 
 def draw(
-    request: Request, prompts: Sequence[str], keys_R: jax.Array, count: int | None = None,
-    temperature: float | None = None,
+    request: Request, prompts: Sequence[Prompt], keys_R: jax.Array, count: int | None = None,
+    temperature: float | None = None, on_result: OnResult | None = None,
 ) -> list[SearchResult]:
     """`count` independent answers to each prompt, scored at every step."""
     return particle_filter(
         request.bundle, list(prompts), request.reward or EVEN, threshold=0.0, key=keys_R,
         particles=request.particles if count is None else count, steps=request.steps,
-        sampler=request.sampler(temperature), cache=request.cache, rows=request.rows)
+        sampler=request.sampler(temperature), cache=request.cache, rows=request.rows,
+        at_once=request.at_once, questions=request.questions, on_result=on_result)
 
 
 def as_rollouts(
@@ -120,16 +129,52 @@ def first_failed(results: Sequence[SearchResult]) -> SearchResult | None:
     return next((result for result in results if result.failed is not None), None)
 
 
+def solutions(
+    request: Request, make: Callable[[SearchResult], Solution],
+    search: Callable[[OnResult | None], list[SearchResult]],
+) -> list[Solution]:
+    """What `make` makes of each result of a search; `on_solution` hears of it when it is over."""
+    on_solution = request.on_solution
+    if on_solution is None:
+        return [make(result) for result in search(None)]
+    made: dict[int, Solution] = {}
+
+    def tell(number: int, result: SearchResult) -> None:
+        made[number] = make(result)
+        on_solution(number, made[number])
+
+    return [made[i] for i in range(len(search(tell)))]
+
+
+def in_turn(run: Run) -> Run:
+    """A method whose searches have no queue of their own: `at_once` prompts, then the next."""
+    def run_parts(request, prompts, keys_R):
+        found: list[Solution] = []
+        count = whole("at_once", max(len(prompts), 1) if request.at_once is None
+                      else request.at_once)
+        for at in range(0, len(prompts), count):
+            part, asked = slice(at, at + count), request.questions
+            some = replace(request, at_once=None, questions=None if asked is None else asked[part])
+            for one in run(some, prompts[part], keys_R[part]):
+                found.append(one)
+                if request.on_solution is not None:
+                    request.on_solution(len(found) - 1, one)
+        return found
+
+    return run_parts
+
+
 def by_search(search: Callable[..., Any], budget: str = "particles", **options: Any) -> Run:
     """A method that steers while it draws: the best of its last set is the answer.
 
     budget: the search's name for it.
     """
     def run(request, prompts, keys_R):
-        found = search(request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
-                       steps=request.steps, sampler=request.sampler(), cache=request.cache,
-                       rows=request.rows, **{budget: request.particles}, **options)
-        return [solution(request, result) for result in found]
+        return solutions(request, partial(solution, request), lambda tell: search(
+            request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
+            steps=request.steps, sampler=request.sampler(), cache=request.cache,
+            rows=request.rows, at_once=request.at_once, questions=request.questions,
+            on_result=tell, **{budget: request.particles}, **options))
 
     return run
 
@@ -138,25 +183,39 @@ def by_width(search: Callable[..., Any]) -> Run:
     """A search in which each row that goes on becomes 4, as its authors have it, or the budget
     where that is less."""
     def run(request, prompts, keys_R):
-        width = min(WIDTH, request.particles)
+        width = width_of(request.particles)
         return by_search(search, "budget", width=width)(request, prompts, keys_R)
 
     return run
 
 
+def width_of(budget: int) -> int:
+    """4, or the budget where that is less; ConfigError unless it divides the budget."""
+    return check_width(budget, min(WIDTH, budget))
+
+
+def share_of(budget: int, chains: int = 1) -> int:
+    """Particles of a sweep of a chain; ConfigError where sweeps and chains cannot share a budget.
+
+    >>> share_of(16), share_of(16, chains=2)
+    (8, 4)
+    """
+    each, rest = divmod(budget, SWEEPS * chains)
+    if each < 2 or rest:
+        least = 2 * SWEEPS * chains
+        raise ConfigError(f"a budget of {budget} answers is shared by {SWEEPS} sweeps of {chains} "
+                          f"chains; expected a multiple of {least // 2}, at least {least}")
+    return each
+
+
 def by_chains(temperatures: Sequence[float] = (1.0,)) -> Run:
     """Particle Gibbs at the same number of answers: sweeps, particles and chains share it."""
     def run(request, prompts, keys_R):
-        each, rest = divmod(request.particles, SWEEPS * len(temperatures))
-        if each < 2 or rest:
-            least = 2 * SWEEPS * len(temperatures)
-            raise ConfigError(f"a budget of {request.particles} answers is shared by {SWEEPS} "
-                              f"sweeps of {len(temperatures)} chains; expected a multiple of "
-                              f"{least // 2}, at least {least}")
         found = particle_gibbs(
-            request.bundle, list(prompts), request.reward or EVEN, key=keys_R, particles=each,
-            sweeps=SWEEPS, temperatures=temperatures, steps=request.steps,
-            sampler=request.sampler(), cache=request.cache, rows=request.rows)
+            request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
+            particles=share_of(request.particles, len(temperatures)), sweeps=SWEEPS,
+            temperatures=temperatures, steps=request.steps, sampler=request.sampler(),
+            cache=request.cache, rows=request.rows, questions=request.questions)
         share = SWEEPS * len(temperatures)  # of which only one is reported; all draw about as much
         return [replace(solution(request, chain.last), log_evidence=float("nan"),
                         tokens=share * chain.last.tokens_drawn) for chain in found]
@@ -181,8 +240,8 @@ def solution(request: Request, result: SearchResult) -> Solution:
 def by_choice(choose: Callable[[Rollouts], Choice], rewarded: bool) -> Run:
     """A method that only selects."""
     def run(request, prompts, keys_R):
-        return [chosen(request, [found], choose, rewarded)
-                for found in draw(request, prompts, keys_R)]
+        return solutions(request, lambda found: chosen(request, [found], choose, rewarded),
+                         lambda tell: draw(request, prompts, keys_R, on_result=tell))
 
     return run
 
@@ -202,14 +261,14 @@ def chosen(
                     sum(result.tokens_drawn for result in results), flags, answer.finish)
 
 
-def greedy(request: Request, prompts: Sequence[str], keys_R: jax.Array) -> list[Solution]:
+def greedy(request: Request, prompts: Sequence[Prompt], keys_R: jax.Array) -> list[Solution]:
     """One answer, of the likeliest token at every place."""
-    found = [solution(request, one) for one in draw(request, prompts, keys_R, 1, 0.0)]
-    return [replace(one, log_evidence=float("nan"), ess=()) for one in found]
+    bare = lambda one: replace(solution(request, one), log_evidence=float("nan"), ess=())
+    return solutions(request, bare, lambda tell: draw(request, prompts, keys_R, 1, 0.0, tell))
 
 
 def several_temperatures(
-    request: Request, prompts: Sequence[str], keys_R: jax.Array
+    request: Request, prompts: Sequence[Prompt], keys_R: jax.Array
 ) -> list[Solution]:
     """The budget spread evenly over `SPREAD`; a smaller budget takes the middle ones."""
     count = min(len(SPREAD), whole("particles", request.particles))
@@ -224,26 +283,29 @@ def several_temperatures(
 
 @dataclass(frozen=True)
 class Method:
-    """run: what it does. rewarded: whether it needs a reward. single: it takes no budget."""
+    """run: what it does. rewarded: whether it needs a reward. single: it takes no budget. check:
+    of a budget, ConfigError where the method cannot share it out; `run` raises the same."""
 
     run: Run
     rewarded: bool
     single: bool = False
+    check: Callable[[int], Any] = check_particles
 
 
 METHODS: dict[str, Method] = {
     "greedy": Method(greedy, False, single=True),
     "particle-filter": Method(by_search(particle_filter), True),
     "entropic-filter": Method(by_search(particle_filter, temper="size"), True),
-    "particle-gibbs": Method(by_chains(), True),
-    "parallel-tempering": Method(by_chains((1.0, 2.0)), True),
-    "beam": Method(by_width(beam_search), True),
-    "dvts": Method(by_width(dvts), True),
+    "particle-gibbs": Method(in_turn(by_chains()), True, check=share_of),
+    "parallel-tempering": Method(in_turn(by_chains((1.0, 2.0))), True,
+                                 check=partial(share_of, chains=2)),
+    "beam": Method(by_width(beam_search), True, check=width_of),
+    "dvts": Method(by_width(dvts), True, check=width_of),
     "best-of-n": Method(by_choice(select.best_of_n, True), True),
     "weighted-best-of-n": Method(by_choice(select.weighted_best_of_n, False), True),
     "calibrated-best-of-n": Method(by_choice(select.calibrated_best_of_n, False), True),
     "self-consistency": Method(by_choice(select.self_consistency, False), False),
-    "multi-temperature": Method(several_temperatures, False),
+    "multi-temperature": Method(in_turn(several_temperatures), False),
     "perplexity-consistency": Method(by_choice(perplexity.perplexity_consistency, False), False),
     "rpc": Method(by_choice(perplexity.rpc, False), False),
 }

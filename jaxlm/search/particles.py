@@ -22,7 +22,7 @@ from jaxlm.decode.samplers import Categorical, Sampler, check
 from jaxlm.decode.state import Kinds
 from jaxlm.hf.bundle import Bundle
 from jaxlm.rewards.base import Reward
-from jaxlm.search.base import Steps
+from jaxlm.search.base import OnResult, Steps
 from jaxlm.search.engine import Report
 from jaxlm.search.run import make_task, search
 from jaxlm.smc import filter as smc
@@ -153,8 +153,9 @@ def particle_filter(
     cache: CacheKind | Kinds | str = Dense(), key: jax.Array | None = None, weight: str = "odds",
     tau: Any = 1.0, threshold: Any = 0.5, scheme: str = "systematic", temper: str | None = None,
     temper_below: Any = 0.5, early: Any = 0.5, forget: bool = False, choose: str = "best",
-    at_once: int | None = None, rows: int | None = None, quorum: int = 1,
+    at_once: int | None = None, rows: int | None = None, quorum: int | None = None,
     memory: int | None = None, compat: str | None = None,
+    questions: str | Sequence[str] | None = None, on_result: OnResult | None = None,
 ) -> Any:
     """Particle filter: better answers of one model, by a reward of every step.
 
@@ -180,10 +181,14 @@ def particle_filter(
       rows: computed in an iteration, of all `at_once * particles`. With fewer than all, rows of
         other prompts work while some wait for the slowest of theirs. Default: all. One device.
       quorum: prompts that wait at a step's end before those are resampled; more mean fewer
-        resamplings, and more waiting. As many as prompts: all in step.
+        resamplings, and more waiting. As many as prompts: all in step, the default for a reward
+        that is a model, which is computed over all rows each time; else 1.
       memory: bytes of the device, where it does not tell itself.
       compat: "its_hub": for comparison alone, its rule: multinomial at every step and once more at
         the end, ended particles weighed again at every step. Another target, and no evidence.
+      questions: what the reward is told of each prompt, as a chat's question without the chat.
+        Default: the prompts. on_result: called with a prompt's number and its result, as soon as
+        that is over.
     Returns: a SearchResult, or a list of them when a list was given.
     Raises: ConfigError, ShapeError, TokenizerError before any compute; DeviceError where that many
       particles do not fit; NumericsError when the model gives NaN.
@@ -204,5 +209,5 @@ def particle_filter(
     choose = "resampled" if compat else choose
     task = make_task(bundle, prompts, reward, method, particles=particles, steps=steps,
                      sampler=sampler, cache=cache, key=key, at_once=at_once, rows=rows,
-                     quorum=quorum, memory=memory, choose=choose)
-    return task.unwrap(search(task))
+                     quorum=quorum, memory=memory, choose=choose, questions=questions)
+    return task.unwrap(search(task, on_result))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.cache.base import CacheKind
-from jaxlm.core.errors import ConfigError, NumericsError, whole
+from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, whole
 from jaxlm.core.hosts import to_host
 from jaxlm.decode.generate import Job, Prompt, ending, placed, prepare
 from jaxlm.decode.lend import sampler_of
@@ -21,7 +21,7 @@ from jaxlm.decode.state import Kinds
 from jaxlm.decode.text import text_rule
 from jaxlm.hf.bundle import Bundle
 from jaxlm.rewards.base import Prompts, Reward, RewardError, Rows
-from jaxlm.search.base import Answer, SearchResult, Steps
+from jaxlm.search.base import Answer, OnResult, SearchResult, Steps
 from jaxlm.search.engine import (
     Population,
     StepStop,
@@ -34,7 +34,7 @@ from jaxlm.search.engine import (
     view,
 )
 from jaxlm.search.interrupt import ROUNDS, check, interruptible
-from jaxlm.search.memory import check_memory
+from jaxlm.search.memory import check_memory, reward_bytes
 
 CHOICES = ("best", "draw", "resampled")
 begin_jit = jax.jit(begin, static_argnames=("lm", "steps", "kinds", "particles"))
@@ -60,6 +60,7 @@ class Task:
     at_once: int
     rows: int | None
     choose: str
+    questions: tuple[str, ...] | None = None
 
     def unwrap(self, found: list[SearchResult]) -> Any:
         """A list when one was given."""
@@ -69,8 +70,9 @@ class Task:
 def make_task(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, method: Any, *,
     particles: int, steps: Steps, sampler: Sampler, cache: CacheKind | Kinds | str,
-    key: jax.Array | None, at_once: int | None = None, rows: int | None = None, quorum: int = 1,
-    memory: int | None = None, choose: str = "best",
+    key: jax.Array | None, at_once: int | None = None, rows: int | None = None,
+    quorum: int | None = None, memory: int | None = None, choose: str = "best",
+    questions: str | Sequence[str] | None = None,
 ) -> Task:
     """Check everything that can be wrong with a request, the memory too, before any compute."""
     check_particles(particles)
@@ -84,18 +86,36 @@ def make_task(
     job = prepare(bundle, prompts, steps.max_new_tokens, key, steps.stop_ids, None, steps.stop)
     if steps.room is not None:
         job = widened(job, steps.room.prompt)
+    count = len(job.prompts)
+    at_once = min(whole("at_once", count if at_once is None else at_once), count)
+    if quorum is None:  # a model is computed over all rows, however few of them wait for it
+        quorum = at_once if getattr(reward, "costly", False) else 1
     kinds = placed(bundle, sampler, cache)
     rule = text_rule(bundle, job.strings, steps.delimiters, ids=job.stop.ids)
     stop = StepStop(rule, np.int32(steps.cap))
     limits = np.int32(steps.max_steps), np.int32(steps.max_new_tokens)
     tools = Tools(bundle.params, sampler, stop, method, np.int32(whole("quorum", quorum)), limits)
-    count = len(job.prompts)
-    at_once = min(whole("at_once", count if at_once is None else at_once), count)
     rows = lent(bundle, sampler, rows, at_once * particles)
-    check_memory(bundle, kinds, at_once, job.tokens_BT.shape[1], particles,
-                 steps.program.max_new_tokens, memory)
-    return Task(bundle, job, steps, tools, kinds, reward, particles, at_once, rows,
-                choose)
+    task = Task(bundle, job, steps, tools, kinds, reward, particles, at_once, rows, choose,
+                checked_questions(questions, count))
+    slots = steps.program.max_new_tokens
+    given = prompts_of(task, range(at_once))
+    check_memory(bundle, kinds, at_once, job.tokens_BT.shape[1], particles, slots, memory,
+                 lambda particles: reward_bytes(reward, given, particles, slots))
+    return task
+
+
+def checked_questions(
+    questions: str | Sequence[str] | None, count: int
+) -> tuple[str, ...] | None:
+    """One text for each prompt, if any; ShapeError for anything else."""
+    if questions is None:
+        return None
+    given = [questions] if isinstance(questions, str) else list(questions)
+    if len(given) != count or not all(isinstance(text, str) for text in given):
+        raise ShapeError(f"questions are {questions!r}; expected one text for each of {count} "
+                         "prompts, or None: the prompts themselves")
+    return tuple(given)
 
 
 def lent(bundle: Bundle, sampler: Sampler, rows: int | None, batch: int) -> int | None:
@@ -115,41 +135,59 @@ def widened(job: Job, width: int) -> Job:
     return replace(job, tokens_BT=jnp.pad(job.tokens_BT, ((0, 0), (0, more))))
 
 
-def search(task: Task) -> list[SearchResult]:
-    """All prompts, `at_once` in the batch; one that ends makes room for the next."""
+def search(task: Task, on_result: OnResult | None = None) -> list[SearchResult]:
+    """All prompts, `at_once` in the batch; one that ends makes room for the next.
+
+    on_result: called with a prompt's number and its result as soon as it is over, in the order in
+    which they end; `row_utilisation` is then that up to there.
+    """
     total, slots = len(task.job.prompts), list(range(task.at_once))
     waiting = list(range(task.at_once, total))
     found: dict[int, SearchResult] = {}
     pop, carry = start(task, slots)
     while len(found) < total:
-        pop, carry, failed = grow(task, pop, carry, slots, 1 if waiting else len(slots))
+        over = sum(which in found for which in slots)  # they stay where nothing takes their place
+        enough = over + 1 if waiting or on_result is not None else len(slots)
+        pop, carry, failed = grow(task, pop, carry, slots, enough)
         host, final = readable(pop), to_host(final_jit(task.tools.method, pop.held))
+        worked = float(host.spent[1]) / max(float(host.spent[0]), 1.0)
         for slot in np.flatnonzero(host.over_R):
             if slots[slot] in found:
                 continue
-            found[slots[slot]] = read(task, host, final, int(slot), slots[slot],
-                                      failed.get(int(slot)))
+            one = replace(read(task, host, final, int(slot), slots[slot], failed.get(int(slot))),
+                          row_utilisation=worked)
+            found[slots[slot]] = one
+            if on_result is not None:
+                on_result(slots[slot], one)
             if waiting:
                 slots[slot] = waiting.pop(0)
                 new, new_carry = start(task, [slots[slot]])
                 pop = put_jit(pop, new, int(slot))
                 carry = put(carry, new_carry, int(slot))
-    worked = float(host.spent[1]) / max(float(host.spent[0]), 1.0)
     return [replace(found[i], row_utilisation=worked) for i in range(total)]
 
 
 def start(task: Task, which: Sequence[int]) -> tuple[Population, Any]:
     """Some prompts before their first step; a host reward's carry stands beside the population."""
-    index = np.asarray(which)
-    take = lambda x: x if len(index) == len(task.job.prompts) else x[index]
-    tokens_RT, lengths_R, keys_R = map(
-        take, (task.job.tokens_BT, task.job.lengths_B, task.job.keys_B))
-    pop = begin_jit(task.bundle.lm, task.steps.program, task.tools, tokens_RT, lengths_R,
-                    kinds=task.kinds, keys_R=keys_R, particles=task.particles)
-    texts = [task.bundle.tokenizer.decode(task.job.prompts[i]) for i in which]
-    carry = task.reward.init(Prompts(tokens_RT, lengths_R, texts), task.particles,
-                             task.steps.program.max_new_tokens)
+    given = prompts_of(task, which)
+    pop = begin_jit(task.bundle.lm, task.steps.program, task.tools, given.tokens_RT, given.length_R,
+                    kinds=task.kinds, keys_R=some(task, which, task.job.keys_B),
+                    particles=task.particles)
+    carry = task.reward.init(given, task.particles, task.steps.program.max_new_tokens)
     return (pop.replace(carry=carry), None) if task.reward.on_device else (pop, carry)
+
+
+def prompts_of(task: Task, which: Sequence[int]) -> Prompts:
+    """Some prompts as the reward is given them."""
+    own = [task.bundle.tokenizer.decode(task.job.prompts[i]) for i in which]
+    texts = own if task.questions is None else [task.questions[i] for i in which]
+    return Prompts(some(task, which, task.job.tokens_BT), some(task, which, task.job.lengths_B),
+                   texts, own)
+
+
+def some(task: Task, which: Sequence[int], leaf_R: jax.Array) -> jax.Array:
+    """What belongs to some prompts; all of them stay as they are, and where."""
+    return leaf_R if len(which) == len(task.job.prompts) else leaf_R[np.asarray(which)]
 
 
 def grow(
@@ -236,6 +274,10 @@ def put(tree: Any, new: Any, slot: Any) -> Any:
     def one(leaf, part):
         if leaf.ndim == 0:
             return leaf
+        if any(new > old for new, old in zip(part.shape[1:], leaf.shape[1:], strict=True)):
+            raise ShapeError(f"a prompt's part of the search is {part.shape[1:]} and its place "
+                             f"{leaf.shape[1:]}: the reward reads it as longer than all before it; "
+                             "put it among the first, or raise at_once")
         start = slot * part.shape[0]
         if isinstance(leaf, np.ndarray):
             leaf = leaf.copy()
@@ -281,7 +323,7 @@ def read(
                for p in range(task.particles)]
     if failed is not None:
         answers = [replace(a, finish="failed") if a.finish == "steps" else a for a in answers]
-    scores = host.score_B[first: first + task.particles]
+    scores = np.asarray(host.score_B[first: first + task.particles])
     answers, chosen = pick(
         answers, scores, log_weights, task.choose, task.job.keys_B, which)
     line = lambda x: x[slot, :steps]

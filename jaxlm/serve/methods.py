@@ -54,6 +54,7 @@ class Methods:
                               f"with --prm, or take one of {free}")
         if budget > self.max_budget:
             raise ConfigError(f"budget is {budget}; expected at most {self.max_budget}")
+        METHODS[name].check(budget)
         if ignored := [field for field in UNUSED if getattr(given, field)]:
             raise ConfigError(f"{', '.join(ignored)} cannot be had with method {name}; leave out")
         if len(prompts) > 1 or given.n not in (None, 1):
@@ -65,7 +66,8 @@ class Methods:
                       room=room_of(len(prompts[0]), most, limit))
         asked = methods.Request(
             self.bundle, self.reward, budget, cache=self.cache, steps=steps,
-            temperature=TEMPERATURE if given.temperature is None else given.temperature)
+            temperature=TEMPERATURE if given.temperature is None else given.temperature,
+            questions=None if given.question is None else [given.question])
         return partial(self._solve, name, asked, prompts[0], seed)
 
     def _solve(self, name: str, asked: methods.Request, *rest: Any) -> Solution:

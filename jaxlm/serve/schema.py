@@ -98,6 +98,11 @@ class Request(Strict):
         """Stop strings, however they were given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def question(self) -> str | None:
+        """What a reward is told; None: the prompt."""
+        return None
+
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -187,6 +192,18 @@ class ChatRequest(Request):
     def tops(self) -> int | None:
         """Alternatives at each token; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def question(self) -> str | None:
+        """The user's last turn, of one message or several, and what an answer was begun with."""
+        roles = [message.role == "user" for message in self.messages]
+        if not any(roles):
+            return None
+        first = len(roles) - roles[::-1].index(True) - 1
+        while first and roles[first - 1]:
+            first -= 1
+        texts = [message.plain()["content"] for message in self.messages[first:]]
+        return "\n".join(texts)
 
 
 def error(message: str, status: int, param: str | None = None, code: str | None = None) -> dict:

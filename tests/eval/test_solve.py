@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core.errors import ConfigError
+from jaxlm.cli.solve import jobs_of
+from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.eval.arithmetic_reward import arithmetic_reward
 from jaxlm.eval.solve import Job, Results, key_for, solve, summary
-from jaxlm.eval.tasks import ANSWER_LINE, Problem, held_out
+from jaxlm.eval.tasks import ANSWER_LINE, Problem, held_out, read
 from jaxlm.rewards.answers import extract
+from jaxlm.rewards.base import RewardError, Stateless
 from jaxlm.rewards.call import TextReward
 from jaxlm.search.base import Steps
 from jaxlm.search.methods import METHODS, Request, Solution, method
+from tests.rewards.twins import CHAT, Told, twin
+from tests.search import toy
 from tests.source_tree import ROOT
 
 SETTINGS = {"seed": 0}
@@ -41,8 +45,6 @@ def faked(monkeypatch):
     seen = []
 
     def run(request, prompts, keys_R):
-        from jaxlm.rewards.base import RewardError
-
         seen.append(list(prompts))
         if bad := [i for i, prompt in enumerate(prompts) if "bad" in prompt]:
             raise RewardError("it hangs", bad, ["it hangs"])
@@ -120,6 +122,87 @@ def test_unknown_methods_and_missing_rewards_are_named():
         method("best-of-n")
 
 
+def test_budgets_that_a_method_cannot_share_are_found_before_a_model_is_read():
+    with pytest.raises(ConfigError, match="a budget of 4 answers"):
+        jobs_of(("particle-filter", "parallel-tempering"), (4, 16), "arithmetic")
+    with pytest.raises(ConfigError, match="6 is not a multiple of width 4"):
+        jobs_of(("best-of-n", "dvts"), (6,), "arithmetic")
+    assert len(jobs_of(("greedy", "dvts", "particle-gibbs"), (4, 16), "arithmetic")) == 5
+
+
+@pytest.fixture
+def queued(monkeypatch):
+    """A method with a queue and without a model: `at_once` problems run, and each in turn is told;
+    one that is bad fails with those that run then, and one that is too long before all of them."""
+    seen = []
+
+    def run(request, prompts, keys_R):
+        seen.append(list(prompts))
+        if any("long" in prompt for prompt in prompts):
+            raise ShapeError("it does not fit")
+        for i, prompt in enumerate(prompts):
+            if any("bad" in text for text in prompts[i: i + request.at_once]):
+                raise RewardError("it hangs", [i], ["it hangs"])
+            request.on_solution(i, Solution(prompt, prompt[-1], 0.5, math.nan, (2.0,), 5, ()))
+        return [Solution("never told", "9", 0.0, math.nan, (), 0, ())] * len(prompts)
+
+    monkeypatch.setitem(METHODS, "fake", type(METHODS["rpc"])(run, False))
+    return seen
+
+
+def test_what_is_told_is_on_the_disk_and_all_problems_are_one_queue(tmp_path, queued):
+    path, sizes = tmp_path / "r.jsonl", []
+    tick = lambda count: sizes.append((count, path.read_bytes().count(b"\n")))
+    found = run(path, problems("a1", "b2", "c3", "d4", "e5"), tick=tick)
+    assert queued == [["a1", "b2", "c3", "d4", "e5"]]
+    assert sizes == [(0, 1), (1, 2), (1, 3), (1, 4), (1, 5), (1, 6)]
+    assert all(record["correct"] for record in found.values())
+
+
+@pytest.mark.parametrize("bad", ["bad", "long"])
+@pytest.mark.parametrize("place", [0, 17, 39])
+def test_a_problem_that_fails_in_a_queue_costs_little(tmp_path, queued, bad, place):
+    texts = [f"p{i} 1" for i in range(40)]
+    texts[place] = f"{bad} 1"
+    found = run(tmp_path / "r.jsonl", problems(*texts), batch=4)
+    assert len(found) == 40
+    assert [text for text in texts if "failed" in found[f"id {text}"]] == [texts[place]]
+    assert len(queued) <= 14
+
+
+def test_records_come_one_by_one_from_a_search(tmp_path):
+    """Of problems that run together, each when it is over: the reward is called between them."""
+    calls, at = [], []
+
+    def score(rows):
+        calls.append(None)
+        return toy.HOST.function(rows)
+
+    request = Request(toy.bundle(), Stateless(score, on_device=False), temperature=1.0,
+                      steps=Steps("\n", tokens=3, max_steps=8, max_new_tokens=16))
+    solve(problems("abb", "b", "aabba", "ba"), request, Job("best-of-n", 2),
+          Results(tmp_path / "r.jsonl", SETTINGS), batch=4, tick=lambda _: at.append(len(calls)))
+    assert len(at) == 5 and at[0] == 0 and len(set(at[1:])) > 1
+
+
+@pytest.mark.parametrize("name", [
+    "best-of-n", *(pytest.param(other, marks=pytest.mark.slow)
+                   for other in ("particle-filter", "particle-gibbs", "beam"))])
+def test_a_chat_has_one_begin_mark_and_the_reward_is_told_the_question(tmp_path, name):
+    model, told = twin(tmp_path / "model", None, chat="<s>" + CHAT), Told()
+    (tmp_path / "x.jsonl").write_text(json.dumps({"problem": "What is 1+1?", "answer": "2"}) + "\n")
+    found = read(tmp_path / "x.jsonl", model.tokenizer)
+    request = Request(model, told, steps=Steps("\n", tokens=2, max_steps=1, max_new_tokens=2))
+    results = Results(tmp_path / "r.jsonl", SETTINGS)
+    solve(found.problems, request, Job(name, 4), results)
+    assert not any("failed" in record for record in results.records.values())
+    prompts = told.prompts[0]
+    ids = np.asarray(prompts.tokens_RT)[0, : int(prompts.length_R[0])].tolist()
+    assert ids.count(model.tokenizer.id_of("bos_token")) == 1
+    assert model.tokenizer.decode(ids, special=True) == found.problems[0].prompt
+    assert all(list(given.texts) == ["What is 1+1?"] for given in told.prompts)
+
+
 @pytest.mark.parametrize("name", ["particle-filter", "best-of-n", "self-consistency", "greedy"])
 def test_methods_on_the_bundled_model(tmp_path, request_, name):
     results = Results(tmp_path / "r.jsonl", SETTINGS)
@@ -152,7 +235,7 @@ def test_a_reward_that_raises_is_that_problem_s_alone(tmp_path, request_, name):
     reward = TextReward(scores, retries=0, wait_s=0)
     results = Results(tmp_path / "r.jsonl", SETTINGS)
     solve(PROBLEMS, replace(request_, reward=reward), Job(name, 4), results, batch=3)
-    failed = [record.get("failed") for record in results.records.values()]
+    failed = [results.records[name, 4, problem.id].get("failed") for problem in PROBLEMS]
     assert failed[0] is None and "no such problem" in failed[1] and failed[2] is None
     assert len(set().union(*calls)) == 3 and sum(bad in asked for asked in calls) <= 8
 

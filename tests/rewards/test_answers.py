@@ -44,6 +44,12 @@ def test_an_expression_that_does_not_compile_is_named():
     ("(100,200)", "(100200)", False),
     ("3", "4", False), ("x", "y", False), ("1/0", "1/0", True), ("1/0", "2/0", False),
     ("", "0", False), ("1e3", "1000", False), ("9" * 80, "9" * 80 + ".0", False),
+    (r"\$18", "18", True), (r"18\text{ dollars}", "18", True), (r"18\%", "18", True),
+    (r"\$1,800.00", "1800", True), (r"1,800 \text{ m}^2.", "1800", True), ("18%", r"18\%", True),
+    (r"\frac{1}{2}\mathrm{~cm}", "0.5", True), (r"18\text{ dollars}", "19", False),
+    (r"3\text{ p.m.}", r"3\text{ a.m.}", False), (r"18\%", "0.18", False),
+    (r"\text{Ann}", r"\text{Bob}", False), (r"2\text{ or }3", "2", False),
+    ("2x", "2", False),
 ])
 def test_same(one, other, equal):
     assert same(one, other) is equal and same(other, one) is equal

@@ -117,6 +117,28 @@ class Growing:
         self.steps = [list(self.steps[i]) for i in (base + ancestors_RP).reshape(-1)]
 
 
+class Told:
+    """A reward that keeps what it was told."""
+
+    on_device = False
+
+    def __init__(self) -> None:
+        self.prompts: list[Prompts] = []
+
+    def init(self, prompts: Prompts, particles: int, slots: int) -> np.ndarray:
+        """Keep the prompts."""
+        self.prompts.append(prompts)
+        return np.zeros(len(prompts.texts) * particles)
+
+    def score(self, carry: Any, rows: Rows) -> tuple[np.ndarray, Any]:
+        """All alike."""
+        return np.full(len(rows.length_B), 0.5, np.float32), carry
+
+    def gather(self, carry: Any, ancestors_RP: Any) -> Any:
+        """Nothing moves."""
+        return carry
+
+
 def random_step(rng: np.random.Generator, size: int, end: str = "\n\n") -> list[int]:
     """Ids of a step of letters and digits, and what ends it, one id a byte."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

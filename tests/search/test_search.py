@@ -119,6 +119,27 @@ def test_a_reward_on_the_host_gives_the_same_answers_and_sees_texts(together):
     assert {answer.text for result in found for answer in result.answers} <= set(seen)
 
 
+@pytest.mark.parametrize(("on_device", "at_once"), [
+    (False, None), (True, None), pytest.param(True, 2, marks=pytest.mark.slow)])
+def test_each_result_is_told_as_soon_as_it_is_over(together, on_device, at_once):
+    calls, told = [], {}
+
+    def score(rows):
+        calls.append(None)
+        return HOST.function(rows)
+
+    def tell(number, result):
+        assert number not in told
+        told[number] = result, len(calls)
+
+    reward = REWARD if on_device else Stateless(score, on_device=False)
+    found = run(reward=reward, at_once=at_once, on_result=tell)
+    assert answers(found) == answers(together)
+    assert answers([told[i][0] for i in range(len(PROMPTS))]) == answers(found)
+    assert all(0 < one.row_utilisation <= 1 for one, _ in told.values())
+    assert on_device or len({at for _, at in told.values()}) > 1
+
+
 SMALL = ":group=8,window=8"  # coded from 12 tokens on
 
 

@@ -22,6 +22,8 @@ from jaxlm.search.methods import METHODS  # noqa: E402
 from jaxlm.search.methods import Request as Wanted  # noqa: E402
 from jaxlm.search.particles import particle_filter  # noqa: E402
 from jaxlm.serve.methods import Methods, room_of  # noqa: E402
+from jaxlm.serve.schema import ChatRequest  # noqa: E402
+from tests.rewards.twins import Told  # noqa: E402
 from tests.serve.running import make_batcher, running  # noqa: E402
 
 ASK = {"model": "tiny-model", "prompt": "Q:37+8*6=\n", "max_tokens": 24, "seed": 2, "budget": 2,
@@ -79,10 +81,37 @@ def test_every_method_answers(client, name):
     ({"budget": 9}, "at most 8"), ({"n": 2}, "n out"), ({"stream": True}, "stream"),
     ({"top_p": 0.5}, "top_p"), ({"logprobs": 1}, "logprobs"), ({"method": "magic"}, "magic"),
     ({"prompt": ["a", "b"]}, "one prompt"), ({"max_tokens": 96}, "room"),
+    ({"method": "dvts", "budget": 6}, "multiple of width 4"),
 ])
 def test_what_a_search_cannot_do_is_400(client, changes, says):
     answer = post(client, **{"method": "particle-filter", **changes})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+
+
+def test_of_a_chat_the_reward_is_told_the_user_s_last_turn(bundle):
+    told = Told()
+    turns = [("system", "Add up. "), ("user", "Q:1+1=\n"), ("assistant", "A:2\n"),
+             ("user", ASK["prompt"])]
+    chat = {name: value for name, value in ASK.items() if name != "prompt"} | {
+        "method": "particle-filter",
+        "messages": [{"role": role, "content": text} for role, text in turns]}
+    with running(make_batcher(bundle), methods=Methods(bundle, told)) as (url, _):
+        answer = httpx.post(f"{url}/v1/chat/completions", json=chat, timeout=300)
+        assert answer.status_code == 200, answer.text
+        assert httpx.post(f"{url}/v1/completions", json=ASK | {"method": "particle-filter"},
+                          timeout=300).status_code == 200
+    chatted, plain = told.prompts
+    assert chatted.texts == plain.texts == [ASK["prompt"]]
+    assert chatted.own[0].startswith("Add up. ")
+
+
+@pytest.mark.parametrize(("turns", "question"), [
+    ("system:be brief|user:one|assistant:yes|user:two", "two"), ("user:one|user:two", "one\ntwo"),
+    ("user:one|assistant:so", "one\nso"), ("system:alone", None)])
+def test_the_last_turn_may_be_several_messages_and_an_answer_begun(turns, question):
+    messages = [dict(zip(("role", "content"), turn.split(":"), strict=True))
+                for turn in turns.split("|")]
+    assert ChatRequest(model="m", messages=messages).question == question
 
 
 def test_without_a_reward_some_methods_go(bundle):
@@ -217,5 +246,6 @@ class Given:
     def __init__(self, **changes):
         self.__dict__ = {
             **dict.fromkeys(("budget", "stream", "logprobs", "include_stop_str_in_output", "top_p",
-                             "top_k", "min_p", "n", "step", "max_steps", "temperature")),
+                             "top_k", "min_p", "n", "step", "max_steps", "temperature",
+                             "question")),
             "stops": [], **changes}
