@@ -274,7 +274,7 @@ def read(
                for p in range(task.particles)]
     if failed is not None:
         answers = [replace(a, finish="failed") if a.finish == "steps" else a for a in answers]
-    scores = host.score_B[first: first + task.particles]
+    scores = np.asarray(host.score_B[first: first + task.particles])
     answers, chosen = pick(
         answers, scores, log_weights, task.choose, task.job.keys_B, which)
     line = lambda x: x[slot, :steps]
