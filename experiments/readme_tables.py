@@ -94,7 +94,7 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "distance of its laws from the exact ones, over that of exact draws, mean of settings"),
         Row("smc_exact", "tv_over_floor_max", "the same, the largest of all settings"),
         Row("smc_exact", "tv_over_floor_bound",
-            "what that largest is below in 99 of 100 experiments of exact draws"),
+            "what exact draws keep that largest below, 99 times of 100"),
         Row("smc_exact", "its_hub_rejected_z",
             "absolute z of the rule that weighs finished particles again, same test", "{:.0f}"),
         Row("inference_scaling", "budget_ratio_vs_bon",

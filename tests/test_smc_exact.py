@@ -35,19 +35,19 @@ def test_the_published_rule_prefers_short_texts():
     assert lengths(chain.law(reweigh_ended=True), 5)[1] > 0.95
 
 
-def drawn(name, draws, rng):
-    """The distance of exact draws, by way of the texts."""
-    made = CHAINS[name]
-    law, texts = made.law(), list(made.law())
+def drawn(name, law, draws, rng):
+    """The distance of exact draws from a law of texts, by way of the texts."""
+    texts, cells = list(law), lambda found: smc_exact.cells(CHAINS[name], found)
     picked = rng.choice(len(texts), draws, p=np.array(list(law.values())))
     found = {texts[i]: n / draws for i, n in enumerate(np.bincount(picked, minlength=len(texts)))}
-    return smc_exact.distance(smc_exact.cells(made, found), smc_exact.cells(made, law))
+    return smc_exact.distance(cells(found), cells(law))
 
 
 def test_the_largest_distance_of_exact_draws_is_below_its_bound():
     names, draws, rng = ["texts"] * 4 + ["letters"] * 4, 200, np.random.default_rng(0)
     floor = {name: smc_exact.distances(CHAINS[name], draws, 1, 4000).mean() for name in set(names)}
-    ratios = np.array([[drawn(name, draws, rng) / floor[name] for name in names]
+    laws = {name: CHAINS[name].law() for name in floor}
+    ratios = np.array([[drawn(name, laws[name], draws, rng) / floor[name] for name in names]
                        for _ in range(300)])
     assert abs(ratios.mean() - 1) < 4 * ratios.std() / np.sqrt(ratios.size)
     bound = smc_exact.largest(names, draws, 2)

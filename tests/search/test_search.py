@@ -144,13 +144,12 @@ SMALL = ":group=8,window=8"  # coded from 12 tokens on
 
 
 @pytest.mark.parametrize(("cache", "error"), [
-    ("dense", 1e-3), ("kivi8" + SMALL, 0.1),
-    pytest.param("kivi2" + SMALL, 6.0, marks=pytest.mark.slow),
-    pytest.param("squat8" + SMALL, 0.1, marks=pytest.mark.slow),
-    pytest.param("squat2" + SMALL, 6.0, marks=pytest.mark.slow)])
+    ("dense", 1e-3), ("kivi8" + SMALL, 0.05),
+    pytest.param("kivi4" + SMALL, 0.3, marks=pytest.mark.slow),
+    pytest.param("squat4" + SMALL, 0.3, marks=pytest.mark.slow)])
 def test_over_every_cache_and_a_skipped_layer(cache, error):
-    """Log-probabilities of what was drawn, by full passes: a row whose cache had not followed its
-    text would not have them. Rows are resampled when part of what they drew is in codes."""
+    """Log-probabilities of what was drawn, by full passes. Rows are resampled when part of what
+    they drew is in codes; where caches do not follow, most answers are off by 0.8 or more."""
     plan = (LayerPlan(skip_attention=True), LayerPlan())
     model = bundle(2, plan, width=32)
     task = make_task(model, PROMPTS[:2], REWARD, filter_of("odds", 1.0, 2.0, "systematic"),
