@@ -4,12 +4,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import tyro
 
 from jaxlm.cli.options import note
 from jaxlm.core.device import enable_compilation_cache
-from jaxlm.core.errors import ConfigError, NumericsError
+from jaxlm.core.errors import ConfigError, DeviceError, NumericsError
 from jaxlm.train.config import AnyTuning, Config, from_dict, read_config
 from jaxlm.train.runs import run as train
 from jaxlm.train.stopping import Stopped
@@ -25,15 +27,22 @@ def main(arguments: Sequence[str]) -> int:
 
     --tuning.kind full, osft, lora, olora or ewc chooses the way of tuning; --help beside it lists
     that one's options.
+
+    --distributed, with the same command in each process, makes the processes one run. On a TPU
+    pod or under Slurm they find each other; elsewhere say --distributed HOST:PORT PROCESSES
+    PROCESS, the address of the first one, how many they are, and which of them (from 0) this is.
     """
     names = [a for a in arguments[:1] if not a.startswith("-")]
     if not names and not {"-h", "--help"} & set(arguments):
         raise ConfigError("no config is named; expected jaxlm train CONFIG.yaml [--steps 100 ...]")
     default = read_config(names[0]) if names else Config()
-    default, options = of_kind(default, arguments[len(names):])
+    where, options = distributed(arguments[len(names):])
+    default, options = of_kind(default, options)
     config = tyro.cli(
         tyro.conf.AvoidSubcommands[Config], prog="jaxlm train CONFIG.yaml", default=default,
         args=options, description=main.__doc__)
+    if where is not None:
+        join(where)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         enable_compilation_cache()
     try:
@@ -49,6 +58,35 @@ def main(arguments: Sequence[str]) -> int:
     for name, value in found.evaluation.items():
         print(f"{name} {value:.6g}")
     return STOPPED if found.stopped else 0
+
+
+def distributed(arguments: Sequence[str]) -> tuple[tuple[Any, ...] | None, list[str]]:
+    """What follows `--distributed`, None where it is not there; and the other arguments.
+
+    >>> distributed(["--steps", "3", "--distributed", "host:1234", "2", "0"])
+    (('host:1234', 2, 0), ['--steps', '3'])
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--distributed", nargs="*")
+    known, others = parser.parse_known_args(list(arguments))
+    if not known.distributed:
+        return (None if known.distributed is None else ()), others
+    try:
+        host, processes, process = known.distributed
+        return (host, int(processes), int(process)), others
+    except ValueError as error:
+        raise ConfigError(f"--distributed is {' '.join(known.distributed)!r}; expected nothing "
+                          "behind it, or HOST:PORT PROCESSES PROCESS, as in host:1234 2 0"
+                          ) from error
+
+
+def join(where: tuple[str, int, int] | tuple[()]) -> None:
+    """Meet the other processes, before anything touches a device."""
+    try:
+        jax.distributed.initialize(*where)
+    except (ValueError, RuntimeError) as error:
+        raise DeviceError(f"--distributed: {error}; on a TPU pod or under Slurm it needs nothing "
+                          "behind it, elsewhere HOST:PORT PROCESSES PROCESS") from error
 
 
 def of_kind(config: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:

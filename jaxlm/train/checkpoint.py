@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -262,10 +263,11 @@ def place_state(state: Any, trained: Any, places: Any) -> Any:
     return jax.tree_util.tree_map_with_path(where, state)
 
 
-@jax.jit
-def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+@partial(jax.jit, static_argnames="dtype")
+def _sums(leaves: list[jax.Array], dtype: Any = None) -> list[jax.Array]:
     """The bits of each array, added up as whole numbers modulo 2^32."""
     def one(x):
+        x = x if dtype is None else x.astype(dtype)
         width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
         bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, width)
         return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
@@ -273,10 +275,13 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [one(x) for x in leaves]
 
 
-def digest(tree: Any) -> dict[str, int]:
-    """A checksum of every leaf, by its path: the same wherever the parts of an array lie."""
+def digest(tree: Any, dtype: Any = None) -> dict[str, int]:
+    """A checksum of every leaf, by its path: the same wherever the parts of an array lie.
+
+    Args: dtype: of which the bits are added up; default each its own.
+    """
     named = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get(_sums([leaf for _, leaf in named]))
+    sums = jax.device_get(_sums([leaf for _, leaf in named], dtype))
     return {jax.tree_util.keystr(path): int(value)
             for (path, _), value in zip(named, sums, strict=True)}
 

@@ -19,6 +19,7 @@ from jaxlm.train.tuning import Full
 
 TUNINGS: dict[str, type] = {"full": Full, "osft": Osft, "lora": Lora, "olora": OLora, "ewc": Ewc}
 AnyTuning = Full | Osft | Lora | OLora | Ewc
+Remembering = OLora | Ewc  # those that read the run before
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Config:
         if self.rows % self.accumulate:
             raise ConfigError(f"a batch of {self.rows} rows does not divide into accumulate: "
                               f"{self.accumulate} parts; change one of them")
-        if self.previous is not None and not isinstance(self.tuning, OLora | Ewc):
+        if self.previous is not None and not isinstance(self.tuning, Remembering):
             raise ConfigError(f"previous is {self.previous!r}; of the ways of tuning only olora "
                               "and ewc read the run before; leave it out")
         if self.data.phased and self.epochs is None:
@@ -304,7 +305,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 # What may differ between a run and its continuation: it does not change what a step computes.
-# (`previous` does, and is compared by itself, in `describe`.)
+# (`previous` does, and the weights of `model`: they are compared by themselves, in `describe`.)
 FREE = ("model", "revision", "out", "mesh", "evaluate_every", "checkpoint_every",
         "checkpoint_minutes", "keep", "export", "tensorboard", "previous")
 FILES = ("train", "eval", "replay", "calibration")  # compared by what they hold
@@ -313,7 +314,8 @@ FILES = ("train", "eval", "replay", "calibration")  # compared by what they hold
 def settings(config: Config) -> dict[str, Any]:
     """Flat settings that a continuation must share with its checkpoint.
 
-    The length of the run is one of them only where the schedule depends on it.
+    The length of the run is one of them only where the schedule depends on it; `epochs` are
+    compared by themselves, in `describe`.
     """
     tree = {k: v for k, v in to_dict(config).items() if k not in FREE}
     if config.optimizer.schedule == "constant":
@@ -321,6 +323,16 @@ def settings(config: Config) -> dict[str, Any]:
     tree["data"] = {k: v for k, v in tree["data"].items() if k not in FILES}
     flat = {path.replace("/", "."): value for path, value in flatten(tree).items()}
     return json.loads(json.dumps(flat))
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between flat settings, in words; "" where nothing does.
+
+    >>> changes({"seed": 0, "batch": 8}, {"seed": 1, "batch": 8})
+    'seed was 0 and is 1'
+    """
+    return ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+                     for name in then | now if then.get(name) != now.get(name))
 
 
 def hash_of(tree: Any) -> str:

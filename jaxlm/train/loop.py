@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -21,16 +22,16 @@ from jaxlm.core.hosts import is_writer
 from jaxlm.core.tree import Params
 from jaxlm.hf.bundle import Bundle
 from jaxlm.models.lm import LM
-from jaxlm.models.stack import STACK, unstack
+from jaxlm.models.stack import unstack
 from jaxlm.train import setup
 from jaxlm.train.batches import place, stream
 from jaxlm.train.checkpoint import Checkpoints, Timer, everywhere, place_state
-from jaxlm.train.config import Config, Optimizer, hash_of, settings
+from jaxlm.train.config import Config, Optimizer, Remembering, changes, hash_of, settings
 from jaxlm.train.evaluation import evaluate
 from jaxlm.train.flops import flops_per_token, peak_flops
 from jaxlm.train.log import Log
 from jaxlm.train.optimizers import make_optimizer, rate_of
-from jaxlm.train.previous import read_previous
+from jaxlm.train.previous import read_previous, remember
 from jaxlm.train.step import TrainState, lm_objective, tuned_step
 from jaxlm.train.stopping import leave_if_asked, listening
 from jaxlm.train.tuning import Tuning
@@ -78,13 +79,27 @@ def fit(
       becomes NaN, CheckpointError for a checkpoint that does not fit or could not be written;
       `jaxlm.train.stopping.Stopped` where a SIGTERM came before the first step.
     """
+    return train(lambda: bundle, config, previous, batches)
+
+
+def train(
+    open_bundle: Callable[[], Bundle], config: Config, previous: Any = None, batches: Any = None,
+    start: str | None = None,
+) -> Fitted:
+    """`fit` of a bundle that is not held: its weights can go once training has its own.
+
+    Args:
+      start: the name of the weights that the run begins from; default by their checksums.
+    """
     mesh = setup.mesh_of(config)
+    bundle = open_bundle()
     data = setup.sources(bundle, config, mesh)
     steps, out = len(data.train), pathlib.Path(config.out).expanduser()
     tuning = config.tuning
     optimizer = make_optimizer(config.optimizer, steps)
     wrapped, where = tuning.wrap(optimizer), setup.placer(tuning, mesh)
-    about = describe(bundle.lm, config, data.digest, steps)
+    start = setup.weights_hash(bundle.params) if start is None else start
+    about = describe(bundle.lm, config, data.digest, steps, start)
     saved = Checkpoints(out, config.keep)
     try:
         if (step := saved.latest()) is not None:
@@ -96,11 +111,16 @@ def fit(
             trained, frozen = setup.begin(tuning, bundle, config, mesh, data, previous, batches)
             saved.save_frozen(frozen)
             state, meta = first_state(wrapped, trained, where(trained, frozen)[0]), {}
+            del trained
             if jax.tree.leaves(frozen):  # what was dear to find is not found again after a kill
                 saved.save(0, state, about)
         leave_if_asked()
-        run = Run(config, bundle, mesh, data, optimizer, saved, about)
-        return run(state, frozen, meta)
+        run = Run(config, bundle.replace(params={}), mesh, data, saved, about, state, frozen)
+        del bundle, state, frozen, previous, batches  # for the whole run, else
+        fitted = run(meta.get("position"))
+        if isinstance(tuning, Remembering):
+            remember(out, fitted.bundle.params)
+        return fitted
     finally:
         saved.close()
 
@@ -114,12 +134,12 @@ def first_state(optimizer: Any, trained: Any, places: Any) -> TrainState:
                       jax.device_put(jnp.zeros((), jnp.int32), everywhere(places)))
 
 
-def describe(lm: LM, config: Config, digest: str, steps: int) -> dict[str, Any]:
+def describe(lm: LM, config: Config, digest: str, steps: int, start: str) -> dict[str, Any]:
     """What a checkpoint says of its run."""
     flat = settings(config)
-    return {"model": config.model, "model_hash": setup.model_hash(lm), "settings": flat,
-            "config_hash": hash_of(flat), "data_hash": digest, "steps": steps,
-            "previous": config.previous,
+    return {"model": config.model, "model_hash": setup.model_hash(lm), "start": start,
+            "settings": flat, "config_hash": hash_of(flat), "data_hash": digest, "steps": steps,
+            "epochs": config.epochs, "previous": config.previous,
             "mesh": dataclasses.asdict(config.mesh), "processes": jax.process_count()}
 
 
@@ -132,13 +152,18 @@ def check_same_run(
     if found["model_hash"] != ours["model_hash"]:
         raise CheckpointError(f"{at} is of another model, {found['model']!r}; this run trains "
                               f"{ours['model']!r}; {advice}")
-    theirs, mine = ({**one["settings"], "previous": one.get("previous")} for one in (found, ours))
-    if changed := [k for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]:
-        listed = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in changed)
-        raise CheckpointError(f"{at} was made with other settings: {listed}; {advice}")
+    beside = [name for name in ("epochs", "previous") if name in found]  # older ones may not say
+    theirs, mine = (one["settings"] | {name: one[name] for name in beside}
+                    for one in (found, ours))
+    if changed := changes(theirs, mine):
+        raise CheckpointError(f"{at} was made with other settings: {changed}; {advice}")
     if found["data_hash"] != ours["data_hash"]:
         raise CheckpointError(f"{at} was made with other data: a training file has changed; "
                               f"{advice}")
+    if found.get("start", ours["start"]) != ours["start"]:
+        raise CheckpointError(f"{at} began from other weights of the same shape, "
+                              f"{found['model']!r} as it was then; this run trains "
+                              f"{ours['model']!r} as it is now; {advice}")
     if step > steps:
         raise CheckpointError(f"{at} is beyond the {steps} steps of this run; {advice}")
 
@@ -159,9 +184,17 @@ def _step(lm: LM, tuning: Tuning, optimizer: Optimizer, parts: int, dtype: Any) 
 
 
 @lru_cache
-def _parameters(tuning: Tuning) -> Callable[[Any, Any], Params]:
-    """One program: operation by operation, several processes could wait for each other for ever."""
-    return jax.jit(tuning.materialise)
+def _parameters(tuning: Tuning, plain: bool) -> Callable[[Any, Any], Params]:
+    """The model's parameters, `plain` ones with layers that are not stacked.
+
+    One program: operation by operation, several processes could wait for each other for ever,
+    and stacked parameters would be there twice.
+    """
+    def parameters(trained, frozen):
+        params = tuning.materialise(trained, frozen)
+        return unstack(params) if plain else params
+
+    return jax.jit(parameters)
 
 
 @lru_cache
@@ -177,28 +210,29 @@ def _finite() -> Any:
 
 @dataclass
 class Run:
-    """One call's work; calling it trains to the end."""
+    """One call's work; calling it trains to the end. The bundle is without its parameters."""
 
     config: Config
     bundle: Bundle
     mesh: Mesh | None
     data: setup.Sources
-    optimizer: Any
     saved: Checkpoints
     about: dict[str, Any]
+    state: TrainState
+    frozen: Any
     pending: deque = field(default_factory=deque)
     clock: float = 0.0
     timer: Timer = field(init=False)
 
-    def __call__(self, state: TrainState, frozen: Any, meta: dict[str, Any]) -> Fitted:
+    def __call__(self, position: dict[str, Any] | None) -> Fitted:
         """Every step that is left."""
         config, batches = self.config, self.data.train
-        first, steps = int(state.step), len(batches)
+        first, steps = int(self.state.step), len(batches)
         shared = jax.process_count() > 1
         out = pathlib.Path(config.out).expanduser()
         self.log = Log(out if is_writer(shared) else None, first, steps, config.tensorboard)
-        update = self._compile(state)
-        source = stream(batches, meta.get("position"))
+        update = self._compile(self.state)
+        source = stream(batches, position)
         key = jax.random.key(config.seed)
         stopped, self.clock = False, time.perf_counter()
         self.timer = Timer(config.checkpoint_minutes, first)
@@ -206,19 +240,19 @@ class Run:
             with asked_to_stop() as asked:
                 for step in range(first + 1, steps + 1):
                     batch = place(next(source), config.rows, self.mesh)
-                    state, metrics = update(state, frozen, batch, key)
+                    self.state, metrics = update(self.state, self.frozen, batch, key)
                     self.pending.append((step, metrics))
                     self._flush(keep=1)
                     stopped = asked(step) and step < steps
-                    self._due(step, state, frozen, source, stopped)
+                    self._due(step, source, stopped)
                     if stopped:
                         break
             if first == steps and not self._evaluated(steps):
-                self._evaluate(steps, state, frozen)
+                self._evaluate(steps)
         finally:
             self.log.close()
         self.saved.wait()
-        return self._result(state, frozen, stopped)
+        return self._result(stopped)
 
     def _compile(self, state: TrainState) -> Any:
         settings = dataclasses.replace(self.config.optimizer, rate=0.0, warmup=0)
@@ -263,49 +297,51 @@ class Run:
         return ("there is no checkpoint yet" if step is None else
                 f"the last good checkpoint is that of step {step} in {self.saved.out}")
 
-    def _due(
-        self, step: int, state: TrainState, frozen: Any, source: Any, stopped: bool
-    ) -> None:
+    def _due(self, step: int, source: Any, stopped: bool) -> None:
         """Evaluate and save where it is time to."""
         config, last = self.config, step == len(self.data.train)
         every = lambda n: bool(n) and step % n == 0
         if last or every(config.evaluate_every):
             self._flush()
-            self._evaluate(step, state, frozen)
+            self._evaluate(step)
         if last or stopped or every(config.checkpoint_every) or self.timer.due(step):
             self._flush()
-            if not bool(_finite()(state.params)):
+            if not bool(_finite()(self.state.params)):
                 raise NumericsError(f"step {step}: the update left parameters that are not "
                                     f"numbers; {self._last_good()}. Lower the rate")
-            self.saved.save(step, state, self.about | {"position": source.get_state()})
+            self.saved.save(step, self.state, self.about | {"position": source.get_state()})
             self.timer.restart(step)
             self.clock = time.perf_counter()
 
-    def _evaluate(self, step: int, state: TrainState, frozen: Any) -> None:
+    def _evaluate(self, step: int) -> None:
         """Held-out data, where there are any, and what the tuning measures of itself."""
-        config, found = self.config, {}
+        config, trained, found = self.config, self.state.params, {}
         if self.data.held_out is not None:
-            params = _parameters(config.tuning)(state.params, frozen)
+            params = _parameters(config.tuning, False)(trained, self.frozen)
             found = evaluate(setup.training_lm(self.bundle, config, self.mesh), params,
                              self.data.held_out, self.mesh, jnp.dtype(config.dtype))
-        own = _measures(config.tuning)(state.params, frozen)
+        own = _measures(config.tuning)(trained, self.frozen)
         found |= {name: float(value) for name, value in own.items()}
         if found:
             self.log(step, **{f"eval/{name}": value for name, value in found.items()})
         self.clock = time.perf_counter()
 
     def _evaluated(self, step: int) -> bool:
-        return any(row["step"] == step and any(name.startswith("eval/") for name in row)
-                   for row in self.log.rows)
+        """Whether the log has it: the first process's, for it alone keeps one."""
+        there = any(row["step"] == step and any(name.startswith("eval/") for name in row)
+                    for row in self.log.rows)
+        if jax.process_count() > 1:
+            there = multihost_utils.broadcast_one_to_all(np.int32(there))
+        return bool(there)
 
-    def _result(self, state: TrainState, frozen: Any, stopped: bool) -> Fitted:
-        params = _parameters(self.config.tuning)(state.params, frozen)
-        if STACK in params:
-            params = unstack(params)
+    def _result(self, stopped: bool) -> Fitted:
+        step, trained = int(self.state.step), self.state.params
+        del self.state  # so that the optimiser's arrays go before the parameters are made
+        params = _parameters(self.config.tuning, self.config.stack)(trained, self.frozen)
         return Fitted(
             self.bundle.replace(params=params, mesh=self.mesh or self.bundle.mesh),
-            int(state.step), len(self.data.train), stopped, self.log.rows,
-            self.data.train.examples.counts, (state.params, frozen))
+            step, len(self.data.train), stopped, self.log.rows,
+            self.data.train.examples.counts, (trained, self.frozen))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from jaxlm.core.errors import CheckpointError
 from jaxlm.core.hosts import to_host
 from jaxlm.hf.bundle import Bundle, load, save
 from jaxlm.train.config import Config
-from jaxlm.train.loop import Fitted, fit
+from jaxlm.train.loop import Fitted, train
 from jaxlm.train.setup import mesh_of
 from jaxlm.train.stopping import leave_if_asked, listening
 
@@ -26,8 +26,8 @@ def run(config: Config) -> Fitted:
       `jaxlm.train.stopping.Stopped` where a SIGTERM came before the first step or in the export.
     """
     with listening():
-        bundle = load(config.model, revision=config.revision, mesh=mesh_of(config))
-        fitted = fit(bundle, config)
+        fitted = train(lambda: load(config.model, revision=config.revision, mesh=mesh_of(config)),
+                       config)
         if not fitted.stopped and config.export != "none":
             leave_if_asked()
             export(fitted.bundle, pathlib.Path(config.out) / "model", config.export)

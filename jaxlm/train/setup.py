@@ -17,6 +17,7 @@ from jaxlm.hf.bundle import Bundle
 from jaxlm.models.lm import LM
 from jaxlm.models.stack import stack
 from jaxlm.train.batches import Batches, Order, mask_thoughts, my_rows, place
+from jaxlm.train.checkpoint import digest
 from jaxlm.train.config import Config, hash_of
 from jaxlm.train.data import Examples, Reader, open_examples
 from jaxlm.train.log import watched
@@ -188,6 +189,9 @@ def begin(
     lm = training_lm(bundle, config, mesh)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     trained, frozen = tuning.start(lm, params, key, previous=previous, batches=batches)
+    if not jax.tree.leaves(trained):
+        raise ConfigError(f"{tuning} has nothing to train; name targets, or for osft raise "
+                          "tuning.unfreeze_ratio or say tuning.others: train")
     held = {id(leaf) for leaf in jax.tree.leaves((bundle.params, frozen))}
     trained = jax.tree.map(lambda x: jnp.copy(x) if id(x) in held else x, trained)
     return jax.device_put((trained, frozen), placer(tuning, mesh)(trained, frozen))
@@ -196,3 +200,9 @@ def begin(
 def model_hash(lm: LM) -> str:
     """What tells one architecture from another."""
     return hash_of([str(lm.config), lm.labels, lm.per_token])
+
+
+def weights_hash(params: Any) -> str:
+    """What tells weights from others of their shape: the same in any dtype that holds them, on
+    any mesh."""
+    return hash_of(digest(params, "float32"))

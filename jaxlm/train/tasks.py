@@ -4,6 +4,7 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,13 +14,13 @@ from jaxlm.core.errors import CheckpointError, ConfigError
 from jaxlm.hf.bundle import Bundle, load
 from jaxlm.train import setup
 from jaxlm.train.batches import Batches, place
-from jaxlm.train.config import Config, hash_of, settings
+from jaxlm.train.config import Config, changes, hash_of, settings
 from jaxlm.train.data import open_examples
 from jaxlm.train.evaluation import evaluate
 from jaxlm.train.log import write_json
-from jaxlm.train.loop import Fitted, fit
+from jaxlm.train.loop import Fitted, train
 from jaxlm.train.osft import Osft
-from jaxlm.train.stopping import Stopped
+from jaxlm.train.stopping import Stopped, leave_if_asked, listening
 from jaxlm.train.tuning import Tuning
 
 
@@ -117,6 +118,7 @@ def forgetting(accuracy: Sequence[Sequence[float]]) -> float:
     return float(np.mean((a[1:-1].max(0) - a[-1])[:-1])) if a.shape[1] > 1 else 0.0
 
 
+@listening()
 def continual(
     config: Config, tasks: Sequence[Task], *, bundle: Bundle | None = None,
     tunings: Sequence[Tuning] | None = None, replay: bool = False,
@@ -133,7 +135,8 @@ def continual(
       replay: mix `config.data.replay_share` of the earlier tasks' samples into each.
       others: name -> jsonl files of held-out text whose perplexity is followed.
     Returns: Course; `stopped` where a SIGTERM came, and the same call goes on.
-    Raises: as `fit`.
+    Raises: as `fit`; `jaxlm.train.stopping.Stopped` where a SIGTERM came before the first task;
+      CheckpointError where `config.out` holds a course of another model, tasks or settings.
     """
     if len({task.name for task in tasks}) < len(tasks) or not tasks:
         raise ConfigError(f"tasks are {[t.name for t in tasks]}; expected one or more, each with "
@@ -143,25 +146,27 @@ def continual(
     mesh = setup.mesh_of(config)
     bundle = load(config.model, mesh=mesh) if bundle is None else bundle
     judge = Judge(bundle, config, mesh, tasks, dict(others or {}))
-    out = pathlib.Path(config.out).expanduser()
-    judged = Judged(out / "course.json", hash_of([settings(config), [asdict(t) for t in tasks],
-                                                  [str(t) for t in tunings or ()], replay]))
+    judged = Judged(pathlib.Path(config.out).expanduser() / "course.json", {
+        **settings(config), "steps": config.steps, "epochs": config.epochs,
+        "tasks": [asdict(t) for t in tasks], "tunings": [str(t) for t in tunings or ()],
+        "replay": replay, "the model's weights": setup.weights_hash(bundle.params),
+        **judge.digests})
     judged.add(0, judge, bundle)
     previous, notes, stopped = None, [], False
     for number in range(len(tasks)):
         own = _of_task(config, tasks, number, tunings, replay)
-        batches = judge.calibration(tasks[:number], own)
         try:
-            fitted = fit(bundle, own, previous=previous, batches=batches)
+            batches = judge.calibration(tasks[:number], own)
+            fitted = train(partial(replace, bundle), own, previous, batches,  # the same arrays
+                           start=hash_of([judged.about, number]))
+            if stopped := fitted.stopped:
+                break
+            bundle, previous = fitted.bundle, fitted.tuned
+            judged.add(number + 1, judge, bundle)
         except Stopped:
             stopped = True
-        else:
-            stopped = fitted.stopped
-        if stopped:
             break
-        bundle, previous = fitted.bundle, fitted.tuned
         notes.append(_notes(fitted))
-        judged.add(number + 1, judge, bundle)
     rows = judged.rows
     return Course(
         tuple(task.name for task in tasks),
@@ -200,22 +205,35 @@ class Judge:
         self, bundle: Bundle, config: Config, mesh: Any, tasks: Sequence[Task],
         others: dict[str, Sequence[str]],
     ):
-        self.bundle, self.config, self.mesh = bundle, config, mesh
+        self.bundle, self.config, self.mesh = bundle.replace(params={}), config, mesh
         self.tasks = {task.name: self._open(task.eval) for task in tasks}
         self.others = {name: self._open(files) for name, files in others.items()}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What tells the held-out files from others."""
+        return {f"the held-out text of {what} {name!r}": batches.examples.digest[:16]
+                for what, found in (("task", self.tasks), ("others", self.others))
+                for name, batches in found.items()}
 
     def _open(self, files: Sequence[str], **how: Any) -> Batches:
         data = self.config.data
         examples = open_examples(files, setup.reader(self.bundle, self.config), data.window,
-                                 data.long)
+                                 data.long, setup.line_by_line)
         return setup.plain(examples, self.config, self.mesh, **{"packed": data.pack, **how})
 
     def __call__(self, bundle: Bundle) -> dict[str, Any]:
-        """One row of the course."""
+        """One row of the course. Raises: Stopped after a SIGTERM."""
         dtype = jnp.dtype(self.config.dtype)
         lm = setup.training_lm(bundle, self.config, self.mesh)
-        each = lambda found: {name: evaluate(lm, bundle.params, batches, self.mesh, dtype)
-                              for name, batches in found.items()}
+
+        def each(found: dict[str, Batches]) -> dict[str, dict[str, float]]:
+            row = {}
+            for name, batches in found.items():
+                leave_if_asked()
+                row[name] = evaluate(lm, bundle.params, batches, self.mesh, dtype)
+            return row
+
         return {"tasks": each(self.tasks), "others": each(self.others)}
 
     def calibration(
@@ -229,20 +247,25 @@ class Judge:
 
 
 class Judged:
-    """Rows of a course on disk, so that a resumed one judges nothing twice."""
+    """Rows of a course on disk, so that a resumed one judges nothing twice.
 
-    def __init__(self, path: pathlib.Path, digest: str):
-        self.path, self.digest = path, digest
+    Args: about: what the rows depend on; CheckpointError where those of the file are of another.
+    """
+
+    def __init__(self, path: pathlib.Path, about: dict[str, Any]):
+        self.path, self.about = path, json.loads(json.dumps(about))
         self.rows: list[dict[str, Any]] = []
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            if found["digest"] != digest:
-                raise CheckpointError(f"{path} is of other tasks or settings; choose another "
-                                      "`out`, or remove the folder")
+            then = found.get("about")
+            if listed := ("an earlier version wrote it" if then is None else
+                          changes(then, self.about)):
+                raise CheckpointError(f"{path} is of another model, or of other tasks or settings: "
+                                      f"{listed}; choose another `out`, or remove the folder")
             self.rows = found["rows"]
 
     def add(self, number: int, judge: Judge, bundle: Bundle) -> None:
         """Row `number`, unless it is there."""
         if len(self.rows) <= number:
             self.rows.append(judge(bundle))
-            write_json(self.path, {"digest": self.digest, "rows": self.rows})
+            write_json(self.path, {"about": self.about, "rows": self.rows})

@@ -76,6 +76,31 @@ def stop():
     raise Stopped("the same command goes on")
 
 
+@pytest.mark.parametrize(("words", "wanted"), [
+    ((), ()), (("host:1", "2", "1"), ("host:1", 2, 1))], ids=["found", "named"])
+def test_processes_meet_before_the_run(tmp_path, monkeypatch, words, wanted):
+    calls = []
+    monkeypatch.setattr(command.jax.distributed, "initialize", lambda *where: calls.append(where))
+    monkeypatch.setattr(command, "train", lambda config: calls.append(config.steps) or stop())
+    (tmp_path / "c.yaml").write_text("steps: 3\n")
+    assert main(["train", f"{tmp_path}/c.yaml", "--distributed", *words, "--steps", "5"]) == 75
+    assert calls == [wanted, 5]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("host:1",), "expected nothing behind it, or HOST:PORT PROCESSES PROCESS"),
+    (("host:1", "two", "0"), "is 'host:1 two 0'"), ((), "no coordinator; on a TPU pod")])
+def test_processes_that_cannot_meet_are_code_2(tmp_path, monkeypatch, capsys, words, said):
+    def alone(*where):
+        raise ValueError("no coordinator")
+
+    monkeypatch.setattr(command.jax.distributed, "initialize", alone)
+    monkeypatch.setattr(command, "train", lambda config: pytest.fail("ran alone"))
+    (tmp_path / "c.yaml").write_text("steps: 3\n")
+    assert main(["train", f"{tmp_path}/c.yaml", "--distributed", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_without_a_config_it_says_what_it_wants(capsys):
     assert main(["train"]) == 2
     assert "jaxlm train CONFIG.yaml" in capsys.readouterr().err

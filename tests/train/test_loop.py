@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import chex
@@ -66,8 +67,6 @@ def test_five_steps_and_five_are_ten(bundle, tmp_path, changes, monkeypatch):
 
 def stop_after(last):
     """`loop.asked_to_stop`, as if a SIGTERM came during a step."""
-    from contextlib import contextmanager
-
     @contextmanager
     def asked():
         yield lambda step: step >= last
@@ -192,10 +191,13 @@ def test_eight_devices_train_as_one_and_take_its_checkpoint_up(tiny_folder, tmp_
     ({"steps": None}, ConfigError, "neither steps nor epochs"),
     ({"data": {"mask_thoughts": 0.2, "mask_token": "<none>"}}, ConfigError, "data.mask_token"),
     ({"tuning": Lora(rank=99)}, ConfigError, "tuning.rank is 99"),
+    ({"tuning": Osft(unfreeze_ratio=0.0, others="freeze")}, ConfigError, "nothing to train.*osft"),
+    ({"tuning": Lora(targets=())}, ConfigError, "nothing to train; name targets"),
 ])
 def test_what_cannot_run_is_said_before_any_step(bundle, tmp_path, changes, kind, said):
     with pytest.raises(kind, match=said):
         fit(bundle, settings(tmp_path, **changes))
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(bundle, tmp_path):
@@ -238,6 +240,43 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused(bundle, finished
     lm, params = model(ffn_dim=32)
     with pytest.raises(CheckpointError, match="of another model"):
         fit(bundle.replace(lm=lm, params=params), config)
+
+
+@pytest.mark.parametrize("tuning", [Full(), Lora(rank=2)], ids=["full", "lora"])
+def test_other_weights_of_the_same_shape_are_refused(bundle, tmp_path, tuning):
+    """Going on, and when all is done; the same weights in another dtype are the same."""
+    config = settings(tmp_path, steps=2, tuning=tuning)
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), bundle.params)
+    one = bundle.replace(params=jax.tree.map(lambda x: x.astype(jnp.float32), low))
+    fit(one, config)
+    for steps in (2, 4):
+        with pytest.raises(CheckpointError, match="began from other weights of the same shape"):
+            fit(bundle, config.replace(steps=steps))
+    assert fit(bundle.replace(params=low), config.replace(steps=4)).step == 4
+
+
+def test_a_checkpoint_that_does_not_say_its_weights_still_loads(bundle, tmp_path, monkeypatch):
+    config, describe = settings(tmp_path, steps=1), loop.describe
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "describe", lambda *args: {
+            k: v for k, v in describe(*args).items() if k not in ("start", "epochs")})
+        fit(bundle, config)
+    assert fit(bundle, config.replace(steps=2)).step == 2
+
+
+def test_more_epochs_are_refused_and_more_steps_are_not(bundle, tmp_path):
+    """The last batch of an epoch is filled up with nothing, which is not so within a run of two."""
+    config = settings(tmp_path, steps=None, epochs=1, batch=3, data={"pack": False})
+    first = fit(bundle, config)
+    assert first.step * 3 > first.counts["samples"] == 64
+    for changes in ({"epochs": 2}, {"epochs": None, "steps": 30}):
+        with pytest.raises(CheckpointError, match="epochs was 1 and is (2|None)"):
+            fit(bundle, config.replace(**changes))
+    by_steps = config.replace(epochs=None, steps=first.step, out=f"{tmp_path}/steps")
+    fit(bundle, by_steps)
+    longer = fit(bundle, by_steps.replace(steps=30))
+    straight = fit(bundle, by_steps.replace(steps=30, out=f"{tmp_path}/straight"))
+    assert losses(longer) == losses(straight) and len(losses(longer)) == 30
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_loads(

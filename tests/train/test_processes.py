@@ -118,36 +118,56 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(straight, tmp_path):
     chex.assert_trees_all_equal(tensors(tmp_path), wanted)
 
 
-def start_two(config, folder):
-    """Two processes of two devices each."""
+def two(*command):
+    """A command in two processes of two devices each; it is told where they meet, and which one
+    it is."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = write_config(config, folder / "two.yaml")
+        where = f"127.0.0.1:{probe.getsockname()[1]}"
     flags = "--xla_force_host_platform_device_count=2"
     return [subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/train/worker.py"), path, str(folder / "said"),
-         f"127.0.0.1:{port}", "2", str(i)], env={**ENVIRONMENT, "XLA_FLAGS": flags},
+        [sys.executable, *command, where, "2", str(i)], env={**ENVIRONMENT, "XLA_FLAGS": flags},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
 
 
-def finish(running):
-    """Their errors; both are over afterwards."""
+def start_two(config, folder):
+    """A run that also says what each process saw."""
+    path = write_config(config, folder / "two.yaml")
+    return two(str(ROOT / "tests/train/worker.py"), path, str(folder / "said"))
+
+
+def start_commands(config, folder):
+    """`jaxlm train --distributed`."""
+    path = write_config(config, folder / "two.yaml")
+    return two("-m", "jaxlm", "train", path, "--distributed")
+
+
+def codes(running):
+    """Their exit codes and errors; both are over afterwards."""
     try:
         said = [process.communicate(timeout=TIMEOUT_S)[1] for process in running]
     finally:
         for process in running:
             process.kill()
-    assert not any(process.returncode for process in running), "\n".join(s[-3000:] for s in said)
+    return [process.returncode for process in running], "\n".join(s[-3000:] for s in said)
+
+
+def finish(running):
+    """Both end well."""
+    found, said = codes(running)
+    assert found == [0, 0], said
 
 
 @pytest.mark.slow
 def test_two_processes_train_save_and_go_on_as_one(tiny_folder, tmp_path):
     """On a mesh over both; each reads its share; one process takes their checkpoint up."""
+    held_out = str(sums(tmp_path / "held_out.jsonl", 16, seed=1))
     config = settings(tmp_path, steps=3, model=str(tiny_folder), checkpoint_every=2,
-                      mesh=MeshSizes(data=2, fsdp=2), export="float32")
+                      mesh=MeshSizes(data=2, fsdp=2), export="float32",
+                      data={"eval": (held_out,)})
     finish(start_two(config, tmp_path))
-    finish(start_two(config.replace(steps=6), tmp_path))
+    for _ in range(2):  # the second time all is done, and neither does what the other does not
+        finish(start_two(config.replace(steps=6), tmp_path))
     said = [json.loads((tmp_path / f"said.{i}").read_text()) for i in range(2)]
     assert said[0]["step"] == 6 and len(said[0]["losses"]) == 6
     assert [one["tokenised_at_first"] for one in said] == [32, 32]  # of 64 lines
@@ -183,3 +203,32 @@ def test_two_processes_protect_subspaces_as_one(tiny_folder, tmp_path, form):
         np.testing.assert_allclose(one["losses"], losses[-len(one["losses"]):], rtol=1e-4)
         np.testing.assert_allclose(one["evaluation"]["loss"], alone.evaluation["loss"], rtol=1e-4)
         assert one["evaluation"]["leak_left"] < 5e-7 and one["evaluation"]["leak_right"] < 5e-7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_sigterm_to_one_of_two_processes_is_code_75_of_both(tiny_folder, tmp_path, asked):
+    config = settings(tmp_path, steps=100_000, model=str(tiny_folder),
+                      mesh=MeshSizes(data=2, fsdp=2))
+    running = start_commands(config, tmp_path)
+    log = tmp_path / "out" / "log.jsonl"
+    while not (log.exists() and log.read_text()) and running[0].poll() is None:
+        time.sleep(0.05)
+    running[asked].send_signal(signal.SIGTERM)
+    found, said = codes(running)
+    assert found == [75, 75], said
+    step = max(int(p.name) for p in (tmp_path / "out/checkpoints").iterdir() if p.name.isdigit())
+    rows = [json.loads(line) for line in log.open()]
+    assert rows[-1]["step"] == step < 100_000
+    found, said = codes(start_commands(config.replace(steps=step + 2), tmp_path))
+    assert found == [0, 0], said
+    rows = [json.loads(line)["step"] for line in log.open()]
+    assert rows == list(range(1, step + 3))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_is_code_3_of_both_processes(tiny_folder, tmp_path):
+    config = settings(tmp_path, steps=50, model=str(tiny_folder), mesh=MeshSizes(data=2, fsdp=2),
+                      optimizer={"kind": "sgd", "rate": 1e30, "clip": 0.0})
+    found, said = codes(start_commands(config, tmp_path))
+    assert found == [3, 3], said

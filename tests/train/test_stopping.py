@@ -88,8 +88,8 @@ def test_a_sigterm_before_the_first_step_leaves_with_what_is_saved(bundle, tmp_p
 
 def test_a_sigterm_in_the_export_leaves_after_it(bundle, tiny_folder, tmp_path, monkeypatch):
     real = runs.save
-    monkeypatch.setattr(runs, "fit", lambda bundle, config: Fitted(
-        bundle, 2, 2, False, [], {}, None))
+    monkeypatch.setattr(runs, "train", lambda opened, config: Fitted(
+        opened(), 2, 2, False, [], {}, None))
     monkeypatch.setattr(runs, "save", lambda *a, **k: (
         real(*a, **k), signal.raise_signal(signal.SIGTERM)))
     with pytest.raises(Stopped):

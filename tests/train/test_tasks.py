@@ -1,14 +1,17 @@
 """Tasks in turn: the matrix and its figures, a stop in the middle, and the order of runs."""
 
 import json
+import signal
 from contextlib import contextmanager
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from jaxlm.core.errors import CheckpointError, ConfigError
 from jaxlm.train import Ewc, Full, OLora, Osft, Task, continual, loop, rank_runs
+from jaxlm.train import tasks as course
 from jaxlm.train.data import open_examples
 from jaxlm.train.evaluation import evaluate
 from jaxlm.train.setup import mesh_of, plain, reader
@@ -69,6 +72,68 @@ def test_a_course_that_was_stopped_goes_on_to_the_same_end(bundle, tmp_path, tun
         assert found.notes[1] and not np.isnan(list(found.notes[1].values())).any()
     with pytest.raises(CheckpointError, match="of other tasks or settings"):
         continual(make("two").replace(seed=1), tasks(tmp_path), bundle=bundle, others=other)
+
+
+@pytest.fixture(scope="module")
+def learnt(bundle, tmp_path_factory):
+    """A course of two tasks: its folder, and the call."""
+    folder = tmp_path_factory.mktemp("learnt")
+    turns, config = tasks(folder), settings(folder, steps=2)
+
+    def again(bundle=bundle, others=(), turns=turns, **changes):
+        return continual(config.replace(**changes), turns, bundle=bundle, others=dict(others))
+
+    again()
+    return folder, again
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"steps": 3}, "steps was 2 and is 3"), ({"steps": None, "epochs": 1}, "epochs was None and "),
+    ({"others": {"text": ["train.jsonl"]}}, "the held-out text of others 'text' was None and is"),
+], ids=["steps", "epochs", "others"])
+def test_a_course_asked_for_otherwise_is_refused(learnt, changes, said):
+    folder, again = learnt
+    others = {name: [str(folder / file) for file in files]
+              for name, files in changes.get("others", {}).items()}
+    with pytest.raises(CheckpointError, match=f"{said}.*; choose another `out`"):
+        again(**{**changes, "others": others})
+
+
+def test_a_course_of_another_model_or_other_held_out_text_is_refused(learnt, bundle):
+    folder, again = learnt
+    again()  # as it was
+    other = bundle.replace(params=bundle.lm.init(jax.random.key(7)))
+    with pytest.raises(CheckpointError, match="the model's weights was '.*' and is '"):
+        again(bundle=other)
+    before = (folder / "sums1.jsonl").read_text()
+    sums(folder / "sums1.jsonl", 16, seed=9)
+    with pytest.raises(CheckpointError, match="the held-out text of task 'sums' was"):
+        again()
+    (folder / "sums1.jsonl").write_text(before)
+    (folder / "out" / "course.json").write_text('{"digest": "", "rows": []}')
+    with pytest.raises(CheckpointError, match="an earlier version wrote it"):
+        again()
+
+
+def test_a_sigterm_while_a_course_is_judged_ends_it_before_the_next_task(
+        bundle, tmp_path, monkeypatch):
+    config, turns, asked = settings(tmp_path, steps=1), tasks(tmp_path), []
+
+    def interrupted(*args, real=evaluate):
+        asked.append(1)
+        if len(asked) == 3:  # the first of the first task's judgement
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(course, "evaluate", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody listened"))
+    try:
+        found = continual(config, turns, bundle=bundle)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found.stopped and len(found.accuracy) == 1 and len(asked) == 3
+    found = continual(config, turns, bundle=bundle)
+    assert not found.stopped and len(found.accuracy) == 3
 
 
 def test_scheduled_ranks_follow_the_tasks(bundle, tmp_path):
