@@ -174,7 +174,7 @@ def rewritten(page: str, result: Path) -> str:
     """The page with the table of a result between its two marks."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"the page needs {BEGIN!r} and {END!r} once each")
-    made = "No result is committed yet."
+    made = "No result is committed yet: run the command above."
     if result.exists():
         made = table(json.loads(result.read_text())["metrics"])
     before, rest = page.split(BEGIN)

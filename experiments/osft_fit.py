@@ -3,7 +3,8 @@
 Each row is one `jaxlm fit --job osft` in a process of its own: the chip's real compiler, without
 the chip. As many rows of 1,024 tokens as there are chips, half of the singular directions free,
 AdamW with clipping, bfloat16 weights and compute, float32 bases, changes and moments. Finished rows
-are kept beside --out, as .cells: a run that was stopped goes on.
+are kept beside --out, as .cells: a run that was stopped goes on. `commit` of a row is that which it
+was compiled from.
 
 Command: python experiments/osft_fit.py --out experiments/results/osft_fit/cpu.json
 Hardware: a CPU, with libtpu
@@ -43,7 +44,8 @@ def row(model: str, form: str, target: str) -> dict[str, Any]:
     """What `jaxlm fit` says of a slice, as many rows as chips."""
     found = asked(sys.executable, {"model": model, "target": target, "job": "osft", "form": form,
                                    "batch": chips(target), "context": CONTEXT})
-    return {name: found.get(name) for name in KEPT}
+    kept = {name: found.get(name) for name in KEPT}
+    return kept | {"commit": _harness.origin(Path(__file__))["commit"]}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

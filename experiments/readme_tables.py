@@ -132,11 +132,12 @@ GROUPS: dict[str, tuple[Row, ...]] = {
     ),
     "Fine-tuning": (
         Row("osft_exact", "golden_max_error",
-            "OSFT over five steps, largest difference from mini_trainer's and peft's weights",
-            "{:.1e}"),
+            "OSFT over five steps, largest difference from mini_trainer's weights", "{:.1e}"),
+        Row("osft_exact", "peft_max_error", "the same from peft's, where gradients alone are "
+            "projected, float32", "{:.1e}"),
         *(Row("osft_exact", f"leak_{side}", f"OSFT, 1,000 AdamW steps: leak into the kept {words} "
               "subspace, over the weights' norm", "{:.1e}")
-          for side, words in (("left", "output"), ("right", "input"))),
+          for side, words in (("left", "input"), ("right", "output"))),
         Row("osft_exact", "control.update.leak_left_of_update", "the same run with the projection "
             "before AdamW: share of the update that leaks", PERCENT),
         Row("osft_kill", "kills", "training killed with -9, a checkpoint a step", "{:.0f} kills"),

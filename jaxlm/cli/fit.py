@@ -53,12 +53,16 @@ def run(
     """
     config = open_config(model, revision)
     note(f"compiling {job} for {target} ...")
-    start = time.perf_counter()
+    start, tuning = time.perf_counter(), Osft(form, unfreeze_ratio)
     found = fit(config, job, target, batch=batch, context=context,
                 cache=parse_cache(cache), dtype=dtype, data=data, fsdp=fsdp, tensor=tensor,
-                tuning=Osft(form, unfreeze_ratio))
+                tuning=tuning)
     record = summary(found) | {"seconds": time.perf_counter() - start}
-    print(json.dumps(record, indent=1) if json_ else as_table(found))
+    text = as_table(found)
+    if job == "osft" and dtype != "float16":  # which the trainer does not compute in
+        record["train"] = train_settings(tuning, found.mesh, batch, context, dtype)
+        text += f"\nthe settings of `jaxlm train` that give this step:\n{one_line(record['train'])}"
+    print(json.dumps(record, indent=1) if json_ else text)
 
 
 def open_config(model: str, revision: str | None = None) -> ModelConfig:
@@ -84,6 +88,25 @@ def summary(found: Fit) -> dict[str, Any]:
         "kernels": program.kernels,
         "compile_seconds": program.compile_seconds, "refused": program.refused,
     }
+
+
+def train_settings(
+    tuning: Osft, mesh: dict[str, int], batch: int, context: int, dtype: str
+) -> dict[str, Any]:
+    """What a config of `jaxlm train` must say, so that its step is the one of `--job osft`."""
+    return {"stack": True, "remat": True, "dtype": dtype, "batch": batch,
+            "data": {"window": context}, "mesh": mesh,
+            "tuning": {"kind": "osft", "form": tuning.form,
+                       "unfreeze_ratio": tuning.unfreeze_ratio}}
+
+
+def one_line(settings: dict[str, Any]) -> str:
+    """Plain words and numbers as one line of YAML.
+
+    >>> one_line({"stack": True, "mesh": {"fsdp": 4}})
+    '{stack: true, mesh: {fsdp: 4}}'
+    """
+    return json.dumps(settings).replace('"', "")
 
 
 def as_table(found: Fit) -> str:

@@ -1,8 +1,10 @@
 """Compile a program ahead of time and read off what it would take to run it."""
 
 import re
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,8 +22,8 @@ class Program:
 
     A loop counts by its trips, where the program knows them: a decode loop is one step.
     `refused` is the compiler's own message when it found that the program does not fit.
-    `kernels`: Pallas kernels in it. It and `collective_bytes` are None where this jax cannot print
-    the program that the compiler made.
+    `kernels`: Pallas kernels in it. It and `collective_bytes` are None where the program that the
+    compiler made can be read neither by this jax nor from the dump that libtpu writes.
     `flops_source`: "compiler", whose estimate of `flops` and `bytes_accessed` counts a loop's body
     once, times what the trips add to the traced program's products; or "before optimisation",
     those products shared evenly by the devices, where the compiler gives no estimate: for a GPU
@@ -57,22 +59,24 @@ def compile_program(jitted: Any, *args: Any, **kwargs: Any) -> Program:
     platform, devices = _where((args, kwargs))
     products = count(traced.jaxpr, platform)
     lowered = traced.lower()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):
-            raise
+    with tempfile.TemporaryDirectory() as dump:
+        options = {"xla_dump_to": dump} if platform == "tpu" else None
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):
+                raise
+            seconds = time.perf_counter() - start
+            message = " ".join(str(error).split())
+            held = argument_bytes((args, kwargs))
+            return Program(held, 0, 0, _needed(message, held), products.flops / devices,
+                           products.moved / devices, None, seconds, message[:300],
+                           flops_source="before optimisation")
         seconds = time.perf_counter() - start
-        message = " ".join(str(error).split())
-        held = argument_bytes((args, kwargs))
-        return Program(held, 0, 0, _needed(message, held), products.flops / devices,
-                       products.moved / devices, None, seconds, message[:300],
-                       flops_source="before optimisation")
-    seconds = time.perf_counter() - start
+        text = _text(compiled, Path(dump))
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
-    text = _text(compiled)
     flops, moved, source = _work(cost, products, devices)
     return Program(
         memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes,
@@ -101,11 +105,13 @@ def _where(tree: Any) -> tuple[str, int]:
     return jax.default_backend(), 1
 
 
-def _text(compiled: Any) -> str | None:
+def _text(compiled: Any, dump: Path) -> str | None:
+    """The program as it is compiled; by libtpu's own dump, where jaxlib cannot read it."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:  # libtpu writes operations that jaxlib cannot read back
-        return None
+        found = sorted(dump.glob("*.after_codegen.txt"))
+        return found[-1].read_text() if found else None
 
 
 def argument_bytes(tree: Any) -> int:

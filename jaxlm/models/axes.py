@@ -33,8 +33,6 @@ def axes_of(path: str) -> tuple[str, ...]:
     """
     if path.startswith(f"{STACK}/"):
         return ("layers", *axes_of(path.removeprefix(f"{STACK}/")))
-    if path.startswith(f"{STACK}/"):
-        return ("layers", *axes_of(path.removeprefix(f"{STACK}/")))
     tail = "/".join(path.split("/")[-2:])
     if tail.endswith("/scale"):
         return ("norm",)

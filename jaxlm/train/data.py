@@ -6,11 +6,13 @@ A line is one of `{"messages": [{"role": ..., "content": ...}, ...]}` (through t
 
 import difflib
 import hashlib
+import itertools
 import json
 import pathlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})
 KNOWN = set().union(*FORMS)
 WANTED = 'expected {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 CUT, SKIP, REFUSE = "cut", "skip", "error"
+CHUNK = 256  # lines that are tokenised at once
 
 
 class Example(NamedTuple):
@@ -60,13 +63,22 @@ class Reader:
 
     def __call__(self, record: Any) -> Example:
         """Tokens and weights of one parsed line. Raises: DataError, without the place."""
-        text, answers, whole = self.span(record)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"has half of a surrogate pair in it: {error}") from error
-        found = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=whole)
-        tokens, offsets = list(found.ids), list(found.offsets)
+        span = self.span(record)
+        return self.example(span, *self.encode([span]))
+
+    def encode(self, spans: Sequence[Span]) -> list[Any]:
+        """Texts as `tokenizers.Encoding`s; several at once are shared by all cores."""
+        found: dict[int, Any] = {}
+        for whole in (True, False):
+            own = [i for i, span in enumerate(spans) if span.whole == whole]
+            found |= zip(own, self.tokenizer.backend_tokenizer.encode_batch(
+                [spans[i].text for i in own], add_special_tokens=whole), strict=True)
+        return [found[i] for i in range(len(spans))]
+
+    def example(self, span: Span, encoding: Any) -> Example:
+        """Tokens and weights of a text that is encoded. Raises: DataError, without the place."""
+        text, answers, whole = span
+        tokens, offsets = list(encoding.ids), list(encoding.offsets)
         if whole and self.end_id is not None:
             if tokens[-1:] != [self.end_id]:
                 tokens.append(self.end_id)
@@ -74,16 +86,25 @@ class Reader:
             offsets[-1] = (len(text), len(text) + 1)  # one that the tokenizer added has no place
         weights = np.ones(len(tokens), np.float32)
         if self.answers:
-            inside = [any(low < end and start < high for low, high in answers)
-                      for start, end in offsets]
-            weights = np.asarray(inside, np.float32)
+            starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+            weights = np.zeros(len(tokens), np.float32)
+            for low, high in answers:
+                weights[(low < ends) & (starts < high)] = 1
         weights[:1] = 0  # nothing comes before it
         if not weights.any():
             raise DataError("nothing in it is to be learnt; expected an answer with some text")
         return Example(np.asarray(tokens, np.int32), weights)
 
     def span(self, record: Any) -> Span:
-        """The text of a record and where its answers lie."""
+        """The text of a record and where its answers lie. Raises: DataError, without the place."""
+        span = self._span(record)
+        try:
+            span.text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"has half of a surrogate pair in it: {error}") from error
+        return span
+
+    def _span(self, record: Any) -> Span:
         form = form_of(record)
         if form == {"messages"}:
             return self._chat(record["messages"])
@@ -153,7 +174,7 @@ class Examples:
     a form, and in how many lines.
     """
 
-    read: Callable[[Any], Example]
+    read: Reader
     places: list[tuple[pathlib.Path, int, int]]  # file, line, byte offset
     group: np.ndarray
     limit: int
@@ -168,7 +189,7 @@ class Examples:
 
     def __getitem__(self, i: int) -> Example:
         if i not in self.cache:
-            self.cache[i] = self._read(i)
+            self.tokenise([i])
         tokens, weights = self.cache[i]
         return Example(tokens[:self.limit], weights[:self.limit])
 
@@ -176,16 +197,29 @@ class Examples:
         """`FILE:LINE` of a sample."""
         return f"{self.places[i][0]}:{self.places[i][1]}"
 
-    def _read(self, i: int) -> Example:
+    def tokenise(self, numbers: Sequence[int]) -> None:
+        """Read some samples, and keep them."""
+        spans = [self._read(i) for i in numbers]
+        for i, span, encoding in zip(numbers, spans, self.read.encode(spans), strict=True):
+            with self._named(i):
+                self.cache[i] = self.read.example(span, encoding)
+
+    def _read(self, i: int) -> Span:
         path, _, offset = self.places[i]
         with open(path, "rb") as file:
             file.seek(offset)
             line = file.readline()
-        try:
+        with self._named(i):
             record = json.loads(line.rstrip())  # else what is cut short is missed on the next line
-            example = self.read(record)
+            span = self.read.span(record)
             self.unread.update(set(record) - form_of(record))
-            return example
+            return span
+
+    @contextmanager
+    def _named(self, i: int) -> Iterator[None]:
+        """What is wrong with a sample, with its place."""
+        try:
+            yield
         except UnicodeDecodeError as error:
             raise DataError(f"{self.where(i)} is not UTF-8 text: {error}") from error
         except json.JSONDecodeError as error:
@@ -196,7 +230,7 @@ class Examples:
 
 
 def open_examples(
-    files: Sequence[str | pathlib.Path], read: Callable[[Any], Example], window: int,
+    files: Sequence[str | pathlib.Path], read: Reader, window: int,
     long: str = CUT, watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Examples:
     """Find every line, tokenise all once, and count what is too long.
@@ -216,9 +250,12 @@ def open_examples(
         found = Examples(read, places, np.asarray(group, np.int32), window + 1, digest)
         lengths = np.zeros(len(places), np.int32)
         useful = np.zeros(len(places), np.int32)
-        for i in watch(range(jax.process_index(), len(places), jax.process_count())):
-            weights = found[i].weights
-            lengths[i], useful[i] = len(found.cache[i].tokens), bool(weights.any())
+        mine = iter(watch(range(jax.process_index(), len(places), jax.process_count())))
+        while some := list(itertools.islice(mine, CHUNK)):
+            found.tokenise(some)
+            for i in some:
+                weights = found[i].weights
+                lengths[i], useful[i] = len(found.cache[i].tokens), bool(weights.any())
     if found.unread:
         listed = ", ".join(f"{name!r} (lines: {n})" for name, n in found.unread.most_common(8))
         warnings.warn(f"{', '.join(map(str, files))}: not read are {listed}", stacklevel=2)

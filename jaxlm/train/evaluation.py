@@ -28,9 +28,13 @@ def evaluate(
     """
     samples = max(len(row) for row in batches.rows)
     run = _evaluator(lm, samples, dtype)
-    # one step of lag, so that the device has the next batch before its answer is awaited
-    sums = [run(params, place(batches[i], batches.size, mesh)) for i in range(len(batches))]
-    total = {name: sum(float(x[name]) for x in sums) for name in sums[0]}
+    total: dict[str, float] = {}
+    waiting: dict[str, jax.Array] = {}
+    for i in range(len(batches)):
+        sums = run(params, place(batches[i], batches.size, mesh))
+        _add(total, waiting)  # one step of lag: the device has the next batch meanwhile
+        waiting = sums
+    _add(total, waiting)
     loss = total["nll"] / total["tokens"]
     if not math.isfinite(loss):
         raise NumericsError(f"the loss on held-out data is {loss}; the parameters hold what is "
@@ -38,6 +42,12 @@ def evaluate(
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)),
             "token_accuracy": total["right"] / total["tokens"],
             "accuracy": total["whole"] / total["samples"]}
+
+
+def _add(total: dict[str, float], sums: dict[str, jax.Array]) -> None:
+    """Wait for the sums of a batch."""
+    for name, value in sums.items():
+        total[name] = total.get(name, 0.0) + float(value)
 
 
 @lru_cache

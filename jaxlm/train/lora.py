@@ -22,7 +22,7 @@ class Lora(Full):
     Args:
       rank: r, at least 1.
       alpha: scale of the adapter, over the rank; at least 0.
-      targets: projections that get one.
+      targets: names of the projections that get one, as `q`; no globs.
 
     Example:
       >>> from jaxlm.models.lm import LM

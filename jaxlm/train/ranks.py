@@ -16,7 +16,7 @@ from jaxlm.train.matrices import as_matrix
 
 
 def cosine(x: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Array:
-    """`mean_t w_t cos(x_t, y_t)`: how little a matrix turns its input.
+    """`sum_t w_t cos(x_t, y_t)`; over the sum of weights, how little a matrix turns its input.
 
     The longer of the two is cut to the length of the shorter, for cos needs one length; so do the
     authors in their code.
@@ -26,13 +26,13 @@ def cosine(x: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Array:
 
     >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
     >>> float(cosine(x, 3 * x, jnp.ones(2)))
-    1.0
+    2.0
     """
     least = min(x.shape[-1], y.shape[-1])
     x, y = (part[..., :least].astype(jnp.promote_types(part.dtype, jnp.float32))
             for part in (x, y))
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-    return (weights * (x * y).sum(-1) / jnp.maximum(norms, 1e-8)).sum() / weights.sum()
+    return (weights * (x * y).sum(-1) / jnp.maximum(norms, 1e-8)).sum()
 
 
 def importance(
@@ -45,7 +45,8 @@ def importance(
       batches: dicts as `lm_objective` takes them; padding, segment 0, does not count.
       clip: take a negative cosine for 0; without it, ranks follow the paper's first version to the
         letter, and the mean of small models' cosines can be near 0 or below.
-    Returns: importance by module, as `layers_0/attn/q`; their mean is 1.
+    Returns: importance by module, as `layers_0/attn/q`, from the mean cosine over the tokens of all
+      batches; its own mean is 1.
     Raises: ConfigError without a batch, or when the mean is not positive.
     """
     params = unstack(params) if STACK in params else params
@@ -58,13 +59,15 @@ def importance(
                            segments_BT=segments_BT, positions_BT=batch.get("positions")).taps
         counts_BT = jnp.ones(tokens_BT.shape) if segments_BT is None else 1.0 * (segments_BT > 0)
         flat = lambda x: x.reshape(*tokens_BT.shape, -1)
-        return {name: cosine(flat(x), flat(y), counts_BT) for name, (x, y) in (taps or {}).items()}
+        return {name: cosine(flat(x), flat(y), counts_BT)
+                for name, (x, y) in (taps or {}).items()}, counts_BT.sum()
 
     found = [jax.device_get(measure(params, batch)) for batch in batches]
     if not found:
         raise ConfigError("importance needs batches of the task before; got none")
-    return normalised({name: float(sum(one[name] for one in found) / len(found))
-                       for name in found[0]}, clip)
+    tokens = sum(float(count) for _, count in found)
+    return normalised({name: sum(float(sums[name]) for sums, _ in found) / tokens
+                       for name in found[0][0]}, clip)
 
 
 def normalised(cosines: dict[str, float], clip: bool = True) -> dict[str, float]:

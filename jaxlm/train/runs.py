@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxlm.core.errors import CheckpointError
 from jaxlm.core.hosts import to_host
+from jaxlm.core.tree import flatten
 from jaxlm.hf.bundle import Bundle, load, save
 from jaxlm.train.config import Config
 from jaxlm.train.loop import Fitted, train
@@ -22,7 +23,7 @@ def run(config: Config) -> Fitted:
     done only exports.
 
     Returns: Fitted.
-    Raises: as `fit`; CheckpointError where the exported folder does not give the same logits;
+    Raises: as `fit`; CheckpointError where the exported folder does not give the same parameters;
       `jaxlm.train.stopping.Stopped` where a SIGTERM came before the first step or in the export.
     """
     with listening():
@@ -35,7 +36,7 @@ def run(config: Config) -> Fitted:
 
 
 def export(bundle: Bundle, folder: pathlib.Path, dtype: str = "float32") -> pathlib.Path:
-    """Write a Hugging Face folder, load it again, and compare logits to the bit.
+    """Write a Hugging Face folder, load it again, and compare parameters and logits to the bit.
 
     Raises: CheckpointError where they differ; nothing is deleted then.
     """
@@ -43,10 +44,21 @@ def export(bundle: Bundle, folder: pathlib.Path, dtype: str = "float32") -> path
     save(low, folder, overwrite=True)
     leave_if_asked()
     again = load(folder, dtype="own", mesh=bundle.mesh)
+    intact = "the checkpoint beside it is intact"
+    same = jax.device_get(_same(flatten(low.params), flatten(again.params)))
+    if wrong := [path for path in same if not same[path]]:
+        raise CheckpointError(f"{folder} gives another {wrong[0]!r} than was trained; {intact}")
     tokens = jnp.arange(32, dtype=jnp.int32)[None] % bundle.lm.config.vocab_size
     wanted, got = (to_host(x.lm.apply(x.params, tokens).logits) for x in (low, again))
     if not np.array_equal(wanted, got):
         raise CheckpointError(f"{folder} gives logits that differ by up to "
-                              f"{np.abs(wanted - got).max():.3g} from the trained model's; the "
-                              "checkpoint beside it is intact")
+                              f"{np.abs(wanted - got).max():.3g} from the trained model's; "
+                              f"{intact}")
     return folder
+
+
+@jax.jit
+def _same(wanted: dict[str, jax.Array], got: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Of each array, by its path, whether all its numbers came back."""
+    return {path: jnp.array_equal(x, got[path]) if path in got else jnp.array(False)
+            for path, x in wanted.items()}

@@ -5,9 +5,12 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+import yaml
 
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.parse import parse_cache
+from jaxlm.cli.fit import one_line, train_settings
+from jaxlm.core.aot import _text
 from jaxlm.core.count import count
 from jaxlm.core.errors import ConfigError, DeviceError
 from jaxlm.core.hlo import collective_bytes
@@ -18,8 +21,13 @@ from jaxlm.hf.bundle import load
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.lm import LM, count_params
 from jaxlm.models.presets import preset
+from jaxlm.train import Config, loop
+from jaxlm.train.config import from_dict
+from jaxlm.train.optimizers import make_optimizer
 from jaxlm.train.osft import Osft
-from jaxlm.train.setup import sources
+from jaxlm.train.setup import mesh_of, sources, start_params, training_lm
+from jaxlm.train.step import TrainState
+from jaxlm.train.subspace import blank
 from jaxlm.train.tuning import Full
 from tests.train.small import settings
 
@@ -170,6 +178,35 @@ def test_an_osft_job_reads_the_batch_that_the_trainer_makes(tmp_path):
     assert of(batch) == of(made) and "segments" in batch
 
 
+@pytest.mark.parametrize("form", ["update", pytest.param("coordinates", marks=pytest.mark.slow)])
+def test_the_settings_that_are_printed_give_the_step_that_is_compiled(form):
+    """The trainer's own step under them has as many FLOPs and bytes, in as many loops."""
+    mesh = make_mesh(fsdp=4, tensor=2)
+    step, args, _ = tuned_program(Osft(form, 0.25), LM(SMALL, remat=True, mesh=mesh), 8, 64)
+    line = one_line(train_settings(Osft(form, 0.25), {"data": 1, "fsdp": 4, "tensor": 2}, 8, 64,
+                                   "bfloat16"))
+    config = from_dict(Config, yaml.safe_load(line))
+    bundle = load("tiny").replace(lm=LM(SMALL), params=LM(SMALL).shapes(jnp.bfloat16))
+    params = jax.eval_shape(lambda tree: start_params(bundle.replace(params=tree), config),
+                            bundle.params)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    trained, frozen = jax.eval_shape(
+        lambda tree, key: config.tuning.start(LM(SMALL), tree, key, decompose=blank), params, key)
+    chain = config.tuning.wrap(make_optimizer(config.optimizer, 1))
+    state = TrainState(trained, jax.eval_shape(chain.init, trained), args[0].step)
+    assert rows_of(args[2]) == {(config.rows, config.data.window)}
+    assert mesh_of(config).shape == mesh.shape
+    own = loop._step(training_lm(bundle, config, mesh), config.tuning, config.optimizer,
+                     config.accumulate, jnp.dtype(config.dtype))
+    wanted = count(jax.make_jaxpr(step)(*args), "tpu")
+    assert count(jax.make_jaxpr(own)(state, frozen, args[2], key), "tpu") == wanted
+
+
+def rows_of(batch):
+    """Rows and inputs of a batch."""
+    return {(x.shape[0], x.shape[1] - (name == "tokens")) for name, x in batch.items()}
+
+
 def check_shared(devices):
     """A train step over fsdp takes a quarter of the work and room of one device's."""
     size = 64, 48  # rows, tokens
@@ -197,6 +234,30 @@ def test_a_small_job_fits_a_tpu(job):
     found = fit(SMALL, job, "v5e:2x2", batch=4, context=256)
     assert found.fits and found.program.flops > 0
     assert found.program.arguments >= found.param_bytes // 4
+
+
+def unreadable(self):
+    """What jaxlib says of an operation that it does not know."""
+    raise jax.errors.JaxRuntimeError("INTERNAL")
+
+
+def test_a_program_that_jax_cannot_print_is_read_from_the_dump(tmp_path):
+    compiled = type("Compiled", (), {"as_text": unreadable})()
+    assert _text(compiled, tmp_path) is None
+    for name in ("before_optimizations", "after_codegen", "after_optimizations"):
+        (tmp_path / f"module_1.jit_step.{name}.txt").write_text(name)
+    assert _text(compiled, tmp_path) == "after_codegen"
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_dump_has_the_collectives_that_jax_prints(monkeypatch):
+    measure = lambda: fit(SMALL, "osft", "v5p:2x2x1", batch=4, context=256).program
+    printed = measure()
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    dumped = measure()
+    assert dumped.collective_bytes == printed.collective_bytes > 0
+    assert dumped.kernels == printed.kernels
 
 
 @needs_libtpu

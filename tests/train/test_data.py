@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.core.errors import DataError
 from jaxlm.hf.bundle import load
-from jaxlm.train import Data, setup
+from jaxlm.train import Data, data, setup
 from jaxlm.train.data import Reader, open_examples
 from jaxlm.train.setup import reader
 from jaxlm.train.stopping import Stopped, listening
@@ -179,6 +179,19 @@ def test_messages_are_a_sample_beside_any_other_field(chat):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     example = reader(chat, settings_of())({"messages": turns, "prompt": "a", "prompt_id": "x"})
     assert learnt(example, chat.tokenizer) == "b</s>"
+
+
+def test_lines_tokenised_together_are_those_of_each_alone(chat, tmp_path, monkeypatch):
+    """Chats, whose marks are in the text, among texts, whose marks the tokenizer adds."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
+    lines = [{"text": "abc"}, {"messages": turns}, {"prompt": "2+2=", "completion": "4"}] * 3
+    read = reader(chat, settings_of())
+    monkeypatch.setattr(data, "CHUNK", 4)
+    found = open_examples([write(tmp_path / "a.jsonl", lines)], read, 64)
+    assert found.counts["samples"] == len(found.cache) == 9
+    for i, line in enumerate(lines):
+        for ours, alone in zip(found[i], read(line), strict=True):
+            np.testing.assert_array_equal(ours, alone)
 
 
 def test_lines_are_watched_and_a_sigterm_ends_the_reading(read, tmp_path):

@@ -13,8 +13,9 @@ import optax
 import pytest
 
 from jaxlm.core.errors import CheckpointError, ConfigError, DeviceError, NumericsError
+from jaxlm.core.tree import flatten, unflatten
 from jaxlm.hf.bundle import load
-from jaxlm.train import Ewc, Full, Lora, MeshSizes, Osft, fit, loop, run
+from jaxlm.train import Ewc, Full, Lora, MeshSizes, Osft, fit, loop, run, runs
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.log import read_log
 from jaxlm.train.optimizers import make_optimizer
@@ -325,6 +326,20 @@ def test_an_export_is_read_again(tiny_folder, tmp_path):
     again = load(tmp_path / "out" / "model", dtype="own")
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fitted.bundle.params)
     chex.assert_trees_all_equal(again.params, low)
+
+
+def test_an_export_that_lost_one_far_row_is_refused(bundle, tmp_path, monkeypatch):
+    """A row of the embedding that the compared logits do not read."""
+    def save(found, folder, **how):
+        params = flatten(found.params)
+        params["embed/table"] = params["embed/table"].at[200].add(1e-3)
+        return bundle_save(found.replace(params=unflatten(params)), folder, **how)
+
+    bundle_save = runs.save
+    runs.export(bundle, tmp_path / "whole")
+    monkeypatch.setattr(runs, "save", save)
+    with pytest.raises(CheckpointError, match="another 'embed/table' than was trained"):
+        runs.export(bundle, tmp_path / "changed")
 
 
 def test_masked_thoughts_train(bundle, tmp_path):

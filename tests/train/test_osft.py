@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optax.contrib import muon
 
+from jaxlm.core.count import count
 from jaxlm.core.errors import ConfigError, NumericsError
 from jaxlm.core.tree import flatten, nbytes, size
 from jaxlm.models.stack import stack, unstack
@@ -19,7 +20,7 @@ from jaxlm.train.osft import Osft, project, project_corner
 from jaxlm.train.step import TrainState, lm_objective, tuned_step
 from jaxlm.train.subspace import svd
 from jaxlm.train.tuning import Full
-from tests.train.osft_cases import CONFIG, MODEL, PATH, kernel, params_of, run, start
+from tests.train.osft_cases import CONFIG, MODEL, PATH, kernel, only, params_of, run, start
 
 FORMS = ("update", "factored", "coordinates")
 RNG = np.random.default_rng(0)
@@ -285,3 +286,34 @@ def test_one_projection_is_the_last_of_the_chain():
     P, Q = np.eye(20) - U @ U.T, np.eye(28) - V @ V.T
     np.testing.assert_allclose(kernel(found), P @ np.asarray(kernel(expected)) @ Q, atol=1e-8)
     assert PATH in flatten(found)
+
+
+COSTS = {  # of one n x m matrix with k directions kept, a step: docs/osft.md
+    "update, kept": ("update", (20, 28, 4), lambda n, m, k: 4 * n * m * (k + k)),
+    "update, free": ("update", (24, 24, 18), lambda n, m, k: 4 * n * m * 6 + 4 * m * 6**2),
+    "coordinates, free": ("coordinates", (20, 28, 16),
+                          lambda n, m, k: 4 * n * (n - k) * (m - k) + 4 * n * m * (m - k)),
+    "coordinates, right reflected": ("coordinates", (20, 28, 12),
+                                     lambda n, m, k: 4 * n * (n - k) * (m - k) + 8 * n * m * k),
+    "coordinates, left reflected": ("coordinates", (28, 20, 12),
+                                    lambda n, m, k: 8 * n * k * (m - k) + 4 * n * m * (m - k)),
+    "coordinates, reflected": ("coordinates", (20, 28, 6),
+                               lambda n, m, k: 8 * n * k * (m - k) + 8 * n * m * k),
+    "factored": ("factored", (20, 28, 12),
+                 lambda n, m, k: 8 * (n + m) * k * (20 - k) + 6 * n * m * (20 - k)),
+}
+
+
+@pytest.mark.parametrize("case", COSTS)
+def test_what_a_form_adds_to_a_step(case):
+    form, (n, m, k), wanted = COSTS[case]
+    tuning, weights = Osft(form, 1 - k / min(n, m)), RNG.standard_normal((n, m))
+    trained, frozen = start(tuning, weights.astype(np.float32))
+    wrapped = only(tuning).wrap(optax.sgd(1.0))
+
+    def step(trained, G):
+        W, pull = jax.vjp(lambda x: kernel(tuning.materialise(x, frozen)), trained)
+        updates, _ = wrapped.update(pull(G)[0], wrapped.init(trained), frozen=frozen)
+        return W, tuning.settle(optax.apply_updates(trained, updates), frozen)
+
+    assert count(jax.make_jaxpr(step)(trained, jnp.ones((n, m))), "cpu").flops == wanted(n, m, k)

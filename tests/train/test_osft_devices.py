@@ -1,6 +1,7 @@
 """OSFT over eight devices: the SVD by layers, the projection with two small all-reduces."""
 
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.core.hlo import COLLECTIVE, INDEX, collective_bytes
 from jaxlm.core.mesh import make_mesh, shard_batch, shardings
+from jaxlm.eval.fit import tuned_program
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.lm import LM
 from jaxlm.train import subspace
 from jaxlm.train.osft import Osft, project
 from jaxlm.train.step import TrainState, lm_objective, tuned_step
 from jaxlm.train.subspace import LARGE, decompose, leading, shared, svd
+from jaxlm.train.tuning import Full
 
 N, M, K = 64, 96, 16
 FORMS = ("update", "coordinates", "factored")
@@ -65,6 +68,27 @@ def test_the_whole_step_gathers_nothing_for_its_bases():
 
 CONFIG = ModelConfig(vocab_size=16, dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8,
                      ffn_dim=24)
+
+
+def collectives(tuning):
+    """Kind and shape of what a step's collectives make: AdamW, clipping, stacked layers."""
+    lm = LM(CONFIG, mesh=make_mesh(fsdp=4, tensor=2))
+    step, args, places = tuned_program(tuning, lm, 8, 16, jnp.float32)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    text = INDEX.sub("", jitted.lower(*args).compile().as_text())
+    return Counter((match.group(2), shape)
+                   for match in filter(None, map(COLLECTIVE.search, text.splitlines()))
+                   for shape in re.findall(r"\w+\[[\d,]*\]", match.group(1)))
+
+
+def test_a_whole_step_adds_small_all_reduces_alone():
+    """To what a full step sends: two of each stack of matrices; nothing more is gathered."""
+    full, osft = collectives(Full()), collectives(Osft())
+    added = osft - full
+    assert not full - osft and {kind for kind, _ in added} == {"all-reduce"}
+    assert added.total() == 2 * 7
+    layers, free, part = 2, 8, 24 // 2  # the longest part of a side
+    assert max(sizes_of(" ".join(shape for _, shape in added))) <= layers * free * part
 
 
 @pytest.mark.parametrize("form", ["update", pytest.param("coordinates", marks=pytest.mark.slow),

@@ -10,10 +10,10 @@ import pytest
 
 from jaxlm.core.errors import ConfigError
 from jaxlm.train.osft import Osft, project, project_corner, project_factors
-from jaxlm.train.ranks import cosine, kept, normalised
+from jaxlm.train.ranks import cosine, importance, kept, normalised
 from jaxlm.train.subspace import svd
 from tests.train.numpy_osft import AdamW, trajectory
-from tests.train.osft_cases import PATH, kernel, run, start
+from tests.train.osft_cases import MODEL, PATH, kernel, run, start
 
 FACTORED = Osft(form="factored", unfreeze_ratio=2 / 3)  # 16 of 48 directions are kept
 TOLERANCE = {"f64": 1e-12, "f32": 1e-6}
@@ -101,7 +101,7 @@ def test_importance_and_ranks(golden):
         raw = {}
         for layer in range(5):
             X, W = (jnp.asarray(golden[f"imp/L{layer}/{x}"]) for x in "XW")
-            raw[layer] = float(cosine(X.T, (W @ X).T, jnp.ones(X.shape[1])))
+            raw[layer] = float(cosine(X.T, (W @ X).T, jnp.ones(X.shape[1]))) / X.shape[1]
     np.testing.assert_allclose(list(raw.values()), golden["imp/I_raw"], atol=1e-9)
     relative = normalised(raw, clip=False)
     np.testing.assert_allclose(list(relative.values()), golden["imp/I_norm"], atol=1e-8)
@@ -109,6 +109,18 @@ def test_importance_and_ranks(golden):
         shares = normalised(raw, clip)
         found = [kept(32, 0.1 + 0.7 * share) for share in shares.values()]
         assert found == golden[f"imp/{name}"].tolist()
+
+
+def test_importance_is_a_mean_over_tokens():
+    """However the samples are put in batches; those of a last, small batch weigh no more."""
+    params, lengths = MODEL.init(jax.random.key(0)), jnp.array([9, 2, 3, 9, 1, 4, 2, 7])
+    tokens = jax.random.randint(jax.random.key(1), (8, 10), 0, MODEL.config.vocab_size)
+    segments = 1 * (jnp.arange(9) < lengths[:, None])
+    found = [importance(MODEL, params, [
+        {"tokens": tokens[i:i + size], "segments": segments[i:i + size]}
+        for i in range(0, 8, size)]) for size in (8, 3)]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert np.mean(list(found[0].values())) == pytest.approx(1)
 
 
 def test_negative_cosines_count_as_none():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import CheckpointError, ConfigError
-from jaxlm.train import Ewc, Full, OLora, Osft, Task, continual, loop, rank_runs
+from jaxlm.train import Ewc, Full, OLora, Osft, Task, continual, evaluation, loop, rank_runs
 from jaxlm.train import tasks as course
 from jaxlm.train.data import open_examples
 from jaxlm.train.evaluation import evaluate
@@ -177,6 +177,27 @@ def test_accuracy_is_that_of_greedy_answers(bundle, tmp_path):
     right = np.mean([row["completion"] != "~" for row in rows])
     assert 0 < right < 1 and found["accuracy"] == pytest.approx(right)
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+
+
+def test_an_evaluation_is_read_one_batch_behind(bundle, tmp_path, monkeypatch):
+    """What the device has not answered yet is at most two batches."""
+    happened = []
+
+    class Sum(float):
+        def __float__(self):
+            happened.append("read")
+            return 1.0
+
+    def run(params, batch):
+        happened.append("run")
+        return {name: Sum() for name in ("nll", "tokens", "right", "whole", "samples")}
+
+    monkeypatch.setattr(evaluation, "_evaluator", lambda *_: run)
+    config = settings(tmp_path, batch=4, data={"pack": False})
+    path = write(tmp_path / "eval.jsonl", [{"text": "abc"}] * 12)
+    batches = plain(open_examples([path], reader(bundle, config), 24), config, None, packed=False)
+    assert evaluate(bundle.lm, None, batches)["loss"] == 1
+    assert happened == ["run", "run"] + ["read"] * 5 + ["run"] + ["read"] * 10
 
 
 def test_runs_are_ordered_by_high_loss_and_low_norm():
