@@ -102,7 +102,7 @@ def uninterrupted(folder: Path, seed: int) -> Straight:
     config = Config(
         model=str(model), out=str(folder / "straight"), data=Data(train=(train,), window=64),
         tuning=Osft(), optimizer=Optimizer(rate=1e-3, weight_decay=0.1), batch=4, steps=STEPS,
-        checkpoint_every=1, keep=STEPS, seed=seed)
+        checkpoint_every=1, keep=STEPS + 1, seed=seed)  # that of step 0 too
     for _ in range(2):  # the second finds its programs compiled, as those to be killed do
         shutil.rmtree(config.out, ignore_errors=True)
         begin = time.monotonic()
