@@ -24,6 +24,7 @@ from jaxlm.core.errors import CheckpointError
 from jaxlm.train.step import TrainState
 
 Place = Callable[[Any, Any], tuple[Any, Any]]  # (trained, frozen) as shapes, to shardings
+DROPPED = "dropped"  # where old ones are moved, so that a kill leaves no half of one by its name
 
 
 class Restored(NamedTuple):
@@ -44,7 +45,7 @@ class Checkpoints:
     def __init__(self, out: pathlib.Path, keep: int = 2, read_only: bool = False):
         import orbax.checkpoint as ocp
 
-        self.ocp, self.out = ocp, out.expanduser().resolve()
+        self.ocp, self.out, self.read_only = ocp, out.expanduser().resolve(), read_only
         self.frozen_digest: dict[str, int] = {}
         try:
             self.manager = ocp.CheckpointManager(
@@ -53,7 +54,8 @@ class Checkpoints:
                     "optimizer": ocp.StandardCheckpointHandler(),
                     "meta": ocp.JsonCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, read_only=read_only, create=not read_only))
+                    max_to_keep=keep, read_only=read_only, create=not read_only,
+                    todelete_subdir=None if read_only else DROPPED))
         except OSError as error:
             raise CheckpointError(f"{out} cannot hold checkpoints: {error}") from error
 
@@ -74,6 +76,7 @@ class Checkpoints:
         """Write one, unless it is there."""
         if self.latest() == step:
             return
+        self._sweep()
         a = self.ocp.args
         sums = {"trained": digest(state.params), "optimizer": digest(state.opt_state),
                 "frozen": self.frozen_digest}
@@ -92,6 +95,13 @@ class Checkpoints:
         """Wait, and let go of the threads."""
         with self._written("the last checkpoint"):
             self.manager.close()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Delete what is no longer kept; the folder stays, for the next may be on its way there."""
+        if jax.process_index() == 0 and not self.read_only:
+            for path in (self.out / "checkpoints" / DROPPED).glob("*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of itself."""

@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import chex
 import jax
@@ -278,6 +279,20 @@ def test_more_epochs_are_refused_and_more_steps_are_not(bundle, tmp_path):
     longer = fit(bundle, by_steps.replace(steps=30))
     straight = fit(bundle, by_steps.replace(steps=30, out=f"{tmp_path}/straight"))
     assert losses(longer) == losses(straight) and len(losses(longer)) == 30
+
+
+def test_an_old_checkpoint_is_moved_away_whole_before_it_is_deleted(bundle, tmp_path, monkeypatch):
+    """So that a kill in the middle leaves no half of one by the name of a step."""
+    config = settings(tmp_path, steps=4, checkpoint_every=1, keep=2)
+    folder = Path(config.out) / "checkpoints"
+    items = lambda path: sorted(item.name for item in path.iterdir())
+    monkeypatch.setattr(Checkpoints, "_sweep", lambda self: None)
+    fit(bundle, config)
+    assert items(folder / "dropped") == ["1", "2"]
+    assert items(folder / "dropped" / "2") == items(folder / "3")
+    monkeypatch.undo()
+    fit(bundle, config.replace(steps=5))
+    assert items(folder) == ["4", "5", "dropped"] and not items(folder / "dropped")
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_loads(
