@@ -45,7 +45,7 @@ def test_a_projection_adds_two_small_all_reduces_and_no_gather():
     assert collective_bytes(text) == 4 * (K * M // 2 + N // 4 * K)
 
 
-def test_the_whole_step_gathers_nothing_for_its_bases():
+def test_an_update_gathers_nothing_for_its_bases():
     """An update's chain alone, on a model: per protected matrix two all-reduces."""
     config = ModelConfig(vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=2,
                          head_dim=8, ffn_dim=32)
