@@ -57,6 +57,10 @@ class Request:
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
     shown: int = 0  # characters of text reported
 
+    def another(self, choice: int) -> "Request":
+        """The same for another of several answers to the prompt, whose ids they share."""
+        return replace(self, choice=choice, drawn=[], logprobs=[], alternatives=[])
+
 
 class Progress(NamedTuple):
     """What is new of an answer: text, and once it is over, why ("stop", "string", "length", or

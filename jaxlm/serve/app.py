@@ -153,12 +153,11 @@ class Server:
         """Answer a chat, or go on with its last message."""
         self._check_model(given.model)
         messages = [message.plain() for message in given.messages]
-        text = await asyncio.to_thread(self._rendered, messages, given)
-        ids = self.bundle.tokenizer.encode(text, special=False)
+        ids = await asyncio.to_thread(self._rendered, messages, given)
         return await self._answer(given, [ids], request)
 
-    def _rendered(self, messages: list[dict[str, str]], given: ChatRequest) -> str:
-        """A chat as a text.
+    def _rendered(self, messages: list[dict[str, str]], given: ChatRequest) -> list[int]:
+        """A chat's token ids.
 
         Raises: Refused without a template, or for messages that it does not take.
         """
@@ -167,11 +166,12 @@ class Server:
             raise Refused("this model has no chat template; use /v1/completions, or start the "
                           "server with --chat-template verbatim, or a Jinja file", 400)
         try:
-            return tokenizer.chat(messages, given.begins_answer, template=template,
+            text = tokenizer.chat(messages, given.begins_answer, template=template,
                                   resume=bool(given.continue_final_message))
         except TokenizerError as error:  # its own message names a folder of the server
             raise Refused(f"the chat template does not take these messages: {error.__cause__}; "
                           "change their roles or order", 400) from error
+        return tokenizer.encode(text, special=False)
 
     def _card(self) -> dict:
         return {"id": self.settings.name, "object": "model", "created": self.created,
@@ -188,6 +188,7 @@ class Server:
         self._check_model(given.model)
         if given.method != "plain":
             return await self._search(given, prompts, request)
+        self.engine.check(len(prompts) * (given.n or 1))  # before any work on so many
         wanted = await asyncio.to_thread(self._wanted, given, prompts)
         count = sum(len(one.prompt) for one in wanted[:: given.n or 1])
         ticket = self.engine.submit(wanted)
@@ -218,8 +219,9 @@ class Server:
             "seed": seed_of(given),
         }
         n = given.n or 1
-        return [self.engine.batcher.request(prompt, choice=number * n + i, **common)
-                for number, prompt in enumerate(prompts) for i in range(n)]
+        firsts = [self.engine.batcher.request(prompt, choice=number * n, **common)
+                  for number, prompt in enumerate(prompts)]
+        return [first.another(first.choice + i) for first in firsts for i in range(n)]
 
     async def _search(
         self, given: CompletionRequest | ChatRequest, prompts: list, request: Request

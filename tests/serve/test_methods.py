@@ -126,9 +126,9 @@ def test_a_search_ends_when_its_client_leaves(bundle):
         time.sleep(2.0)  # the server's loop sees it
         gate.may.set()
         until = time.monotonic() + 100
-        while engine.pending and time.monotonic() < until:
+        while engine.searching and time.monotonic() < until:
             time.sleep(0.02)
-        assert engine.pending == 0 and gate.calls == 1 < whole
+        assert engine.searching == 0 and gate.calls == 1 < whole
 
 
 def test_plain_answers_pass_a_search_and_a_shutdown_does_not_wait_for_it(bundle):
@@ -141,10 +141,10 @@ def test_plain_answers_pass_a_search_and_a_shutdown_does_not_wait_for_it(bundle)
             first = pool.submit(ask, method="particle-filter")
             assert gate.asked.wait(300)
             second = pool.submit(ask, method="beam")
-            while engine.pending < 2:
+            while engine.searching < 2:
                 time.sleep(0.02)
             assert ask(budget=None, max_steps=None).status_code == 200
-            assert engine.pending == 2 and not first.done()
+            assert engine.searching == 2 and not first.done()
             began = time.monotonic()
         assert time.monotonic() - began < 15 and engine.alive
         for search in (first, second):
