@@ -60,7 +60,7 @@ def run(
         raise ConfigError(f"{error}; install the extra `serve`, or fastapi, uvicorn and "
                           "prometheus-client") from error
     from jaxlm.serve.engine import Engine
-    from jaxlm.serve.methods import Methods
+    from jaxlm.serve.methods import Methods, memory_left
 
     check_numbers(
         port=(port, 0, 65535), rows=(rows, 1, 2**20), max_len=(max_len, 2, 2**31 - 1),
@@ -80,7 +80,7 @@ def run(
         batcher = Batcher(
             bundle, rows=rows, max_len=min(max_len, bundle.lm.config.max_len), chunk=chunk,
             piece=piece, readers=readers, cache=kinds, prompt_bytes=prompt_cache_mb << 20)
-        methods = Methods(bundle, reward, kinds, max_budget)
+        methods = Methods(bundle, reward, kinds, max_budget, memory_left(batcher))
         compile_all(batcher, methods)
         engine = Engine(batcher, queue, search_queue)
         settings = Settings(name or model, token, template, max_body_kb << 10)

@@ -12,6 +12,7 @@ from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
 from jaxlm.core.device import backend
 from jaxlm.core.errors import ConfigError, ShapeError, whole
+from jaxlm.core.tree import nbytes
 from jaxlm.decode.generate import check_strings, continuation, placed, to_ids
 from jaxlm.decode.pool import (
     NEUTRAL,
@@ -161,6 +162,12 @@ class Batcher:
     def add(self, request: Request) -> None:
         """Let a request wait for a row."""
         self.waiting.append(request)
+
+    @property
+    def bytes(self) -> int:
+        """What it may hold: its rows, the prompts that are read together, and kept prompts."""
+        return nbytes(self._state) * (self.rows + self.reader.rows) // self.rows + (
+            self.reader.kept.limit)
 
     @property
     def busy(self) -> bool:

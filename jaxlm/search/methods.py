@@ -42,7 +42,7 @@ class Request:
 
     particles: the budget, answers a prompt. rows: computed in an iteration, None for all (as
     `particle_filter`). extract: a text -> its final answer, or None. equal:
-    whether two final answers are the same.
+    whether two final answers are the same. memory: bytes of the device, None for what it says.
     """
 
     bundle: Bundle
@@ -54,6 +54,7 @@ class Request:
     extract: Callable[[str], str | None] = extract
     equal: Same = same
     rows: int | None = None
+    memory: int | None = None
 
     def sampler(self, temperature: float | None = None) -> Categorical:
         """At a temperature, by default the request's."""
@@ -66,7 +67,7 @@ class Solution:
 
     text: as written. answer: taken out of it, or None. score: the reward's, of that text, or what
     the vote gave its answer. log_evidence: of a particle method, else NaN. ess: by step. tokens:
-    that the model computed, losers included; of chains, those of the last sweep times the sweeps.
+    that the model computed, losers included; of chains, those of all sweeps.
     """
 
     text: str
@@ -91,7 +92,8 @@ def draw(
     return particle_filter(
         request.bundle, list(prompts), request.reward or EVEN, threshold=0.0, key=keys_R,
         particles=request.particles if count is None else count, steps=request.steps,
-        sampler=request.sampler(temperature), cache=request.cache, rows=request.rows)
+        sampler=request.sampler(temperature), cache=request.cache, rows=request.rows,
+        memory=request.memory)
 
 
 def as_rollouts(
@@ -126,7 +128,8 @@ def by_search(search: Callable[..., Any], budget: str = "particles", **options: 
     def run(request, prompts, keys_R):
         found = search(request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
                        steps=request.steps, sampler=request.sampler(), cache=request.cache,
-                       rows=request.rows, **{budget: request.particles}, **options)
+                       rows=request.rows, memory=request.memory,
+                       **{budget: request.particles}, **options)
         return [solution(request, result) for result in found]
 
     return run
@@ -153,10 +156,10 @@ def by_chains(temperatures: Sequence[float] = (1.0,)) -> Run:
         found = particle_gibbs(
             request.bundle, list(prompts), request.reward or EVEN, key=keys_R, particles=each,
             sweeps=SWEEPS, temperatures=temperatures, steps=request.steps,
-            sampler=request.sampler(), cache=request.cache, rows=request.rows)
-        share = SWEEPS * len(temperatures)  # of which only one is reported; all draw about as much
+            sampler=request.sampler(), cache=request.cache, rows=request.rows,
+            memory=request.memory)
         return [replace(solution(request, chain.last), log_evidence=float("nan"),
-                        tokens=share * chain.last.tokens_drawn) for chain in found]
+                        tokens=chain.tokens_drawn) for chain in found]
 
     return run
 

@@ -88,12 +88,6 @@ class Idle:
 
     rows, busy = 1, False
 
-    def add(self, request):
-        self.busy = True
-
-    def step(self):
-        raise OSError("the device is gone")
-
 
 class Gap:
     """A lock whose holder lets another thread do something just before it gets it."""
@@ -113,19 +107,20 @@ class Gap:
         self.lock.notify()
 
 
-def test_what_comes_in_the_moment_of_an_end_is_refused():
+@pytest.mark.parametrize("end", [Engine.end, lambda engine: engine.drain(0.0)])
+def test_what_comes_in_the_moment_of_an_end_is_refused(end):
     """Between a look at the engine and the queue the thread may fail, or leave."""
     async def ask():
-        for end in (lambda engine: engine.end(), lambda engine: engine.drain(0.0)):
-            engine = Engine(Idle())  # its thread has left, so nobody would answer
-            engine._wake = Gap(engine._wake, lambda: end(engine))
-            with pytest.raises(Refused) as found:
-                engine.submit([object()])
-            assert found.value.status == 503 and not engine.pending
-            engine = Engine(Idle())
-            engine._jobs._wake = Gap(engine._jobs._wake, lambda: end(engine))
-            with pytest.raises(Refused) as found:
-                engine.call(lambda left: 0)
-            assert found.value.status == 503 and not engine.searching
+        engine = Engine(Idle())  # its thread has left, so nobody would answer
+        engine._wake = Gap(engine._wake, lambda: end(engine))
+        with pytest.raises(Refused) as found:
+            engine.submit([object()])
+        assert found.value.status == 503 and not engine.pending
+
+        other = Engine(Idle())
+        other._jobs._wake = Gap(other._jobs._wake, lambda: end(other))
+        with pytest.raises(Refused) as found:
+            other.call(lambda left: 0)
+        assert found.value.status == 503 and not other.searching
 
     asyncio.run(ask())
