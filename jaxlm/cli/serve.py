@@ -44,8 +44,7 @@ def run(
       search_queue: searches that may wait for their turn; beyond them, 429.
       max_body_kb: of a request; beyond it, 413.
       max_budget: answers that one search may spend.
-      chat_template: for /v1/chat/completions instead of the model's own template: a Jinja file, or
-        verbatim, which writes every message as it is.
+      chat_template: a Jinja file instead of the model's own; verbatim writes messages as they are.
       name: of the model in the protocol; default what was given as model.
       token_file: a file whose text clients must send as bearer token; JAXLM_TOKEN does the same.
       grace: seconds that answers in flight get at SIGTERM; a second signal ends all at once.
@@ -68,8 +67,7 @@ def run(
         queue=(queue, 0, 2**31 - 1), search_queue=(search_queue, 0, 2**31 - 1),
         max_body_kb=(max_body_kb, 1, 2**20), max_budget=(max_budget, 1, 2**20))
     check_grace(grace)
-    token = read_token(token_file)
-    template = template_of(chat_template, VERBATIM)
+    token, template = read_token(token_file), template_of(chat_template, VERBATIM)
     warn_of(host, token)
     with listen(host, port) as listener:  # before a model is read: a taken port is known at once
         bundle = open_model(model, device, dtype, revision)

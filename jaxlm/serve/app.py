@@ -39,7 +39,7 @@ OURS = (RewardError, NumericsError)  # of the library's errors, those that no re
 class Settings:
     """What a server allows.
 
-    name: of the model, as clients name it. token: a bearer token that every request but
+    name: of the model, as clients name it. token: a bearer token that every request but one for
     `/health` must carry. template: a chat template instead of the model's own. max_body: bytes.
     """
 

@@ -1,6 +1,6 @@
 """The seam to `jaxlm.search`: from a request's fields to a method of that package, by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -92,7 +92,7 @@ class Methods:
         rule = text_rule(self.bundle, steps.stop, steps.delimiters,
                          ids=check_stop_ids(self.bundle, steps.stop_ids))  # kept for the search
         tables = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(rule))
-        size = name, asked.particles, steps.room, tables
+        size: tuple | None = (name, asked.particles, steps.room, tables)
         try:
             return solve(name, asked, *rest)
         except DeviceError:  # it does not fit, so nothing was compiled
@@ -144,7 +144,7 @@ def check_reward(reward: Reward | None, steps: int, prompt: str) -> None:
         check(prompt)
 
 
-def check_texts(bundle: Bundle, texts: tuple[str, ...], name: str) -> None:
+def check_texts(bundle: Bundle, texts: Sequence[str], name: str) -> None:
     """ConfigError for texts that no tokens can spell, or whose table would be too large."""
     size = bundle.lm.config.vocab_size
     count = states(spelled(vocabulary(bundle.tokenizer, size), texts, name))

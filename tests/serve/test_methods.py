@@ -149,6 +149,40 @@ def test_without_a_reward_some_methods_go(bundle):
     assert isinstance(job(given(method="self-consistency"), [[1]], 5, 0).args[1], Wanted)
 
 
+EVEN = Stateless(lambda rows: 0.5 + 0.0 * rows.length_B)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", [EVEN, arithmetic_reward()], ids=["device", "host"])
+def test_plain_answers_beside_searches_are_those_alone(bundle, reward):
+    """To the last bit, while a search computes at every moment."""
+    with (running(make_batcher(bundle), methods=Methods(bundle, reward)) as (url, engine),
+          ThreadPoolExecutor(8) as pool):
+        ask = lambda body: httpx.post(f"{url}/v1/completions", timeout=300, json=body)
+        plain = lambda i: ask({
+            "model": "tiny-model", "prompt": f"Q:{i}+8*6=\n", "max_tokens": 5 + i, "seed": i,
+            "temperature": [0, 0.8][i % 2], "logprobs": 2}).json()["choices"]
+        search = lambda: ask(ASK | {"method": "particle-filter", "budget": 8, "max_tokens": 64,
+                                    "max_steps": 32}).status_code
+        alone = [plain(i) for i in range(24)]
+        assert search() == 200  # compiled
+        over = threading.Event()
+
+        def searching():
+            found = []
+            while not over.is_set():
+                found.append(search())
+            return found
+
+        busy = [pool.submit(searching) for _ in range(2)]
+        while engine.searching < 2:
+            time.sleep(0.01)
+        together = list(pool.map(plain, range(24)))
+        over.set()
+        found = sum((one.result() for one in busy), [])
+        assert together == alone and set(found) == {200} and len(found) > 2
+
+
 class Gate:
     """A reward that says when it is asked, and answers when it may."""
 
