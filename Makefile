@@ -63,7 +63,7 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 $(VENV)/.all: $(VENV)/.dev
-	$(PIP) -e ".[dev,torch,eval]" libtpu
+	$(PIP) -e ".[dev,torch,eval,serve-test]" libtpu
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base

@@ -14,7 +14,7 @@ Expected: serve_overhead_ratio 1.2 to 1.4 (wanted: 1.3), mixed_requests 0, rss_g
 - `mixed_requests`: of 1,000 requests with prompts, seeds and lengths of their own, sent at once,
   how many answers differ from what the same request got alone.
 - `rss_growth_mb`: growth of the server's resident memory over 5,000 plain requests, after it is
-  warm; no searches, whose programs stay for good.
+  warm; no searches, of whose programs those of 32 sizes are kept.
 - `vs_its_hub_*`: the same problems with the same noisy checker and budget, by (a) its_hub's
   particle filter over HTTP with this server as its model, (b) this project's over HTTP, (c) in
   process. Speed is (a)'s seconds over (b)'s; accuracy points are (b)'s minus (a)'s, of exact

@@ -19,9 +19,10 @@ def run(
     model: str, prm: str | None = None, host: str = "127.0.0.1", port: int = 8000, rows: int = 32,
     max_len: int = 1024, cache: str = "dense", chunk: int = 8, piece: int | None = None,
     readers: int | None = None, prompt_cache_mb: int = 256, queue: int = 256,
-    max_body_kb: int = 1024, max_budget: int = 64, chat_template: str | None = None,
-    name: str | None = None, token_file: Path | None = None, grace: float = 30.0,
-    device: Device | None = None, dtype: Dtype | None = None, revision: str | None = None,
+    search_queue: int = 16, max_body_kb: int = 1024, max_budget: int = 64,
+    chat_template: str | None = None, name: str | None = None, token_file: Path | None = None,
+    grace: float = 30.0, device: Device | None = None, dtype: Dtype | None = None,
+    revision: str | None = None,
 ) -> None:
     """Serve a model: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics.
 
@@ -40,10 +41,10 @@ def run(
       readers: prompts read together; default 4 on a CPU, 8 elsewhere.
       prompt_cache_mb: memory for prompts that may come again; 0 keeps none.
       queue: answers that may wait for a row; beyond them, 429.
+      search_queue: searches that may wait for their turn; beyond them, 429.
       max_body_kb: of a request; beyond it, 413.
       max_budget: answers that one search may spend.
-      chat_template: for /v1/chat/completions instead of the model's own template: a Jinja file, or
-        verbatim, which writes every message as it is.
+      chat_template: a Jinja file instead of the model's own; verbatim writes messages as they are.
       name: of the model in the protocol; default what was given as model.
       token_file: a file whose text clients must send as bearer token; JAXLM_TOKEN does the same.
       grace: seconds that answers in flight get at SIGTERM; a second signal ends all at once.
@@ -58,16 +59,15 @@ def run(
         raise ConfigError(f"{error}; install the extra `serve`, or fastapi, uvicorn and "
                           "prometheus-client") from error
     from jaxlm.serve.engine import Engine
-    from jaxlm.serve.methods import Methods
+    from jaxlm.serve.methods import Methods, memory_left
 
     check_numbers(
         port=(port, 0, 65535), rows=(rows, 1, 2**20), max_len=(max_len, 2, 2**31 - 1),
         chunk=(chunk, 1, 2**20), prompt_cache_mb=(prompt_cache_mb, 0, 2**31 - 1),
-        queue=(queue, 0, 2**31 - 1), max_body_kb=(max_body_kb, 1, 2**20),
-        max_budget=(max_budget, 1, 2**20))
+        queue=(queue, 0, 2**31 - 1), search_queue=(search_queue, 0, 2**31 - 1),
+        max_body_kb=(max_body_kb, 1, 2**20), max_budget=(max_budget, 1, 2**20))
     check_grace(grace)
-    token = read_token(token_file)
-    template = template_of(chat_template, VERBATIM)
+    token, template = read_token(token_file), template_of(chat_template, VERBATIM)
     warn_of(host, token)
     with listen(host, port) as listener:  # before a model is read: a taken port is known at once
         bundle = open_model(model, device, dtype, revision)
@@ -78,9 +78,9 @@ def run(
         batcher = Batcher(
             bundle, rows=rows, max_len=min(max_len, bundle.lm.config.max_len), chunk=chunk,
             piece=piece, readers=readers, cache=kinds, prompt_bytes=prompt_cache_mb << 20)
-        methods = Methods(bundle, reward, kinds, max_budget)
+        methods = Methods(bundle, reward, kinds, max_budget, memory_left(batcher))
         compile_all(batcher, methods)
-        engine = Engine(batcher, queue)
+        engine = Engine(batcher, queue, search_queue)
         settings = Settings(name or model, token, template, max_body_kb << 10)
         note(f"serving {settings.name!r} at http://{host}:{listener.getsockname()[1]}/v1")
         serve(create_app(engine, settings, methods), engine, listener, grace)

@@ -46,6 +46,15 @@ def text_automaton(patterns: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return delta, hit
 
 
+def states(patterns: Sequence[bytes]) -> int:
+    """How many states their automaton has, with nothing made.
+
+    >>> states([b"ab", b"ac"]), len(text_automaton([b"ab", b"ac"])[1])
+    (4, 4)
+    """
+    return len({pattern[:end] for pattern in patterns for end in range(len(pattern) + 1)})
+
+
 def token_automaton(
     delta: np.ndarray, hit: np.ndarray, vocabulary: Sequence[bytes]
 ) -> np.ndarray:

@@ -12,6 +12,7 @@ from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
 from jaxlm.core.device import backend
 from jaxlm.core.errors import ConfigError, ShapeError, whole
+from jaxlm.core.tree import nbytes
 from jaxlm.decode.generate import check_strings, continuation, placed, to_ids
 from jaxlm.decode.pool import (
     NEUTRAL,
@@ -56,6 +57,10 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
     shown: int = 0  # characters of text reported
+
+    def another(self, choice: int) -> "Request":
+        """The same for another of several answers to the prompt, whose ids they share."""
+        return replace(self, choice=choice, drawn=[], logprobs=[], alternatives=[])
 
 
 class Progress(NamedTuple):
@@ -157,6 +162,12 @@ class Batcher:
     def add(self, request: Request) -> None:
         """Let a request wait for a row."""
         self.waiting.append(request)
+
+    @property
+    def bytes(self) -> int:
+        """What it may hold: its rows, the prompts that are read together, and kept prompts."""
+        return nbytes(self._state) * (self.rows + self.reader.rows) // self.rows + (
+            self.reader.kept.limit)
 
     @property
     def busy(self) -> bool:

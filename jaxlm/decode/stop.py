@@ -118,17 +118,21 @@ def as_texts(texts: Sequence[str], name: str) -> tuple[str, ...]:
 
 def matcher(vocabulary: Sequence[bytes], texts: Sequence[str], name: str = "strings") -> Matcher:
     """The automaton of some texts over a vocabulary, as arrays padded to a few sizes."""
-    texts = as_texts(texts, name)
-    patterns = [text.encode() for text in texts]
-    known = set(b"".join(vocabulary))
-    for text, pattern in zip(texts, patterns, strict=True):
-        if missing := bytes(set(pattern) - known):
-            raise ConfigError(f"stop {name} hold {text!r}, but no token contains {missing!r}")
+    patterns = spelled(vocabulary, as_texts(texts, name), f"stop {name}")
     delta, hit = text_automaton(patterns)
     classes, table = compress(token_automaton(delta, hit, vocabulary))
     words = zlib.crc32(b"\0".join(sorted(patterns)), zlib.crc32(b"\0".join(vocabulary)))
     base = np.int32(words & 0x7FFF0000)  # the low 16 bits are the state's
     return Matcher(jnp.asarray(classes), jnp.asarray(table), jnp.asarray(base))
+
+
+def spelled(vocabulary: Sequence[bytes], texts: Sequence[str], name: str) -> list[bytes]:
+    """Texts as bytes; ConfigError for one that no tokens can spell."""
+    patterns, known = [text.encode() for text in texts], set(b"".join(vocabulary))
+    for text, pattern in zip(texts, patterns, strict=True):
+        if missing := bytes(set(pattern) - known):
+            raise ConfigError(f"{name} hold {text!r}, but no token contains {missing!r}")
+    return patterns
 
 
 def cut(text: Text, strings: Sequence[Text], after: bool = False) -> Text:

@@ -43,4 +43,4 @@ def arithmetic_reward(noise: float = 0.0, *, margin: float = 0.01, key: int = 0)
 
     Args: as of `StepChecker`; with `noise`, so many of its verdicts are wrong.
     """
-    return StepChecker(step_verdicts, margin, noise, key)
+    return StepChecker(step_verdicts, margin, noise, key, takes=problem_of)

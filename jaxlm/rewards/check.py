@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class StepChecker(HostReward):
         the text and `key` alone, whatever the order, the batch or the machine; two texts, such as
         an answer and the same with one more step, are independent.
       key: another number, other texts.
+      takes: of a prompt, raises ShapeError where the checker cannot read it; None: it reads all.
 
     Example:
       >>> from jaxlm.rewards import Prompts, Rows
@@ -35,11 +37,17 @@ class StepChecker(HostReward):
     margin: float = 0.01
     noise: float = 0.0
     key: int = 0
+    takes: Callable[[str], Any] | None = None
 
     def __post_init__(self):
         if not (0 <= self.margin < 0.5 and 0 <= self.noise <= 1):
             raise ConfigError(f"margin is {self.margin!r} and noise {self.noise!r}; expected 0 to "
                               "below 0.5, and 0 to 1")
+
+    def check_prompt(self, prompt: str) -> None:
+        """ShapeError for a prompt that cannot be read: to be known before a search."""
+        if self.takes is not None:
+            self.takes(prompt)
 
     def values(
         self, prompts: Sequence[str], answers: Sequence[str], numbers: Sequence[int]

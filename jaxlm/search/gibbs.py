@@ -95,11 +95,13 @@ class Chain:
     last: the last sweep's particles; after the first its `log_evidence` is biased, the reference
     being given.
     swapped: the share of exchanges between temperatures that were accepted, NaN for one.
+    tokens_drawn: as `SearchResult`'s, of all sweeps of all the prompt's chains.
     """
 
     references: tuple[Answer, ...]
     last: SearchResult
     swapped: float
+    tokens_drawn: int
 
     @property
     def text(self) -> str:
@@ -157,7 +159,7 @@ def run_chains(task: Task, keys_R: jax.Array, sweeps: int, tau: np.ndarray) -> l
     prompts, chains = len(keys_R), len(tau)
     slots = list(range(prompts * chains))
     references: list[list[Answer]] = [[] for _ in range(prompts)]
-    exchanged, tried = np.zeros(prompts), 0
+    exchanged, tried, drawn = np.zeros(prompts), 0, np.zeros(prompts, np.int64)
     last: dict[int, SearchResult] = {}
     for sweep in range(sweeps):
         method = task.tools.method if sweep else task.tools.method.replace(scheme="multinomial")
@@ -173,6 +175,7 @@ def run_chains(task: Task, keys_R: jax.Array, sweeps: int, tau: np.ndarray) -> l
             pop, 1 / tau, odd)
         host, final = readable(pop), to_host(final_jit(task.tools.method, pop.held))
         (tokens_CS, count_C, row_C), swapped_RM = to_host((state.path, swapped))
+        drawn += host.drawn_R.reshape(prompts, chains).sum(1)
         exchanged, tried = exchanged + swapped_RM.sum(1) / 2, tried + (chains - odd) // 2
         for i in sorted(set(range(prompts)) - set(last)):
             first, row = i * chains, int(row_C[i * chains])
@@ -186,8 +189,8 @@ def run_chains(task: Task, keys_R: jax.Array, sweeps: int, tau: np.ndarray) -> l
             sampler=pin(task.tools.sampler, tokens_CS, count_C, task.particles)))
     worked = float(host.spent[1]) / max(float(host.spent[0]), 1.0)
     rate = exchanged / tried if tried else np.full(prompts, np.nan)
-    return [Chain(tuple(references[i]), replace(last[i], row_utilisation=worked), float(rate[i]))
-            for i in range(prompts)]
+    return [Chain(tuple(references[i]), replace(last[i], row_utilisation=worked), float(rate[i]),
+                  int(drawn[i])) for i in range(prompts)]
 
 
 @partial(jax.jit, static_argnames="steps")

@@ -48,7 +48,8 @@ class Request:
     `particle_filter`). extract: a text -> its final answer, or None. equal:
     whether two final answers are the same. at_once: prompts in the batch, None for all. questions:
     one a prompt, what the reward is told of it; None: the prompts. on_solution: called with a
-    prompt's number and its Solution, as soon as that is there.
+    prompt's number and its Solution, as soon as that is there. memory: bytes of the device, None:
+    what it says.
     """
 
     bundle: Bundle
@@ -63,6 +64,7 @@ class Request:
     at_once: int | None = None
     questions: Sequence[str] | None = None
     on_solution: Callable[[int, "Solution"], Any] | None = None
+    memory: int | None = None
 
     def sampler(self, temperature: float | None = None) -> Categorical:
         """At a temperature, by default the request's."""
@@ -75,7 +77,7 @@ class Solution:
 
     text: as written. answer: taken out of it, or None. score: the reward's, of that text, or what
     the vote gave its answer. log_evidence: of a particle method, else NaN. ess: by step. tokens:
-    that the model computed, losers included; of chains, those of the last sweep times the sweeps.
+    that the model computed, losers included; of chains, those of all sweeps.
     """
 
     text: str
@@ -101,7 +103,8 @@ def draw(
         request.bundle, list(prompts), request.reward or EVEN, threshold=0.0, key=keys_R,
         particles=request.particles if count is None else count, steps=request.steps,
         sampler=request.sampler(temperature), cache=request.cache, rows=request.rows,
-        at_once=request.at_once, questions=request.questions, on_result=on_result)
+        at_once=request.at_once, questions=request.questions, on_result=on_result,
+        memory=request.memory)
 
 
 def as_rollouts(
@@ -174,7 +177,7 @@ def by_search(search: Callable[..., Any], budget: str = "particles", **options: 
             request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
             steps=request.steps, sampler=request.sampler(), cache=request.cache,
             rows=request.rows, at_once=request.at_once, questions=request.questions,
-            on_result=tell, **{budget: request.particles}, **options))
+            on_result=tell, memory=request.memory, **{budget: request.particles}, **options))
 
     return run
 
@@ -215,10 +218,10 @@ def by_chains(temperatures: Sequence[float] = (1.0,)) -> Run:
             request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
             particles=share_of(request.particles, len(temperatures)), sweeps=SWEEPS,
             temperatures=temperatures, steps=request.steps, sampler=request.sampler(),
-            cache=request.cache, rows=request.rows, questions=request.questions)
-        share = SWEEPS * len(temperatures)  # of which only one is reported; all draw about as much
+            cache=request.cache, rows=request.rows, questions=request.questions,
+            memory=request.memory)
         return [replace(solution(request, chain.last), log_evidence=float("nan"),
-                        tokens=share * chain.last.tokens_drawn) for chain in found]
+                        tokens=chain.tokens_drawn) for chain in found]
 
     return run
 

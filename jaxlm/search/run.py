@@ -298,13 +298,6 @@ def put_jit(pop: Population, new: Population, slot: jax.Array) -> Population:
     return put(pop, new, slot).replace(spent=pop.spent)
 
 
-def forget_programs() -> None:
-    """Let go of what searches have compiled: the next one of any size compiles its own again."""
-    for program in (begin_jit, loop_jit, move_jit, absorb_jit, give_up_jit, view_jit, final_jit,
-                    put_jit):
-        program.clear_cache()  # type: ignore[attr-defined]  # not in the stubs
-
-
 def readable(pop: Population) -> Population:
     """What is read of a population, as numpy: all but its caches, logits and the reward's carry."""
     rows = pop.rows.replace(caches=(), logits_BV=None, sampler=(), keys_B=None)

@@ -34,6 +34,7 @@ class Choice:
     text: str = ""
     finish: str | None = None
     told: int = 0  # tokens whose log-probabilities were sent
+    characters: int = 0  # of those tokens
 
 
 @dataclass
@@ -115,7 +116,8 @@ class Answer:
         choice.told = count
         if self.chat:
             return chat_logprobs(drawn)
-        before = sum(len(names[t].decode(errors="replace")) for t in request.drawn[:first])
+        before = choice.characters
+        choice.characters += sum(len(token.decode(errors="replace")) for token, _, _ in drawn)
         return completion_logprobs(drawn, before)
 
 

@@ -1,16 +1,16 @@
 """The endpoints: checks and forms; what is drawn comes from the engine."""
 
 import asyncio
-import hmac
 import logging
 import secrets
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -23,7 +23,9 @@ from jaxlm.rewards.base import RewardError
 from jaxlm.serve.answers import Answer, Choice, collect, events, search_body
 from jaxlm.serve.body import BodyLimit
 from jaxlm.serve.engine import Engine, Refused
+from jaxlm.serve.guard import Guard
 from jaxlm.serve.invalid import reason
+from jaxlm.serve.jobs import Whole
 from jaxlm.serve.methods import TOKENS
 from jaxlm.serve.metrics import Counted, Metrics
 from jaxlm.serve.schema import ChatRequest, CompletionRequest, error
@@ -37,7 +39,7 @@ OURS = (RewardError, NumericsError)  # of the library's errors, those that no re
 class Settings:
     """What a server allows.
 
-    name: of the model, as clients name it. token: a bearer token that every request but
+    name: of the model, as clients name it. token: a bearer token that every request but one for
     `/health` must carry. template: a chat template instead of the model's own. max_body: bytes.
     """
 
@@ -57,24 +59,25 @@ def create_app(
         yield
         await asyncio.to_thread(engine.close)
 
+    # a search's own; it quotes the reward, which may quote a prompt; the client is told why
+    warnings.filterwarnings("ignore", "the reward failed for")
     app = FastAPI(title="jaxlm", lifespan=lifespan, docs_url=None, redoc_url=None)
     server = Server(engine, settings, methods)
     app.add_middleware(BodyLimit, limit=settings.max_body)
+    app.add_middleware(Guard, token=settings.token)
     app.add_middleware(Counted, metrics=server.metrics)
     for kind, handler in ((RequestValidationError, server.invalid), (JaxlmError, server.bad_input),
                           (StarletteHTTPException, server.refused), (Exception, server.unexpected)):
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
-    guard = [Depends(server.authorise)]
     errors: dict[int | str, dict[str, Any]] = {
         status: {"description": what} for status, what in
         ((400, "bad input"), (401, "no or another token"), (404, "no such model"),
          (413, "the body is too long"), (429, "too many wait"), (503, "shutting down"))}
     app.get("/health")(server.health)
-    app.get("/metrics", dependencies=guard)(server.metrics_text)
-    app.get("/v1/models", dependencies=guard)(server.models)
-    app.get("/v1/models/{name:path}", dependencies=guard, responses=errors)(server.model)
-    post = lambda path, endpoint: app.post(
-        path, dependencies=guard, responses=errors, response_model=None)(endpoint)
+    app.get("/metrics")(server.metrics_text)
+    app.get("/v1/models")(server.models)
+    app.get("/v1/models/{name:path}", responses=errors)(server.model)
+    post = lambda path, endpoint: app.post(path, responses=errors, response_model=None)(endpoint)
     post("/v1/completions", server.completions)
     post("/v1/chat/completions", server.chat)
     return app
@@ -93,15 +96,7 @@ class Server:
         """The model."""
         return self.engine.batcher.bundle
 
-    # what every request passes
-
-    async def authorise(self, request: Request) -> None:
-        """401 without the token, where there is one."""
-        token = self.settings.token
-        given = request.headers.get("authorization", "").encode()
-        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise HTTPException(401, "a bearer token is needed: Authorization: Bearer TOKEN",
-                                {"WWW-Authenticate": "Bearer"})
+    # refusals
 
     async def invalid(self, request: Request, found: RequestValidationError) -> JSONResponse:
         """400 with the first thing that is wrong."""
@@ -116,7 +111,7 @@ class Server:
         return JSONResponse(error(str(found), status), status, headers)
 
     async def refused(self, request: Request, found: StarletteHTTPException) -> JSONResponse:
-        """An unknown path, a wrong verb, a missing token."""
+        """An unknown path, a wrong verb."""
         return JSONResponse(error(str(found.detail), found.status_code), found.status_code,
                             found.headers)
 
@@ -153,12 +148,11 @@ class Server:
         """Answer a chat, or go on with its last message."""
         self._check_model(given.model)
         messages = [message.plain() for message in given.messages]
-        text = await asyncio.to_thread(self._rendered, messages, given)
-        ids = self.bundle.tokenizer.encode(text, special=False)
+        ids = await asyncio.to_thread(self._rendered, messages, given)
         return await self._answer(given, [ids], request)
 
-    def _rendered(self, messages: list[dict[str, str]], given: ChatRequest) -> str:
-        """A chat as a text.
+    def _rendered(self, messages: list[dict[str, str]], given: ChatRequest) -> list[int]:
+        """A chat's token ids.
 
         Raises: Refused without a template, or for messages that it does not take.
         """
@@ -167,11 +161,12 @@ class Server:
             raise Refused("this model has no chat template; use /v1/completions, or start the "
                           "server with --chat-template verbatim, or a Jinja file", 400)
         try:
-            return tokenizer.chat(messages, given.begins_answer, template=template,
+            text = tokenizer.chat(messages, given.begins_answer, template=template,
                                   resume=bool(given.continue_final_message))
         except TokenizerError as error:  # its own message names a folder of the server
             raise Refused(f"the chat template does not take these messages: {error.__cause__}; "
                           "change their roles or order", 400) from error
+        return tokenizer.encode(text, special=False)
 
     def _card(self) -> dict:
         return {"id": self.settings.name, "object": "model", "created": self.created,
@@ -188,6 +183,7 @@ class Server:
         self._check_model(given.model)
         if given.method != "plain":
             return await self._search(given, prompts, request)
+        self.engine.check(len(prompts) * (given.n or 1))  # before any work on so many
         wanted = await asyncio.to_thread(self._wanted, given, prompts)
         count = sum(len(one.prompt) for one in wanted[:: given.n or 1])
         ticket = self.engine.submit(wanted)
@@ -218,8 +214,9 @@ class Server:
             "seed": seed_of(given),
         }
         n = given.n or 1
-        return [self.engine.batcher.request(prompt, choice=number * n + i, **common)
-                for number, prompt in enumerate(prompts) for i in range(n)]
+        firsts = [self.engine.batcher.request(prompt, choice=number * n, **common)
+                  for number, prompt in enumerate(prompts)]
+        return [first.another(first.choice + i) for first in firsts for i in range(n)]
 
     async def _search(
         self, given: CompletionRequest | ChatRequest, prompts: list, request: Request
@@ -227,12 +224,7 @@ class Server:
         """A search over one prompt, as a whole job beside the batch."""
         if self.methods is None:
             raise Refused("this server has no methods; leave method out", 400)
-        ids, _ = to_ids(self.bundle, prompts)
-        room = self.engine.batcher.max_len - max(map(len, ids))
-        limit = new_tokens(given)
-        if room < 1 or (limit or 0) > room:
-            raise Refused(f"the prompt leaves room for {max(room, 0)} tokens; ask for less", 400)
-        job = self.methods.job(given, ids, min(limit or TOKENS, room), seed_of(given))
+        job, count = await asyncio.to_thread(self._job, given, prompts)
         try:
             solution = await unless_gone(self.engine.call(job), request)
         except JaxlmError:
@@ -240,9 +232,21 @@ class Server:
         except Exception as failure:  # of a reward or a method; the engine has gone on
             LOG.exception("a search failed")
             raise Refused(f"the search failed: {type(failure).__name__}: {failure}", 500) from None
-        body = search_body(given, self.settings.name, len(ids[0]), solution)
+        body = search_body(given, self.settings.name, count, solution)
         self.metrics.tokens(body["usage"])
         return JSONResponse(body)
+
+    def _job(
+        self, given: CompletionRequest | ChatRequest, prompts: list
+    ) -> tuple[Whole, int]:
+        """A checked search, and its prompt's tokens."""
+        ids, _ = to_ids(self.bundle, prompts)
+        room = self.engine.batcher.max_len - max(map(len, ids))
+        limit = new_tokens(given)
+        if room < 1 or (limit or 0) > room:
+            raise Refused(f"the prompt leaves room for {max(room, 0)} tokens; ask for less", 400)
+        job = self.methods.job(given, ids, min(limit or TOKENS, room), seed_of(given))
+        return job, len(ids[0])
 
     def _first(self) -> Callable[[], None]:
         """Records the time to the first token, once."""

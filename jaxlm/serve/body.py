@@ -43,11 +43,16 @@ class BodyLimit:
             await self._refuse(send)
 
     async def _refuse(self, send: Any) -> None:
-        body = json.dumps(error(f"the body is longer than {self.limit} bytes", 413)).encode()
-        head = [(b"content-type", b"application/json"), (b"connection", b"close"),
-                (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 413, "headers": head})
-        await send({"type": "http.response.body", "body": body})
+        await refuse(send, f"the body is longer than {self.limit} bytes", 413)
+
+
+async def refuse(send: Any, message: str, status: int, *more: tuple[bytes, bytes]) -> None:
+    """Answer with an error, whatever of the body is unread; `more`: headers."""
+    body = json.dumps(error(message, status)).encode()
+    head = [(b"content-type", b"application/json"), (b"connection", b"close"),
+            (b"content-length", str(len(body)).encode()), *more]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
 
 
 class _TooLong(Exception):

@@ -7,17 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlm.core.errors import JaxlmError
 from jaxlm.decode.batcher import Batcher, Progress, Request
-from jaxlm.serve.jobs import Jobs, Whole, post
-
-
-class Refused(JaxlmError):
-    """A request that cannot be taken now; `status` is HTTP's."""
-
-    def __init__(self, message: str, status: int):
-        super().__init__(message)
-        self.status = status
+from jaxlm.serve.jobs import Jobs, Refused, Whole, post
 
 
 class Ticket:
@@ -56,15 +47,16 @@ CLOSING = "the server is shutting down; the answer is not complete"
 class Engine:
     """Runs a batcher in a thread of its own, and whole jobs in another.
 
-    Args: waiting: answers that may wait for a row; more are refused.
+    Args: waiting: answers that may wait for a row, and jobs: whole jobs that may wait for their
+      turn; more are refused.
     """
 
-    def __init__(self, batcher: Batcher, waiting: int = 256):
+    def __init__(self, batcher: Batcher, waiting: int = 256, jobs: int = 16):
         self.batcher, self.limit = batcher, waiting + batcher.rows
         self.failure: str | None = None
         self._wake = threading.Condition()
         self._new: deque[tuple[Ticket, Request]] = deque()
-        self._jobs = Jobs()
+        self._jobs = Jobs(jobs)
         self._tickets: dict[int, Ticket] = {}  # by request
         self._closing, self._ended, self._deadline = False, False, float("inf")
         self._thread = threading.Thread(target=self._run, name="jaxlm-engine", daemon=True)
@@ -72,7 +64,12 @@ class Engine:
     @property
     def pending(self) -> int:
         """Answers that are not over, waiting ones included."""
-        return len(self._new) + len(self._tickets) + len(self._jobs)
+        return len(self._new) + len(self._tickets)
+
+    @property
+    def searching(self) -> int:
+        """Whole jobs that are not over and still wanted, waiting ones included."""
+        return len(self._jobs)
 
     def start(self) -> None:
         """Begin to work."""
@@ -116,9 +113,9 @@ class Engine:
 
         Raises: Refused with 429 when too many wait, or 503 when the engine is closing or broken.
         """
-        self._check(len(requests))
         ticket = Ticket(requests)
-        with self._wake:
+        with self._wake:  # so that the thread neither fails nor leaves between the two
+            self.check(len(requests))
             self._new += [(ticket, request) for request in requests]
             self._wake.notify()
         return ticket
@@ -128,14 +125,12 @@ class Engine:
 
         Raises: as `submit`.
         """
-        self._check(1)
+        self._check_open()
         return self._jobs.call(job)
 
-    def _check(self, count: int) -> None:
-        if self.failure is not None:
-            raise Refused(f"the server has failed: {self.failure}", 503)
-        if self._closing:
-            raise Refused("the server is shutting down", 503)
+    def check(self, count: int) -> None:
+        """What `submit` raises for so many requests now; 400 for more than it ever takes."""
+        self._check_open()
         if count > self.limit:
             raise Refused(f"{count} answers are asked for; expected at most {self.limit}, the rows "
                           "and the places in the queue", 400)
@@ -143,12 +138,18 @@ class Engine:
             raise Refused(f"{self.pending} answers are being made and the queue is full; try "
                           "again later", 429)
 
+    def _check_open(self) -> None:
+        if self.failure is not None:
+            raise Refused(f"the server has failed: {self.failure}", 503)
+        if self._closing:
+            raise Refused("the server is shutting down", 503)
+
     def _run(self) -> None:
         """Until closed: take what is new, advance one chunk, report."""
         while self._wait():
             try:
                 self._report(self.batcher.step())
-            except Exception as error:  # the pool's arrays were donated: nothing can go on
+            except Exception as error:  # the pool's arrays may be donated already: no going on
                 self.failure = f"{type(error).__name__}: {error}"
                 self._refuse(Refused(f"the server has failed: {self.failure}", 500))
                 return

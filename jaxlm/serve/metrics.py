@@ -77,6 +77,7 @@ class _Live:
             "rows": ("rows of the batch", batcher.rows),
             "rows_live": ("rows that grow", len(batcher.live)),
             "answers_pending": ("answers that are not over", self.engine.pending),
+            "searches_pending": ("searches that are not over", self.engine.searching),
             "prompt_cache_bytes": ("bytes of kept prompts", reader.kept.bytes),
             "prompt_cache_prompts": ("kept prompts", len(reader.kept)),
         }

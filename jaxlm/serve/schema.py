@@ -6,11 +6,13 @@ and `method` with `budget`. A field that would be ignored is refused, unless its
 nothing.
 """
 
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from jaxlm.decode.pool import TOPS
+from jaxlm.search.methods import METHODS
 
 MAX_N, MAX_STOPS, MAX_STRING, INT64 = 1024, 16, 256, 2**63
 
@@ -65,7 +67,7 @@ class Request(Strict):
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    method: Text = "plain"
+    method: Text = Field("plain", json_schema_extra={"enum": ["plain", *METHODS]})
     budget: int | None = Field(None, ge=1)
     step: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     max_steps: int | None = Field(None, ge=1, le=1024)
@@ -241,7 +243,7 @@ def chat_logprobs(drawn: Drawn) -> dict:
 def completion_logprobs(drawn: Drawn, offset: int) -> dict:
     """Log-probabilities as completions have them; `offset` characters came before."""
     texts = [token.decode(errors="replace") for token, _, _ in drawn]
-    places = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    places = list(accumulate(map(len, texts), initial=offset))[:-1]
     return {
         "tokens": texts, "token_logprobs": [logprob for _, logprob, _ in drawn],
         "top_logprobs": [{other.decode(errors="replace"): value for other, value in others}

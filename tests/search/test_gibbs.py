@@ -9,7 +9,9 @@ import pytest
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.samplers import Mirostat2
 from jaxlm.rewards.call import TextReward
+from jaxlm.search import gibbs
 from jaxlm.search.gibbs import particle_gibbs
+from jaxlm.search.methods import METHODS, Request
 from jaxlm.search.particles import particle_filter
 from tests.search.toy import PROMPT, REWARD, SAMPLER, STEPS, bundle, exact, log_potential
 
@@ -108,3 +110,19 @@ def test_bad_calls_are_named():
         run(1, sampler=Mirostat2())
     with pytest.raises(ConfigError, match="temperatures"):
         run(1, temperatures=(1.0, 0.0))
+
+
+def test_every_token_of_every_sweep_of_every_chain_is_counted(monkeypatch):
+    drawn, readable = [], gibbs.readable
+
+    def noted(pop):
+        drawn.append(np.asarray(pop.drawn_R).tolist())
+        return readable(pop)
+
+    monkeypatch.setattr(gibbs, "readable", noted)
+    wanted = Request(bundle(), REWARD, 8, steps=STEPS, temperature=1.0)
+    found = METHODS["parallel-tempering"].run(wanted, [PROMPT, [1]], jax.random.split(
+        jax.random.key(3)))
+    assert np.shape(drawn) == (2, 4)  # sweeps; two chains a prompt
+    assert [one.tokens for one in found] == np.sum(drawn, 0).reshape(2, 2).sum(1).tolist()
+    assert found[0].tokens != 4 * drawn[1][0]  # the first chain's last sweep is not all alike

@@ -2,8 +2,10 @@
 
 import http.client
 import json
+import re
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -13,16 +15,19 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
+from jaxlm.core.errors import ConfigError, DeviceError  # noqa: E402
+from jaxlm.core.tree import nbytes  # noqa: E402
 from jaxlm.eval.arithmetic_reward import arithmetic_reward  # noqa: E402
 from jaxlm.hf.bundle import load  # noqa: E402
-from jaxlm.rewards.base import Stateless  # noqa: E402
+from jaxlm.rewards.base import RewardError, Stateless  # noqa: E402
 from jaxlm.rewards.call import TextReward  # noqa: E402
+from jaxlm.rewards.process_text import TextProcessReward  # noqa: E402
 from jaxlm.search.base import Steps  # noqa: E402
 from jaxlm.search.methods import METHODS  # noqa: E402
 from jaxlm.search.methods import Request as Wanted  # noqa: E402
 from jaxlm.search.particles import particle_filter  # noqa: E402
-from jaxlm.serve.methods import Methods, room_of  # noqa: E402
-from jaxlm.serve.schema import ChatRequest  # noqa: E402
+from jaxlm.serve.methods import Methods, memory_left, room_of  # noqa: E402
+from jaxlm.serve.schema import ChatRequest, CompletionRequest  # noqa: E402
 from tests.rewards.twins import Told  # noqa: E402
 from tests.serve.running import make_batcher, running  # noqa: E402
 
@@ -81,11 +86,58 @@ def test_every_method_answers(client, name):
     ({"budget": 9}, "at most 8"), ({"n": 2}, "n out"), ({"stream": True}, "stream"),
     ({"top_p": 0.5}, "top_p"), ({"logprobs": 1}, "logprobs"), ({"method": "magic"}, "magic"),
     ({"prompt": ["a", "b"]}, "one prompt"), ({"max_tokens": 96}, "room"),
-    ({"method": "dvts", "budget": 6}, "multiple of width 4"),
+    ({"prompt": "what?"}, "'what?' is no arithmetic problem"),
+    ({"method": "particle-gibbs"}, "a multiple of 2, at least 4"),
+    ({"method": "parallel-tempering", "budget": 6}, "a multiple of 4, at least 8"),
+    ({"method": "dvts", "budget": 7}, "not a multiple of width 4"),
+    ({"stop": ["\x00\u00e9"]}, "stop texts hold '\\x00"),
 ])
-def test_what_a_search_cannot_do_is_400(client, changes, says):
+def test_what_a_search_cannot_do_is_400_before_its_turn(bundle, client, changes, says):
     answer = post(client, **{"method": "particle-filter", **changes})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+    made = Methods(bundle, arithmetic_reward(), max_budget=8)
+    given = CompletionRequest(**ASK | {"method": "particle-filter"} | changes)
+    if says != "room":
+        with pytest.raises(ValueError, match=re.escape(says)):
+            made.job(given, [bundle.tokenizer.encode(one) for one in given.prompts], 24, 0)
+
+
+def test_a_table_of_texts_is_bounded_before_it_is_made(bundle, monkeypatch):
+    made = Methods(bundle, arithmetic_reward())
+    ids = [bundle.tokenizer.encode(ASK["prompt"])]
+    texts = lambda count: CompletionRequest(**ASK | {
+        "method": "particle-filter", "stop": [f"{i:08}{10**7 - i:08}" * 16 for i in range(count)]})
+    made.job(texts(16), ids, 24, 0)  # few tokens, so all are taken
+    monkeypatch.setattr("jaxlm.serve.methods.CELLS", 300 * bundle.lm.config.vocab_size)
+    made.job(texts(1), ids, 24, 0)
+    with pytest.raises(ConfigError, match="stop texts need 5.. states .* at most 300, .* fewer"):
+        made.job(texts(2), ids, 24, 0)
+
+
+def test_more_steps_than_a_reward_model_has_room_for_are_refused(bundle):
+    judge = TextProcessReward(bundle.lm, bundle.params, None, None, None, "last", steps=64)
+    ask = lambda steps: Methods(bundle, judge).job(CompletionRequest(
+        **ASK | {"method": "beam", "max_steps": steps}), [[1]], 24, 0)
+    ask(64)
+    with pytest.raises(ConfigError, match="max_steps is 65; expected at most 64"):
+        ask(65)
+
+
+def test_a_search_is_told_what_memory_the_batch_leaves(bundle, monkeypatch):
+    batcher = make_batcher(bundle)
+    held = 3 * nbytes(batcher._state) // 2 + (256 << 20)  # 4 rows, 2 readers, kept prompts
+    assert memory_left(batcher) is None  # a CPU does not say what it has
+    monkeypatch.setattr("jaxlm.serve.methods.device_limit", lambda bundle: 1 << 30)
+    assert memory_left(batcher) == (1 << 30) - held
+    made = Methods(bundle, memory=1000)
+    with pytest.raises(DeviceError, match="particles fit"):
+        made.job(Given(method="greedy"), [[1]], 2, 0)(lambda: False)
+    assert not made._sizes  # nothing was compiled, so nothing is to be let go
+    judged = Methods(bundle, arithmetic_reward(), memory=1000)
+    for name in ("beam", "particle-gibbs"):
+        given = CompletionRequest(**ASK | {"method": name, "budget": 4})
+        with pytest.raises(DeviceError, match="particles fit"):
+            judged.job(given, [bundle.tokenizer.encode(ASK["prompt"])], 2, 0)(lambda: False)
 
 
 def test_of_a_chat_the_reward_is_told_the_user_s_last_turn(bundle):
@@ -124,6 +176,40 @@ def test_without_a_reward_some_methods_go(bundle):
     assert isinstance(job(given(method="self-consistency"), [[1]], 5, 0).args[1], Wanted)
 
 
+EVEN = Stateless(lambda rows: 0.5 + 0.0 * rows.length_B)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", [EVEN, arithmetic_reward()], ids=["device", "host"])
+def test_plain_answers_beside_searches_are_those_alone(bundle, reward):
+    """To the last bit, while a search computes at every moment."""
+    with (running(make_batcher(bundle), methods=Methods(bundle, reward)) as (url, engine),
+          ThreadPoolExecutor(8) as pool):
+        ask = lambda body: httpx.post(f"{url}/v1/completions", timeout=300, json=body)
+        plain = lambda i: ask({
+            "model": "tiny-model", "prompt": f"Q:{i}+8*6=\n", "max_tokens": 5 + i, "seed": i,
+            "temperature": [0, 0.8][i % 2], "logprobs": 2}).json()["choices"]
+        search = lambda: ask(ASK | {"method": "particle-filter", "budget": 8, "max_tokens": 64,
+                                    "max_steps": 32}).status_code
+        alone = [plain(i) for i in range(24)]
+        assert search() == 200  # compiled
+        over = threading.Event()
+
+        def searching():
+            found = []
+            while not over.is_set():
+                found.append(search())
+            return found
+
+        busy = [pool.submit(searching) for _ in range(2)]
+        while engine.searching < 2:
+            time.sleep(0.01)
+        together = list(pool.map(plain, range(24)))
+        over.set()
+        found = sum((one.result() for one in busy), [])
+        assert together == alone and set(found) == {200} and len(found) > 2
+
+
 class Gate:
     """A reward that says when it is asked, and answers when it may."""
 
@@ -155,9 +241,9 @@ def test_a_search_ends_when_its_client_leaves(bundle):
         time.sleep(2.0)  # the server's loop sees it
         gate.may.set()
         until = time.monotonic() + 100
-        while engine.pending and time.monotonic() < until:
+        while engine.searching and time.monotonic() < until:
             time.sleep(0.02)
-        assert engine.pending == 0 and gate.calls == 1 < whole
+        assert engine.searching == 0 and gate.calls == 1 < whole
 
 
 def test_plain_answers_pass_a_search_and_a_shutdown_does_not_wait_for_it(bundle):
@@ -170,10 +256,10 @@ def test_plain_answers_pass_a_search_and_a_shutdown_does_not_wait_for_it(bundle)
             first = pool.submit(ask, method="particle-filter")
             assert gate.asked.wait(300)
             second = pool.submit(ask, method="beam")
-            while engine.pending < 2:
+            while engine.searching < 2:
                 time.sleep(0.02)
             assert ask(budget=None, max_steps=None).status_code == 200
-            assert engine.pending == 2 and not first.done()
+            assert engine.searching == 2 and not first.done()
             began = time.monotonic()
         assert time.monotonic() - began < 15 and engine.alive
         for search in (first, second):
@@ -187,17 +273,17 @@ def test_what_fails_inside_a_search_is_500_and_the_engine_lives_on(bundle):
         raise OSError("the judge is away")
 
     wrong = Stateless(lambda rows: 1 / 0, on_device=False)
-    sums = arithmetic_reward()  # which the prompt is not
     for reward, says in ((TextReward(broken, retries=0, wait_s=0), "the judge is away"),
-                         (sums, "no arithmetic problem"),
                          (wrong, "ZeroDivisionError")):
-        with running(make_batcher(bundle), methods=Methods(bundle, reward)) as (url, _):
+        with (warnings.catch_warnings(record=True) as warned,
+              running(make_batcher(bundle), methods=Methods(bundle, reward)) as (url, _)):
             with httpx.Client(base_url=url, timeout=300) as client:
                 found = post(client, method="particle-filter", prompt="what?")
                 assert found.status_code == 500, found.text
                 assert found.json()["error"]["type"] == "api_error"
                 assert says in found.json()["error"]["message"]
                 assert post(client, budget=None, max_steps=None).status_code == 200
+        assert not any(says in str(one.message) for one in warned)  # the client alone is told
 
 
 def test_clients_lengths_share_programs(bundle, client):
@@ -219,18 +305,42 @@ def test_clients_lengths_share_programs(bundle, client):
 
 
 def test_the_programs_of_few_sizes_are_kept(bundle, monkeypatch):
-    from jaxlm.search.run import begin_jit, forget_programs
+    from jaxlm.search.programs import PROGRAMS, forget_programs
+    from jaxlm.search.run import begin_jit
 
-    methods = Methods(bundle)
     forget_programs()
+    assert [program._cache_size() for program in PROGRAMS] == [0] * len(PROGRAMS)
+    monkeypatch.setattr("jaxlm.serve.methods.SIZES", 1)
+    methods = Methods(bundle)
+    for budget, kept in ((2, 1), (2, 1), (3, 0)):
+        job = methods.job(Given(method="self-consistency", budget=budget), [[1]], 2, 0)
+        assert job(lambda: False).text is not None
+        assert begin_jit._cache_size() == kept
 
-    def after(budget):
-        asked = Given(method="self-consistency", budget=budget)
-        assert methods.job(asked, [[1]], 2, 0)(lambda: False).text is not None
-        return begin_jit._cache_size()
 
-    monkeypatch.setattr("jaxlm.serve.methods.SIZES", 2)
-    assert [after(budget) for budget in (2, 3, 2, 4, 2)] == [1, 2, 2, 1, 2]
+def test_a_size_is_what_compiles(bundle, monkeypatch):
+    """Budget, room, and the tables of step and stop texts; not what a search that fails asked."""
+    methods = Methods(bundle)
+
+    def after(fails=None, **asked):
+        def solved(*given):
+            if fails:
+                raise fails
+
+        monkeypatch.setattr("jaxlm.serve.methods.solve", solved)
+        job = methods.job(Given(method="greedy", **asked), [[1]], 2, 0)
+        if fails:
+            with pytest.raises(type(fails)):
+                job(lambda: False)
+        else:
+            job(lambda: False)
+        return len(methods._sizes)
+
+    assert after(DeviceError("too many")) == 0
+    assert [after(), after(), after(budget=2), after(stops=["x"]), after(stops=["y"])] == (
+        [1, 1, 2, 3, 3])
+    long = [chr(97 + i) * 40 for i in range(16)]  # whose table is larger
+    assert [after(stops=long), after(RewardError("away", [0], ["away"]), budget=3)] == [4, 5]
 
 
 def test_rooms_are_few():

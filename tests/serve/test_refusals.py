@@ -1,6 +1,7 @@
 """What a refusal says: what, got, expected, what to do."""
 
 import json
+import threading
 
 import pytest
 
@@ -93,6 +94,30 @@ def test_a_body_without_its_content_type(client):
 def test_the_reasons_of_chats(client, changes, says):
     answer = client.post("/v1/chat/completions", json=CHAT | changes)
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, says)
+
+
+def test_too_many_answers_are_refused_before_any_is_looked_at(bundle, monkeypatch):
+    """And a prompt is read once, however many answers it gets; chats too, beside the loop."""
+    read = []
+    encode = type(bundle.tokenizer).encode
+
+    def noted(self, text, **more):
+        read.append((text, threading.current_thread()))
+        return encode(self, text, **more)
+
+    monkeypatch.setattr(type(bundle.tokenizer), "encode", noted)
+    with running(make_batcher(bundle)) as (url, _), httpx.Client(base_url=url, timeout=60) as asks:
+        loops = [t for t in threading.enumerate() if "run" in t.name]  # this server's and another's
+        answer = asks.post("/v1/completions", json=ASK | {"prompt": ["a", "b"] * 512, "n": 1024})
+        assert answer.status_code == 400 and "1048576 answers" in answer.json()["error"]["message"]
+        assert not read
+        whole = asks.post("/v1/completions", json=ASK | {"prompt": ["a", "b"], "n": 3}).json()
+        assert [text for text, _ in read] == ["a", "b"]
+        assert len({choice["text"] for choice in whole["choices"]}) == 6
+        alone = asks.post("/v1/completions", json=ASK | {"prompt": "b", "n": 1}).json()
+        assert alone["usage"]["prompt_tokens"] < whole["usage"]["prompt_tokens"]
+        assert asks.post("/v1/chat/completions", json=CHAT).status_code == 200
+        assert loops and not {thread for _, thread in read} & set(loops)
 
 
 def test_every_field_has_its_expected_value_in_words():

@@ -260,7 +260,10 @@ def test_a_token_is_asked_for(bundle):
                         {"Authorization": b"Bearer \xff"}):
             answer = httpx.post(f"{url}/v1/completions", json=ASK, headers=headers)
             assert answer.status_code == 401 and answer.json()["error"]["message"]
-            assert httpx.get(f"{url}/metrics", headers=headers).status_code == 401
+            for path in ("/metrics", "/openapi.json", "/v1/models", "/nothing"):
+                assert httpx.get(f"{url}{path}", headers=headers).status_code == 401
+            broken = httpx.post(f"{url}/v1/completions", content=b"{", headers=headers)
+            assert broken.status_code == 401 and "www-authenticate" in broken.headers
         good = {"Authorization": "Bearer secret"}
         assert httpx.post(f"{url}/v1/completions", json=ASK, headers=good).status_code == 200
 
