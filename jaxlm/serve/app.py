@@ -8,6 +8,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -80,7 +81,16 @@ def create_app(
     post = lambda path, endpoint: app.post(path, responses=errors, response_model=None)(endpoint)
     post("/v1/completions", server.completions)
     post("/v1/chat/completions", server.chat)
+    app.openapi = partial(described, app, settings.name)  # type: ignore[method-assign]
     return app
+
+
+def described(app: FastAPI, name: str) -> dict[str, Any]:
+    """The description at `/openapi.json`, with the model's name."""
+    made = FastAPI.openapi(app)
+    for form in (CompletionRequest, ChatRequest):
+        made["components"]["schemas"][form.__name__]["properties"]["model"]["enum"] = [name]
+    return made
 
 
 class Server:

@@ -18,6 +18,7 @@ pytest.importorskip("fastapi")
 from experiments import bench_serve  # noqa: E402
 from jaxlm.hf.bundle import load  # noqa: E402
 from jaxlm.search.methods import METHODS  # noqa: E402
+from jaxlm.serve import methods  # noqa: E402
 from jaxlm.serve.methods import Methods  # noqa: E402
 from tests.serve.running import make_batcher, running  # noqa: E402
 from tests.source_tree import ROOT  # noqa: E402
@@ -85,17 +86,56 @@ def test_memory_stays_flat(url):
     assert bench_serve.rss_growth_mb(url, "tiny-model", os.getpid(), 5000) < 50
 
 
-def test_generated_requests_never_break_the_server(url):
-    """Requests made from the server's own description of its endpoints: no status of 500."""
-    pytest.importorskip("schemathesis")
-    methods = httpx.get(f"{url}/openapi.json").json()["components"]["schemas"][
-        "CompletionRequest"]["properties"]["method"]["enum"]
-    assert methods == ["plain", *METHODS]  # else no search would ever be named
+def fuzz(description, url, examples):
+    """No status of 500, whatever schemathesis makes of a description."""
     done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks",
-         "not_a_server_error", "--max-examples", "30", "--generation-deterministic"],
-        capture_output=True, text=True, timeout=900)
+        [sys.executable, "-m", "schemathesis.cli", "run", description, "--url", url, "--checks",
+         "not_a_server_error", "--max-examples", str(examples), "--generation-deterministic",
+         "--request-timeout", "300"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_generated_requests_never_break_the_server(url):
+    """Requests made from the server's own description of its endpoints."""
+    pytest.importorskip("schemathesis")
+    before = answered(url)
+    fuzz(f"{url}/openapi.json", url, 30)
+    assert answered(url) > before  # the model's name is in the description
+
+
+def answered(url):
+    """Completions and chats with status 200."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(
+        "jaxlm_requests_total") and "completions" in line and 'status="200"' in line)
+
+
+def test_generated_searches_never_break_the_server(url, tmp_path, monkeypatch):
+    """The same, of the description's fields of a search alone, few of whose values contradict."""
+    pytest.importorskip("schemathesis")
+    description = httpx.get(f"{url}/openapi.json").json()
+    described = description["components"]["schemas"]["CompletionRequest"]
+    fields = described["properties"]
+    assert fields["method"]["enum"] == ["plain", *METHODS]
+    free = [name for name, method in METHODS.items() if not method.rewarded]
+    wanted = ("model", "prompt", "method", "budget", "step", "stop", "max_steps", "max_tokens",
+              "temperature", "seed")
+    described["properties"] = {name: fields[name] for name in wanted} | {
+        "prompt": {"type": "string", "minLength": 1, "maxLength": 8},
+        "method": {"enum": free}, "budget": {"enum": [None, 1, 2]},
+        "max_tokens": {"enum": [None, 1, 7]}}
+    described["required"] = ["model", "prompt", "method"]
+    description["paths"] = {"/v1/completions": description["paths"]["/v1/completions"]}
+    (tmp_path / "searches.json").write_text(json.dumps(description))
+    solved, solve = [], methods.solve
+
+    def noted(name, *rest):
+        solved.append(name)
+        return solve(name, *rest)
+
+    monkeypatch.setattr(methods, "solve", noted)
+    fuzz(str(tmp_path / "searches.json"), url, 40)
+    assert len(solved) > 5 and set(solved) <= set(free)
 
 
 def test_its_hub_drives_a_particle_filter(url):
