@@ -1,8 +1,9 @@
 """Accuracy against the budget of answers: particles, beams, trees and votes over one model.
 
-Command: python experiments/inference_scaling.py --out FILE, see docs/experiments.md
+Command: python experiments/inference_scaling.py --out FILE; the runs are in docs/experiments.md
 Hardware: 2 CPU cores.
-Minutes: 360 for everything, 35 with --quick; a stopped run goes on where it was (--parts)
+Minutes: 25 to 35 with --quick, about 430 for everything without --prm (both reckoned from a few
+  batches of the cells); a stopped run goes on where it was (--parts)
 Expected: the particle filter above best-of-n and DVTS at 8 to 64 answers; `budget_ratio_vs_bon` and
   `budget_ratio_vs_dvts` above 1
 
@@ -163,27 +164,33 @@ def add_cells(
     """All of one reward and one seed, into `cells`: method|reward -> budget -> a cell a seed."""
     names = tuple(SELECTIONS) if reward == "checker" else tuple(
         name for name in SELECTIONS if name not in UNREWARDED)
-    budgets = [b for b in args.budgets if b <= 64]
+    budgets = [b for b in args.budgets if b <= min(most("", reward, args), 64)]
     shared = parts(f"rollouts, {reward}, seed {seed}", lambda: selected(
-        request, budgets, problems, seed, args.rows, names))
+        request, budgets, problems, seed, args.rows, names)) if budgets else {"cells": {}}
     for key, cell in shared["cells"].items():
         name, budget = key.split("|")
         cells.setdefault(f"{name}|{reward}", {}).setdefault(budget, []).append(cell)
     if 128 in args.budgets and reward in ("checker", "prm"):
         more = parts(f"rollouts of 128, {reward}, seed {seed}", lambda: selected(
             request, [128], problems, seed, args.rows, ("best-of-n",)))
-        cells[f"best-of-n|{reward}"].setdefault("128", []).append(more["cells"]["best-of-n|128"])
+        cells.setdefault(f"best-of-n|{reward}", {}).setdefault("128", []).append(
+            more["cells"]["best-of-n|128"])
     for name in searches(reward, args):
         for budget in args.budgets:
-            if budget > 64 and name not in LONG or "noise" in reward and budget > 64:
-                continue
-            if not shared_out(name, budget):
+            if budget > most(name, reward, args) or not shared_out(name, budget):
                 continue
             cell = parts(f"{name}, {budget}, {reward}, seed {seed}", lambda: searched(
                 request, name, budget, problems, seed, args.rows))  # noqa: B023
             print(f"{name} {budget} {reward} seed {seed}: {np.mean(cell['right']):.3f}, "
                   f"{cell['seconds']:.0f} s", flush=True)
             cells.setdefault(f"{name}|{reward}", {}).setdefault(str(budget), []).append(cell)
+
+
+def most(name: str, reward: str, args: argparse.Namespace) -> int:
+    """The largest budget that a method is asked for."""
+    if "noise" in reward:
+        return 16 if args.quick else 64
+    return 128 if name in LONG else 64
 
 
 def shared_out(name: str, budget: int) -> bool:
@@ -290,7 +297,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=0, help="default 3, with --quick 1")
     parser.add_argument("--budgets", type=int, nargs="+", help="default 1 to 128")
     parser.add_argument("--rows", type=int, default=256, help="answers at once")
-    parser.add_argument("--quick", action="store_true", help="a subset, in half an hour")
+    parser.add_argument("--quick", action="store_true",
+                        help="half an hour: few budgets, one seed; wrong verdicts up to 16")
     parser.add_argument("--parts", type=Path, help="where finished cells are kept")
 
 
