@@ -15,8 +15,9 @@ Failures = dict[int, str]  # number of a prompt -> why it has no score
 
 
 class Seen(struct.PyTreeNode):
-    """What goes with B rows: the prompts (R,), the answers that were scored (B,), both numpy arrays
-    of texts, so that leaves lead with R or B as everywhere; and their scores, float32 (B,)."""
+    """What goes with B rows: the prompts (R,), the answers that were scored (B,), None before the
+    first, both numpy arrays of texts, so that leaves lead with R or B as everywhere; and their
+    scores, float32 (B,)."""
 
     prompts: np.ndarray
     answers: np.ndarray
@@ -26,7 +27,8 @@ class Seen(struct.PyTreeNode):
 class HostReward:
     """A reward by `values`; a row whose answer is the one scored before keeps its score.
 
-    Before its first step a row scores `before`. A text that several rows share is scored once.
+    Before its first step a row scores `before`; an answer that ends empty is scored. A text that
+    several rows share is scored once.
     """
 
     on_device = False
@@ -40,13 +42,15 @@ class HostReward:
 
     def wanted(self, carry: Seen, rows: Rows) -> list[int]:
         """The rows that have something new to score."""
-        pairs = zip(carry.answers, as_texts(rows), strict=True)
-        return [row for row, (old, new) in enumerate(pairs) if new != old]
+        known = zip(carry.answers, as_texts(rows), np.asarray(rows.ended_B), strict=True)
+        return [row for row, (old, new, ended) in enumerate(known)
+                if new != (old or "") or (ended and old is None)]
 
     def init(self, prompts: Prompts, particles: int, slots: int) -> Seen:
         """Remember the prompts; `slots` does not matter to texts."""
         B = len(prompts.texts) * particles
-        return Seen(objects(prompts.texts), objects([""] * B), np.full(B, self.before, np.float32))
+        return Seen(objects(prompts.texts), objects([None] * B),
+                    np.full(B, self.before, np.float32))
 
     def score(self, carry: Seen, rows: Rows) -> tuple[np.ndarray, Seen]:
         """Score what is new.

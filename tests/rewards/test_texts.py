@@ -55,6 +55,22 @@ def test_only_what_is_new_is_scored_and_alike_texts_once():
     assert calls == [[("p", "a"), ("q", "bb")], [("p", "aaa")]] and scores.dtype == np.float32
 
 
+def test_an_answer_that_ends_empty_is_scored_and_only_then():
+    calls = []
+
+    def empty(prompts, answers):
+        calls.append(list(answers))
+        return [0.25] * len(answers)
+
+    reward = TextReward(empty)
+    carry = reward.init(asked("p"), 2, 8)
+    scores, carry = reward.score(carry, answered("", ""))
+    assert scores.tolist() == [1.0, 1.0] and calls == []  # before the first step
+    for _ in range(2):
+        scores, carry = reward.score(carry, answered("", "", ended=[True, False]))
+    assert scores.tolist() == [0.25, 1.0] and calls == [[""]]
+
+
 def test_batches_hold_what_they_may():
     sizes = []
     reward = TextReward(lambda p, a: (sizes.append(len(p)), length(p, a))[1], batch=3)
