@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 import warnings
 
 import jax
@@ -154,7 +155,7 @@ KNOWN = st.sampled_from([*TPU_BYTES, *CARDS])
 def test_targets_that_are_none(name):
     """Refused before any compiler is looked for; what may stand for a chip is left out."""
     kind, colon, shape = name.lower().partition(":")
-    if kind in (*TPU_BYTES, *CARDS) and (not colon or shape == "" or shape.isdigit()):
+    if kind in (*TPU_BYTES, *CARDS) and (not colon or re.fullmatch(r"(\d+(x\d+){0,2})?", shape)):
         return
     with pytest.raises(DeviceError) as error:
         target(name)
