@@ -151,6 +151,7 @@ def plan(args: argparse.Namespace) -> None:
     """Sizes: a smoke run, the subset of a half hour, or everything."""
     if args.smoke:
         args.problems, args.seeds, args.budgets, args.rows = 4, 1, [1, 4], 16
+    args.most_noisy = 16 if args.quick and not args.budgets else 64
     args.budgets = args.budgets or ([1, 4, 16, 64] if args.quick else list(BUDGETS))
     args.seeds = args.seeds or (1 if args.quick else 3)
     default = args.out or Path("inference_scaling.json")
@@ -189,7 +190,7 @@ def add_cells(
 def most(name: str, reward: str, args: argparse.Namespace) -> int:
     """The largest budget that a method is asked for."""
     if "noise" in reward:
-        return 16 if args.quick else 64
+        return args.most_noisy
     return 128 if name in LONG else 64
 
 
@@ -298,7 +299,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", type=int, nargs="+", help="default 1 to 128")
     parser.add_argument("--rows", type=int, default=256, help="answers at once")
     parser.add_argument("--quick", action="store_true",
-                        help="half an hour: few budgets, one seed; wrong verdicts up to 16")
+                        help="half an hour: few budgets, one seed; without --budgets, wrong "
+                        "verdicts up to 16")
     parser.add_argument("--parts", type=Path, help="where finished cells are kept")
 
 

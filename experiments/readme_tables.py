@@ -97,10 +97,11 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "what exact draws keep that largest below, 99 times of 100"),
         Row("smc_exact", "its_hub_rejected_z",
             "absolute z of the rule that weighs finished particles again, same test", "{:.0f}"),
-        Row("inference_scaling", "budget_ratio_vs_bon",
-            "answers best-of-n needs over the particle filter's, hard sums, reward", TIMES),
-        Row("inference_scaling", "budget_ratio_vs_dvts",
-            "answers DVTS needs over the particle filter's, hard sums, reward", TIMES),
+        *(Row("inference_scaling", f"accuracy.{method}|{reward}.16.value",
+              f"hard sums, 16 answers, {words}: {method}", PERCENT)
+          for reward, words in (("checker", "exact checker"),
+                                ("checker, noise 0.1", "a tenth of its verdicts wrong"))
+          for method in ("particle-filter", "dvts", "best-of-n")),
         Row("pf_speed", "pf_overhead_ratio",
             "particle filter, 32 particles x 8 prompts, time per iteration over plain decoding"),
         Row("pf_speed", "row_utilisation.uniform_fixed",
