@@ -91,17 +91,19 @@ def reward_bytes(reward: Any, prompts: Prompts, particles: int, slots: int) -> i
 def check_memory(
     bundle: Bundle, kinds: Kinds, prompts: int, width: int, particles: int, slots: int,
     limit: int | None, reward: Callable[[int], int] = lambda particles: 0,
-) -> Memory:
-    """The estimate, where it fits the device.
+) -> Memory | None:
+    """The estimate, where it fits the device; None, with nothing traced, for one without a limit.
 
     Args: limit: bytes; None: what the device says it has, if it does. On a mesh, of all its
       devices together. reward: bytes of the reward for so many particles.
     Raises: DeviceError that names the number of particles that fits.
     """
+    limit = device_limit(bundle) if limit is None else limit
+    if limit is None:
+        return None
     found = estimate(bundle.lm, bundle.params, kinds, prompts, width, particles, slots)
     found = replace(found, reward=reward(particles))
-    limit = device_limit(bundle) if limit is None else limit
-    if limit is None or found.total <= limit:
+    if found.total <= limit:
         return found
     more = reward(particles + 1) - found.reward  # each row holds as much as another
     fixed = found.params + found.prompts + found.reward - particles * more
