@@ -19,7 +19,7 @@ prompt of 2,048 tokens.
 
 Command: python experiments/pf_speed.py --out experiments/results/pf_speed/cpu.json
 Hardware: 2 CPU cores, idle
-Minutes: 30
+Minutes: 12
 Expected: pf_overhead_ratio at most 1.15, prompt_copies 1, resample_extra_layers about 1; of
     uniform_fixed, lent_24 0.9; lent_speed about 1 for the bundled model, whose iterations are
     mostly attention, which idle rows pay too, and above 1 for the wide one
