@@ -32,7 +32,8 @@ class Rows(NamedTuple):
 
     tokens_BS: int32, prompt and answer so far. start_B: where the answer begins. length_B: tokens
     in all. ended_B: bool, rows that will not change any more. texts: the answers so far, for
-    rewards on the host; None on the device.
+    rewards on the host, which read nothing else but `ended_B` (None: no row has ended); None on
+    the device.
     """
 
     tokens_BS: jax.Array

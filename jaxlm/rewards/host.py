@@ -42,7 +42,9 @@ class HostReward:
 
     def wanted(self, carry: Seen, rows: Rows) -> list[int]:
         """The rows that have something new to score."""
-        known = zip(carry.answers, as_texts(rows), np.asarray(rows.ended_B), strict=True)
+        texts = as_texts(rows)
+        ended_B = [False] * len(texts) if rows.ended_B is None else np.asarray(rows.ended_B)
+        known = zip(carry.answers, texts, ended_B, strict=True)
         return [row for row, (old, new, ended) in enumerate(known)
                 if new != (old or "") or (ended and old is None)]
 
