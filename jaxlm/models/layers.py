@@ -43,11 +43,24 @@ def apply_rope(x_BTNH: jax.Array, pos_BT: jax.Array, rope: Rope) -> jax.Array:
     Returns: the same shape and dtype; the angles are float32.
     Source: 2104.09864, section 3.2, in the half-split order of published Llama weights.
     """
-    angle_BTH = pos_BT[..., None].astype(jnp.float32) * rope_frequencies(rope, x_BTNH.shape[-1])
-    cos, sin = jnp.cos(angle_BTH)[..., None, :], jnp.sin(angle_BTH)[..., None, :]
-    left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
-    return turned.astype(x_BTNH.dtype)
+    cos_BTH, sin_BTH = (table[..., None, :] for table in _turns(pos_BT, rope, x_BTNH.shape[-1]))
+    x = x_BTNH.astype(jnp.float32)
+    left, right = jnp.split(x, 2, axis=-1)
+    return (x * cos_BTH + jnp.concatenate([right, left], -1) * sin_BTH).astype(x_BTNH.dtype)
+
+
+def _turns(pos_BT: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """`(cos, cos)` and `(-sin, sin)` of the planes' angles, float32 (B, T, H).
+
+    XLA:CPU puts sines and cosines into whatever reads them, and so computes them anew for every
+    head of every layer. It fuses no product: there, one with ones and zeros keeps them apart.
+    """
+    angle = pos_BT[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+    cos, sin, one = jnp.cos(angle), jnp.sin(angle), jnp.eye(head_dim // 2)
+    join = lambda *halves: jnp.concatenate(halves, -1)
+    return jax.lax.platform_dependent(
+        cpu=lambda: (cos @ join(one, one), sin @ join(-one, one)),
+        default=lambda: (join(cos, cos), join(-sin, sin)))
 
 
 def activate(x: jax.Array, name: str) -> jax.Array:

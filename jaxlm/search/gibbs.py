@@ -141,8 +141,8 @@ def particle_gibbs(
         raise ConfigError(f"temperatures are {temperatures!r}; expected numbers above 0")
     keys_R = row_keys(key, len(ids))
     keys_B = jax.vmap(lambda k: jax.random.split(k, len(tau)))(keys_R).reshape(-1)
-    rows, room = len(ids) * len(tau) * particles, steps.program.max_new_tokens
-    free = Pinned(sampler, np.zeros((rows, room), np.int32), np.zeros(rows, np.int32))
+    batch, room = len(ids) * len(tau) * particles, steps.program.max_new_tokens
+    free = Pinned(sampler, np.zeros((batch, room), np.int32), np.zeros(batch, np.int32))
     method = filter_of(weight, np.tile(tau, len(ids)), 2.0, "conditional")
     asked = checked_questions(questions, len(ids))
     if asked is not None:
