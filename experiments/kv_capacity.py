@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments._harness import Resumable, run
+from experiments._harness import Resumable, run, sources, versions
 from jaxlm.cache.parse import parse_cache
 from jaxlm.core.errors import DeviceError
 from jaxlm.core.targets import target as open_target
@@ -139,7 +139,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     metrics["rows"] = rows = []
     if args.smoke:
         return metrics
-    kept = Resumable(Path(args.parts), {"layers": LAYERS, "rows": ROWS})
+    kept = Resumable(Path(args.parts), {
+        "layers": LAYERS, "rows": ROWS, "versions": versions(), "sources": sources(Path(__file__))})
     cells = [(t, m, c, n) for t in args.targets for m in args.models for c in args.contexts
              for n in args.kinds]
     for target, model, context, name in cells:

@@ -5,22 +5,27 @@ pieces of 8 tokens, so that every piece looks back at codes. Against full precis
 divergence of the next token's distribution, L1 distance of the two, relative error of logits, how
 often the likeliest token is another; and the divergence against tokens read since a prompt of 32.
 Answers, of the bundled model, greedily, the same problems for every kind: `recall` and `arithmetic`
-are prompts read at once, as papers do it (the prompt attends to itself in full precision);
-`lookup` and `passkey` (1,024 tokens, by depth) ask only after the context was coded, which is
-harder. Drops in points are paired with full precision; intervals are 95%, from 2,000 resamplings
-of problems (of documents where one has several questions); lost and won are the problems that
-changed, with the exact two-sided p of their difference. `best_share`: of all (text, seed, bits),
-how often SQuat's divergence is the least, or its paired difference from the least is within noise.
+(the hard split) are prompts read at once, as papers do it (the prompt attends to itself in full
+precision); `coded` is the share of a text that lies in codes when its answer ends. `lookup` and
+`passkey` (1,024 tokens, by depth) ask only after the context was coded, which is harder. Drops in
+points are paired with full precision; intervals are 95%, from 2,000 resamplings of problems (of
+documents where one has several questions); lost and won are the problems that changed, with the
+exact two-sided p of their difference. `best_share`: of all (text, seed, bits), how often SQuat's
+divergence is less than that of every rival of no more bytes, or its paired difference from the best
+of them is within noise. SQuat has four blocks of channels at least (with one it is KIVI): of 2 and
+4 channels on the models with narrow heads, of 16, the default, on the bundled one.
 
 Command: python experiments/kv_quality.py --out experiments/results/kv_quality/cpu.json
 Hardware: 2 CPU cores
-Minutes: 90; the drops alone (`--only answers`) 20; goes on where it was stopped
+Minutes: 90; goes on where it was stopped; halves (`--only`) may run beside each other, each with
+  its own --parts
 Expected: recall_drop_points and arithmetic_drop_points at most 2 (2 bits), 0.5 (4 bits);
   best_share 0.8
 """
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +34,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments._harness import Resumable, run
+from experiments._harness import Resumable, run, sources, versions
 from experiments.kv_stats import best_share, drop, reached
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.parse import parse_cache
+from jaxlm.cache.squat import Squat
 from jaxlm.core.errors import ConfigError
 from jaxlm.core.tree import Params
-from jaxlm.decode.generate import generate
+from jaxlm.decode.generate import decode_jit, generate, prefill_jit, prepare
 from jaxlm.decode.samplers import Greedy
 from jaxlm.decode.state import Kinds, extend, prefill
 from jaxlm.eval import arithmetic, recall
@@ -51,6 +57,8 @@ DRIFTS = ("squat2", "squat2:half_life=256", "kivi2", "rkivi2", "turboquant2")
 PIECE, SEEDS, BATCH = 8, 3, 128
 LOOKUPS = {"lookup": ((256, 160), (512, 96)), "passkey": ((1024, 256),)}  # (length, documents)
 QUESTIONS = 8  # a document
+TASKS = ("recall", "arithmetic")
+LENGTHS = {"recall": range(4), "arithmetic": range(1)}  # batches of other lengths
 Kind = Any  # a CacheKind, or one a layer
 
 
@@ -137,7 +145,7 @@ def likelihoods(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
         kinds = {} if args.smoke else policies(bundle, draw(1000))
         for kind in ("kivi2",) if args.smoke else args.kinds:
             try:
-                kinds[kind] = parse_cache(kind)
+                kinds[kind] = in_blocks(parse_cache(kind), bundle.lm.config.head_dim)
             except ConfigError as error:
                 print(f"{kind} is left out: {error}")
         for seed in range(args.seed, args.seed + (1 if args.smoke else SEEDS)):
@@ -152,6 +160,11 @@ def likelihoods(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
     share, cells = best_share(rows, BITS)
     return {"rows": [{k: v for k, v in row.items() if k != "by_row"} for row in rows],
             "best_share": share, "best_cells": cells, "drift": curves}
+
+
+def in_blocks(kind: Kind, head_dim: int) -> Kind:
+    """SQuat with four blocks of channels at least: with one it is KIVI."""
+    return replace(kind, block=min(kind.block, head_dim // 4)) if isinstance(kind, Squat) else kind
 
 
 def compare(bundle: Bundle, tokens: jax.Array, kinds: dict[str, Kind], kept: Resumable,
@@ -221,18 +234,33 @@ def look_up(bundle: Bundle, cache: Kind, length: int, documents: int, seed: int)
 
 def answers(bundle: Bundle, cache: Kind, task: str, batch: int, seed: int) -> list[bool]:
     """Right or wrong, problem by problem, of BATCH prompts read at once."""
-    rng, size = np.random.default_rng([seed, batch, len(task)]), BATCH
-    if task.startswith("recall"):
-        length = (128, 256, 384, 512)[batch % 4]
-        drawn = [recall.sample(rng, length, 1, "test") for _ in range(size)]
-        prompts, room, more = [d.prompt(0) for d in drawn], length + 3, 3
-        right = lambda i, text: recall.check_answer(drawn[i], 0, text)
-    else:
-        asked = [arithmetic.sample(rng, task.split()[1], "test") for _ in range(size)]
-        prompts, room, more = [p.prompt for p in asked], 160, 112
-        right = lambda i, text: arithmetic.check_steps(asked[i], text).correct
+    prompts, room, more, right = asked(task, batch, seed)
     said = generate(bundle, prompts, max_new_tokens=more, max_len=room, cache=cache)
     return [right(i, answer.text) for i, answer in enumerate(said)]
+
+
+def asked(task: str, batch: int, seed: int) -> tuple[list[str], int, int, Callable]:
+    """Prompts, tokens in all, new ones at most, and whether the i-th answer is right."""
+    rng = np.random.default_rng([seed, batch, len(task)])
+    if task == "recall":
+        length = (128, 256, 384, 512)[batch % 4]
+        documents = [recall.sample(rng, length, 1, "test") for _ in range(BATCH)]
+        return ([d.prompt(0) for d in documents], length + 3, 3,
+                lambda i, text: recall.check_answer(documents[i], 0, text))
+    problems = [arithmetic.sample(rng, "hard", "test") for _ in range(BATCH)]
+    return ([p.prompt for p in problems], 160, 112,
+            lambda i, text: arithmetic.check_steps(problems[i], text).correct)
+
+
+def coded_share(bundle: Bundle, cache: Kind, task: str, batch: int, seed: int) -> float:
+    """Of a text's tokens, those that lie in codes when its answer ends."""
+    prompts, room, more, _ = asked(task, batch, seed)
+    job = prepare(bundle, prompts, more, None, None, room)
+    kinds = (cache,) * bundle.lm.config.num_layers
+    state = prefill_jit(bundle.lm, bundle.params, Greedy(), job.tokens_BT, job.lengths_B, kinds,
+                        job.slots, job.keys_B)
+    state = decode_jit(bundle.lm, bundle.params, Greedy(), state, job.stop, more)
+    return float((state.caches[0]["packed_B"] / state.length_B).mean())
 
 
 def accuracies(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
@@ -251,18 +279,21 @@ def accuracies(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
             found[task, kind] = [row for part in made for row in part["right"]]
             depths[task] = [row for part in made for row in part["depth"]]
             print(task, kind, np.mean(found[task, kind]), flush=True)
-    batches = range(0 if args.smoke else args.batches)
-    tasks = {"recall": batches, "arithmetic medium": batches, "arithmetic hard": batches[::2]}
-    for task, parts in tasks.items():
+    coded = {}
+    for task in TASKS:
         for kind in kinds:
-            right = [[ok] for part in parts for ok in kept(
+            right = [[ok] for part in range(0 if args.smoke else args.batches) for ok in kept(
                 f"{task} {part} {kind}",
                 lambda t=task, p=part, k=kind: answers(bundle, parse_cache(k), t, p, args.seed))]
             if right:
                 found[task, kind] = right
                 print(task, kind, np.mean(right), flush=True)
+            if right and kind != "dense":
+                coded[task, kind] = np.mean([kept(
+                    f"coded {task} {part} {kind}", lambda t=task, p=part, k=kind: coded_share(
+                        bundle, parse_cache(k), t, p, args.seed)) for part in LENGTHS[task]])
     metrics["answers"] = [{"task": task, "kind": kind, "accuracy": float(np.mean(right)),
-                           **drop(found[task, "dense"], right)}
+                           "coded": coded.get((task, kind)), **drop(found[task, "dense"], right)}
                           for (task, kind), right in found.items()]
     fifth = np.minimum(5 * np.asarray(depths["passkey"]), 4).astype(int)
     metrics["passkey_by_depth"] = [
@@ -273,7 +304,9 @@ def accuracies(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Whichever halves were asked for."""
-    kept = Resumable(Path(args.parts), {"smoke": args.smoke, "seed": args.seed})
+    kept = Resumable(Path(args.parts), {
+        "smoke": args.smoke, "seed": args.seed, "text": str(args.text), "versions": versions(),
+        "sources": sources(Path(__file__))})
     metrics: dict[str, Any] = {}
     if args.only != "likelihood":
         metrics |= accuracies(args, kept)
@@ -287,7 +320,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     kinds = [f"{method}{bits}" for bits in BITS for method in METHODS if method != "policy"]
     parser.add_argument("--text", type=Path, help="UTF-8 text of the models' kind")
     parser.add_argument("--kinds", nargs="+", default=[*kinds, *VARIANTS])
-    parser.add_argument("--drops", nargs="+", default=["squat2", "squat4", "kivi2", "kivi4"])
+    parser.add_argument("--drops", nargs="+", default=[
+        f"{method}{bits}" for bits in (2, 4) for method in METHODS if method != "policy"])
     parser.add_argument("--batches", type=int, default=16, help=f"of {BATCH} problems a task")
     parser.add_argument("--only", choices=["likelihood", "answers"], help="one half")
     parser.add_argument("--parts", default="kv_quality.parts.json")

@@ -1,10 +1,11 @@
 """Time per decoded token against cache length, for every cache kind, and for transformers' own.
 
 A random Llama (width 512, 8 layers, 8 query and 4 kv heads of 64) decodes a batch of 8 over caches
-that already hold so many tokens. Kinds take turns, so that a busy machine slows all alike; a ratio
-is the median of the turns' ratios. transformers' QuantizedCache is timed in the same turns with the
-same sizes and threads when its backend (`optimum-quanto`, `hqq`) can be imported, at 2 bits; its
-groups are of 64, which is all that quanto takes. On an accelerator also `attention` and
+that already hold so many tokens: 32 a turn, in which each row codes one group. Kinds take turns, so
+that a busy machine slows all alike; a ratio is the median of the turns' ratios. transformers'
+QuantizedCache is timed in the same turns with the same sizes and threads when its backend
+(`optimum-quanto`, `hqq`) can be imported, at 2 bits; its groups are of 64, which is all that quanto
+takes, and its turn is one token, which codes nothing. On an accelerator also `attention` and
 `throughput` of kv_device.py: bytes a second, the fastest bfloat16 attention, equal memory.
 
 Command: python experiments/kv_speed.py --out experiments/results/kv_speed/cpu.json
@@ -37,15 +38,15 @@ CONFIG = ModelConfig(vocab_size=512, dim=512, num_layers=8, num_heads=8, num_kv_
                      head_dim=64, ffn_dim=1408, max_len=32768)
 KINDS = ("dense", "squat2", "kivi2", "squat4", "squat8", "squat2:rope=before", "rkivi2",
          "turboquant2")
-BATCH, TOKENS, PROMPT = 8, 8, 32  # rows; tokens a timing, one flush period; the cheapest prompt
+BATCH, TOKENS, PROMPT = 8, 32, 32  # rows; tokens a turn, one group of codes; the cheapest prompt
 
 
-def filled(lm: LM, params: Params, kind: CacheKind, cached: int) -> DecodeState:
+def filled(lm: LM, params: Params, kind: CacheKind, cached: int, turns: int) -> DecodeState:
     """A state that claims `cached` tokens a row: the time does not depend on what they say."""
     keys = jax.random.split(jax.random.key(0), BATCH)
     start = jax.jit(prefill, static_argnums=(0, 5, 6))
     state = start(lm, params, Greedy(), jnp.ones((BATCH, PROMPT), jnp.int32),
-                  jnp.full(BATCH, PROMPT), kind, cached + 256, keys)
+                  jnp.full(BATCH, PROMPT), kind, cached + turns * TOKENS, keys)
     coded = cached // 32 * 32 - 32
 
     def claim(cache):
@@ -55,10 +56,12 @@ def filled(lm: LM, params: Params, kind: CacheKind, cached: int) -> DecodeState:
                          caches=tuple(claim(cache) for cache in state.caches))
 
 
-def stepper(lm: LM, params: Params, kind: CacheKind, cached: int) -> tuple[Callable[[], Any], int]:
+def stepper(
+    lm: LM, params: Params, kind: CacheKind, cached: int, turns: int
+) -> tuple[Callable[[], Any], int]:
     """A call that decodes TOKENS tokens and goes on from where it is, and the caches' bytes."""
     loop = jax.jit(partial(decode, lm), donate_argnums=2)
-    held = [filled(lm, params, kind, cached)]
+    held = [filled(lm, params, kind, cached, turns)]
     size = nbytes(held[0].caches)
 
     def step():
@@ -111,7 +114,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {"rows": rows, "batch": BATCH}
     for cached in lengths:
-        made = {name: stepper(lm, params, parse_cache(name), cached)
+        made = {name: stepper(lm, params, parse_cache(name), cached, 1 + args.repeats)
                 for name in (args.kinds[:3] if args.smoke else args.kinds)}
         steps = {name: (step, TOKENS, size) for name, (step, size) in made.items()}
         if not (args.smoke or args.no_peers):
@@ -124,7 +127,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             times = [turn[name] for turn in turns]
             rows.append({"kind": name, "cached": cached, "ms": 1e3 * statistics.median(times),
                          "ms_min": 1e3 * min(times), "bytes": size})
-        metrics |= ratios(turns)
+        if cached == max(lengths) and jax.default_backend() == "cpu":  # the peers are on the CPU
+            metrics |= ratios(turns)
     if jax.default_backend() != "cpu":
         metrics |= {"attention": kv_device.attention_rates(args),
                     "throughput": kv_device.throughput(args)}

@@ -82,10 +82,10 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         *(Row("kv_quality", f"{task}_drop_points{tail}", f"{words}, points lost at {bits} bits")
           for task, words in (("recall", "recall in one prompt"),
                               ("lookup", "recall asked after the context was coded"),
-                              ("arithmetic", "medium arithmetic"))
+                              ("arithmetic", "arithmetic, hard split"))
           for tail, bits in (("", 2), ("_4bit", 4))),
         Row("kv_quality", "best_share",
-            "2-, 4- and 8-bit caches: SQuat best or tied among all kinds of as many bits", PERCENT),
+            "2-, 4- and 8-bit caches: SQuat best or tied among kinds of no more bytes", PERCENT),
     ),
     "Particles and search": (
         Row("smc_exact", "evidence_z_max",

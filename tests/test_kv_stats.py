@@ -1,0 +1,41 @@
+"""Paired statistics of the cache experiments, against cases worked by hand."""
+
+import numpy as np
+import pytest
+
+from experiments.kv_stats import best_share, drop, mcnemar, reached
+
+
+def test_a_drop_is_paired_and_its_interval_holds_it():
+    exact, rough = [[True]] * 60 + [[False]] * 40, [[True]] * 50 + [[False]] * 48 + [[True]] * 2
+    found = drop(exact, rough)
+    assert (found["points"], found["lost"], found["won"], found["problems"]) == (8.0, 10, 2, 100)
+    assert found["low"] < 8.0 < found["high"]
+    assert found["p"] == mcnemar(10, 2) == pytest.approx(2 * (66 + 12 + 1) / 2**12)
+
+
+def cell(kind, rows, size):
+    return {"text": "a", "seed": 0, "kind": kind, "by_row": rows, "bytes_per_token": size}
+
+
+def test_a_rival_of_more_bytes_is_none():
+    rows = [cell("squat2", [2.0, 2.1], 100), cell("kivi4", [0.1, 0.1], 150)]
+    assert best_share(rows, (2,)) == (0.0, [])
+    share, (found,) = best_share([*rows, cell("kivi2", [4.0, 4.2], 99)], (2,))
+    assert (share, found["best_rival"], found["rivals"]) == (1.0, "kivi2", 1)
+    assert found["over_best_rival"] == pytest.approx(0.5)
+
+
+def test_a_clear_loss_is_lost_and_a_noisy_one_is_tied():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=16)
+    rival = cell("turboquant2", 5 + 0.1 * noise, 80)
+    assert best_share([cell("squat2", 6 + 0.1 * noise[::-1], 100), rival], (2,))[0] == 0.0
+    assert best_share([cell("squat2", 5.02 + noise[::-1], 100), rival], (2,))[0] == 1.0
+
+
+def test_only_squat_makes_headlines():
+    rows = [{"task": task, "kind": kind, "points": 1.0}
+            for task in ("recall", "arithmetic") for kind in ("squat2", "squat4", "kivi2")]
+    assert set(reached(rows)) == {f"{task}_drop_points{tail}" for task in ("recall", "arithmetic")
+                                  for tail in ("", "_4bit")}
