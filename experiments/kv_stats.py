@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+ORIGINS = ("c", "real", "tiny")  # how the names of quant_ablation's cases begin
 
 def drop(exact: Sequence[Sequence[bool]], rough: Sequence[Sequence[bool]],
          resamplings: int = 2000) -> dict[str, Any]:
@@ -73,3 +74,25 @@ def reached(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {f"{row['task'].split()[0]}_drop_points{tail}": row["points"]
             for row in answers for kind, tail in (("squat2", ""), ("squat4", "_4bit"))
             if row["kind"] == kind}
+
+
+def ablation(metrics: dict[str, Any]) -> list[list[str]]:
+    """The table of docs/kv_cache.md: logit error over plain KIVI's, by setting and by origin."""
+    head = ["setting", "all, geometric mean", "worst", "the method's vectors",
+            "its authors' tensors", "the bundled model"]
+    cells = [head, ["---"] * len(head)]
+    for setting, row in metrics["ratio_over_kivi"].items():
+        means = [math.exp(np.mean([math.log(value) for name, value in row.items()
+                                   if name.startswith(origin)])) for origin in ORIGINS]
+        numbers = [f"{x:.2f}" for x in (row["geomean"], row["max"], *means)]
+        cells.append([f"**{setting}**" if "default" in setting else setting, *numbers])
+    return cells
+
+
+def later(metrics: dict[str, Any]) -> list[list[str]]:
+    """The same of keys that were coded while generating, by when."""
+    rows = metrics["later_ratio_over_kivi"]
+    spans = len(next(iter(rows.values())))
+    head = ["cache", *(f"tokens {256 * i} to {256 * (i + 1)}" for i in range(1, spans + 1))]
+    return [head, ["---"] * len(head),
+            *([f"`{name}`", *(f"{x:.2f}" for x in row)] for name, row in rows.items())]

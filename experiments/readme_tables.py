@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import continual_table, osft_fit, recipe_table
+from experiments import continual_table, kv_stats, osft_fit, recipe_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -21,6 +21,7 @@ PERFORMANCE = ROOT / "docs" / "performance.md"
 SERVE = ROOT / "docs" / "serve.md"
 FOUND = ROOT / "docs" / "found.md"
 FIT = ROOT / "docs" / "fit.md"
+KV = ROOT / "docs" / "kv_cache.md"
 BEGIN, END = "<!-- results: experiments/readme_tables.py -->", "<!-- end of results -->"
 
 
@@ -181,6 +182,7 @@ PLOTS = {f"{script}-{name}.png": RESULTS / script / f"cpu-{name}.png"
                                ("sft_recipe", ("effects", "early-loss", "early-norm")),
                                ("masked_thought", ("gain",))) for name in names}
 FIT_TABLES = {"osft_fit": {"slices": osft_fit.table}}
+KV_TABLES = {"quant_ablation": {"ablation": kv_stats.ablation, "later": kv_stats.later}}
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -273,12 +275,13 @@ def targets(bench: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Rewrite the README and docs/performance.md, serve.md, found.md and fit.md."""
+    """Rewrite the README and docs/performance.md, serve.md, found.md, fit.md, kv_cache.md."""
     README.write_text(rewritten(README.read_text(), results(RESULTS)))
     PERFORMANCE.write_text(between(PERFORMANCE.read_text(), bench_table()))
     SERVE.write_text(between(SERVE.read_text(), serve_tables()))
     FOUND.write_text(filled(FOUND.read_text(), FOUND_TABLES))
     FIT.write_text(filled(FIT.read_text(), FIT_TABLES))
+    KV.write_text(filled(KV.read_text(), KV_TABLES))
     for name, plot in PLOTS.items():
         (FOUND.parent / "plots").mkdir(exist_ok=True)
         (FOUND.parent / "plots" / name).write_bytes(plot.read_bytes())

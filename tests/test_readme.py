@@ -27,6 +27,8 @@ def test_results_are_up_to_date():
     assert tables.filled(page, tables.FOUND_TABLES) == page, "run experiments/readme_tables.py"
     page = tables.FIT.read_text()
     assert tables.filled(page, tables.FIT_TABLES) == page, "run experiments/readme_tables.py"
+    page = tables.KV.read_text()
+    assert tables.filled(page, tables.KV_TABLES) == page, "run experiments/readme_tables.py"
     page = tables.SERVE.read_text()
     assert tables.between(page, tables.serve_tables()) == page, "run experiments/readme_tables.py"
 
