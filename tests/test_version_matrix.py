@@ -1,5 +1,6 @@
 """The version matrix fails where it tests nothing, and its newest rows are the newest."""
 
+import os
 import subprocess
 import sys
 
@@ -27,13 +28,14 @@ def test_a_matrix_without_a_python_fails(monkeypatch, capsys, there, strict, cod
 
 def test_rows_without_pins_are_upgraded_each_time(monkeypatch, tmp_path):
     (tmp_path / "pyproject.toml").touch()
+    os.utime(tmp_path / "pyproject.toml", (0, 0))
     monkeypatch.setattr(matrix, "ROOT", tmp_path)
     calls = []
 
     def run(command, **_):
         calls.append([str(word) for word in command])
-        (tmp_path / ".venv-matrix" / "old").mkdir(parents=True, exist_ok=True)
-        (tmp_path / ".venv-matrix" / "new").mkdir(parents=True, exist_ok=True)
+        for name in ("old", "new"):
+            (tmp_path / ".venv-matrix" / name).mkdir(parents=True, exist_ok=True)
 
     monkeypatch.setattr(matrix.subprocess, "run", run)
     for row in (PINNED, NEWEST):
