@@ -1,6 +1,6 @@
 """What sampling costs a step: thresholds bit by bit against a sort, whole chains, stop tables.
 
-Command: python experiments/bench_samplers.py --out experiments/results/bench_samplers_cpu.json
+Command: python experiments/bench_samplers.py --out experiments/results/bench_samplers/cpu.json
 Hardware: anything; 2 CPU cores
 Minutes: 1
 Expected: `bits_ms` several times below `sort_ms`; `stop_build_s` below a second.

@@ -14,7 +14,7 @@ ranks and all else frozen, as in osft_continual.py, at two rates.
 
 Command: python experiments/osft_share.py --out experiments/results/osft_share/cpu.json
 Hardware: 2 CPU cores, 3 GB
-Minutes: 15 of one core, and 12 once for the model
+Minutes: 15 of one core, and 12 once for the model; a stopped run goes on with the next course
 Expected: `first_kept` about 0 at every u, though at u = 0.05 nearly all of `update_protected`;
     `choice_kept` above chance, but for u = 1 at the higher rate
 """
@@ -22,6 +22,7 @@ Expected: `first_kept` about 0 at every u, though at u = 0.05 nearly all of `upd
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +48,25 @@ BATCHES, ASKED, TOGETHER = 16, 100, 56  # inputs looked at; samples of `choice`,
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Every share with every seed, and means over seeds."""
+    """Every share with every seed, and means; finished courses are kept beside `--out`."""
+    kept = (args.out or Path("osft_share.json")).with_suffix(".parts")
     if args.smoke:
         args.model = Path(tempfile.mkdtemp())
+        kept = args.model / "parts"
     bundle = text_model.model(args.model, args.data, smoke=args.smoke)
     shares, seeds = ({RATES[0]: (0.5,)}, 1) if args.smoke else (SHARES, SEEDS)
     settings = [(u, rate) for rate, some in shares.items() for u in some]
+    parts = _harness.Resumable(kept, {"model": str(args.model), "sizes": repr(SIZES)})
     runs: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
             files = prepare(Path(folder, f"texts{seed}"), args.data, bundle.tokenizer,
                             Sizes(8, 4, 1) if args.smoke else SIZES, seed)
             for u, rate in settings:
-                out = Path(folder, f"{seed}-{u}-{rate}")
-                runs.setdefault(f"{u:g}, {rate:g}", []).append(
-                    course(bundle, files, u, rate, seed, out))
+                name = f"{u:g}, {rate:g}"
+                runs.setdefault(name, []).append(parts(f"{name}, seed {seed}", partial(
+                    course, bundle, files, u, rate, seed, Path(folder, f"{seed}-{u}-{rate}"))))
+    parts.done()
     mean = {name: {what: float(np.mean([one[what] for one in some])) for what in some[0]}
             for name, some in runs.items()}
     return {"by_share_and_rate": mean, "seeds": seeds, "runs": runs}

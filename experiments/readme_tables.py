@@ -1,4 +1,4 @@
-"""Rewrite results in README.md and docs (performance, serve, found, fit), between marker comments.
+"""Rewrite results in README.md and docs (results, performance, serve, found, fit), between markers.
 
 Command: python experiments/readme_tables.py
 
@@ -17,12 +17,14 @@ from experiments import continual_table, kv_stats, osft_fit, recipe_table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 SERVE = ROOT / "docs" / "serve.md"
 FOUND = ROOT / "docs" / "found.md"
 FIT = ROOT / "docs" / "fit.md"
 KV = ROOT / "docs" / "kv_cache.md"
 BEGIN, END = "<!-- results: experiments/readme_tables.py -->", "<!-- end of results -->"
+NOTHING = "No results are committed yet."
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,34 @@ GROUPS: dict[str, tuple[Row, ...]] = {
     ),
 }
 
+# What a user chooses by, for the README; docs/results.md has all.
+HEADLINES = (
+    Row("parity", "max_logit_error", "largest logit difference from transformers, random twins of "
+        "every family, float32", "{:.1e}"),
+    Row("bench_decode", "decode_b1_ratio.tiny", "greedy decoding against transformers' generate, "
+        "bundled model, batch 1", TIMES),
+    Row("bench_decode", "decode_b32_ratio.tiny", "the same at batch 32", TIMES),
+    Row("bench_decode", "decode_135m_ratio", "decoding a 135M shape, against transformers' static "
+        "cache with torch.compile", TIMES),
+    Row("bench_decode", "prefill_ratio.tiny", "prefill, batch 8 x 256, bundled model, against "
+        "transformers", TIMES),
+    Row("quant_ablation", "heldout_ratio_geomean",
+        "2-bit keys, logit error over KIVI's at equal bytes"),
+    Row("kv_speed", "cpu_step_vs_dense",
+        "a decode step with a 2-bit cache, time over float32 dense, 8 rows x 4,096 tokens"),
+    Row("kv_capacity", "capacity_ratio", "rows of 16k tokens that fit v5e:2x4 by its compiler, "
+        "Llama-3.1-8B, 2-bit cache over bfloat16", TIMES),
+    Row("kv_quality", "recall_drop_points", "recall in one prompt, points lost at 2 bits"),
+    *(Row("inference_scaling", f"accuracy.{method}|checker, noise 0.1.16.value", "hard sums, 16 "
+          f"answers, a tenth of the checker's verdicts wrong: {method}", PERCENT)
+      for method in ("particle-filter", "best-of-n")),
+    Row("bench_serve", "serve_overhead_ratio",
+        "32 plain requests at once over HTTP, time over `generate`'s"),
+    Row("osft_speed", "step_ratio_full.update", "a step of OSFT over a full step, time"),
+    *(Row("osft_continual", f"accuracy.{row}", f"five tasks in turn, average accuracy: {row}",
+          PERCENT) for row in ("full", "osft importance", "replay")),
+)
+
 WANTED = (("decode_b1_ratio", "15"), ("decode_b32_ratio", "2, better 4"),
           ("bandwidth_fraction", "0.7"), ("decode_135m_ratio", "1.2"), ("prefill_ratio", "1.2"),
           ("first_token_s", "at most 5"), ("import_s", "at most 0.3"),
@@ -231,20 +261,22 @@ def lines(found: list[dict[str, Any]], rows: Iterable[Row]) -> list[list[str]]:
     ]
 
 
+def table(title: str, found: list[dict[str, Any]], rows: Iterable[Row]) -> str:
+    """A table of what is measured of these rows; empty where nothing is."""
+    cells = lines(found, rows)
+    head = [[title, "measured", "device", "command"], ["---"] * 4]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [*head, *cells]) if cells else ""
+
+
 def block(found: list[dict[str, Any]]) -> str:
-    """What stands between the markers."""
-    head = ["measured", "device", "command"]
-    tables = []
-    for group, rows in GROUPS.items():
-        if cells := lines(found, rows):
-            table = [[f"**{group}**", *head], ["---"] * 4, *cells]
-            tables.append("\n".join("| " + " | ".join(row) + " |" for row in table))
-    return "\n\n".join(tables) or "No results are committed yet."
+    """What stands between the markers of docs/results.md: a table a group."""
+    tables = [table(f"**{group}**", found, rows) for group, rows in GROUPS.items()]
+    return "\n\n".join(filter(None, tables)) or NOTHING
 
 
 def rewritten(readme: str, found: list[dict[str, Any]]) -> str:
-    """The README with its results up to date."""
-    return between(readme, block(found))
+    """The README with its few results up to date."""
+    return between(readme, table("what", found, HEADLINES) or NOTHING)
 
 
 def between(page: str, text: str) -> str:
@@ -275,8 +307,11 @@ def targets(bench: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Rewrite the README and docs/performance.md, serve.md, found.md, fit.md, kv_cache.md."""
-    README.write_text(rewritten(README.read_text(), results(RESULTS)))
+    """Rewrite the README and docs/results.md, performance.md, serve.md, found.md, fit.md and
+    kv_cache.md."""
+    found = results(RESULTS)
+    README.write_text(rewritten(README.read_text(), found))
+    PAGE.write_text(between(PAGE.read_text(), block(found)))
     PERFORMANCE.write_text(between(PERFORMANCE.read_text(), bench_table()))
     SERVE.write_text(between(SERVE.read_text(), serve_tables()))
     FOUND.write_text(filled(FOUND.read_text(), FOUND_TABLES))

@@ -1,5 +1,6 @@
 """The bundled model's card, written from the results of its training and of its evaluation."""
 
+import textwrap
 from typing import Any
 
 from jaxlm.eval.recall import FRAME_TOKENS, PAIR_TOKENS, QUERY_TOKENS
@@ -55,7 +56,7 @@ length; share right and standard error. A sound solution is right in its answer 
 {steps:,} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes on {device} ({cores}):
 `python experiments/train_tiny.py`; measured by `python experiments/eval_tiny.py`
 ({date}; results under `experiments/results/`). Training and test problems are told apart by a
-checksum, so none is in both.
+checksum, so none is in both.{note}
 """
 
 LEVELS = {
@@ -81,7 +82,9 @@ def card(train: dict[str, Any], metrics: dict[str, Any], vocab: int, cores: str,
     pairs = lambda length: (length - FRAME_TOKENS - QUERY_TOKENS) // PAIR_TOKENS
     recalled = [f"| {length} | {pairs(int(length))} | {show(r)} |"
                 for length, r in metrics["recall"].items()]
+    note = textwrap.fill(run.get("note", ""), 100)  # of a run that was not one command
     return CARD.format(
+        note=note and f"\n\n{note}",
         parameters=run["parameters"], vocab=vocab, steps=run["steps"], tokens=run["tokens"] / 1e6,
         minutes=run["minutes"], device=train["device"], cores=cores, date=date,
         problems=hard["problems"], samples=hard["samples"],

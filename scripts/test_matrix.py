@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Run the quick tests on every supported set of versions: make test-matrix.
 
-Each row has its own environment under .venv-matrix, made once. Pythons are looked for on the PATH
-and under pyenv; a row whose Python is absent is skipped, loudly, and with --strict that is a
-failure too.
+Each row has its own environment under .venv-matrix, made once; one without pins is upgraded
+each time. Pythons are looked for on the PATH and under pyenv; a row whose Python is absent is
+skipped, loudly. With --strict that is a failure; without, only when no row ran.
 """
 
 import argparse
@@ -49,15 +49,18 @@ def find_python(version: str) -> str | None:
 
 
 def prepare(row: Row, python: str) -> Path:
-    """The row's environment; installed again when pyproject.toml is newer."""
+    """The row's environment: made anew when pyproject.toml is newer, upgraded where not pinned."""
     folder = ROOT / ".venv-matrix" / row.name
     stamp, project = folder / ".installed", ROOT / "pyproject.toml"
     inside = folder / "bin" / "python"
-    if stamp.exists() and stamp.stat().st_mtime > project.stat().st_mtime:
+    current = stamp.exists() and stamp.stat().st_mtime > project.stat().st_mtime
+    if current and row.pins:
         return inside
-    environment = {**os.environ, "PYTHON": python}
-    subprocess.run([ROOT / "scripts/make_env.sh", folder], env=environment, check=True)
-    install = [inside, "-m", "pip", "install", "--quiet", "--upgrade", "-e", f"{ROOT}[dev]"]
+    if not current:
+        environment = {**os.environ, "PYTHON": python}
+        subprocess.run([ROOT / "scripts/make_env.sh", folder], env=environment, check=True)
+    eager = ["--upgrade", "--upgrade-strategy", "eager"]  # or pip keeps the jax that it finds
+    install = [inside, "-m", "pip", "install", "--quiet", *eager, "-e", f"{ROOT}[dev]"]
     subprocess.run([*install, *row.pins], check=True)
     stamp.touch()
     return inside
@@ -90,7 +93,7 @@ def run(row: Row, pytest_arguments: list[str]) -> str:
 
 
 def main() -> int:
-    """The command line; 1 if a row fails."""
+    """The command line; 1 if a row fails, or none ran."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=[row.name for row in ROWS])
     parser.add_argument("--strict", action="store_true", help="a skipped row is a failure")
@@ -99,7 +102,9 @@ def main() -> int:
     results = {row.name: run(row, pytest_arguments) for row in rows}
     print("\n" + "\n".join(f"{name:18} {result}" for name, result in results.items()))
     bad = ("FAILED", "SKIPPED") if args.strict else ("FAILED",)
-    return int(any(result.startswith(bad) for result in results.values()))
+    if none := all(result.startswith("SKIPPED") for result in results.values()):
+        print("no row ran: nothing was tested; install one of the Pythons named above")
+    return int(none or any(result.startswith(bad) for result in results.values()))
 
 
 if __name__ == "__main__":

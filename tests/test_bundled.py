@@ -1,6 +1,7 @@
 """The bundled model: complete, small, and as good as its card says."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlm
+from experiments.tiny_card import card
 from jaxlm.eval import arithmetic, recall
 from jaxlm.eval.skills import share
 from jaxlm.hf.bundle import BUNDLED
@@ -26,6 +28,17 @@ def test_the_folder_is_complete_and_small():
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
             "tokenizer_config.json", "README.md"} <= names
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 10e6
+
+
+def test_the_card_is_made_from_the_results(request):
+    text = (FOLDER / "README.md").read_text()
+    read = lambda name: json.loads(
+        (request.config.rootpath / f"experiments/results/{name}/cpu.json").read_text())
+    train, date = read("train_tiny"), re.search(r"\d{4}-\d\d-\d\d", text)
+    cores = "2 cores, shared with other work"
+    assert card(train, read("eval_tiny")["metrics"], 100, cores, date.group()) == text
+    assert "stopped and resumed six times" in text and "Not yet repeated from scratch" in " ".join(
+        text.split())
 
 
 def test_its_shape_suits_the_methods(tiny):

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from experiments import continual_table, plots, text_model
+from experiments import continual_table, osft_share, plots, text_model
 from experiments import osft_continual as study
 from experiments.continual_rows import ROWS
 from experiments.continual_tasks import ORDERS, TUNING_ORDER, WINDOW, line, longest, short
@@ -200,3 +201,29 @@ def test_plots_and_tables_can_be_made_of_it(metrics):
     with pytest.raises(ValueError, match="once each"):
         continual_table.filled("nothing", metrics)
     assert set(continual_table.WORDS) == set(ROWS)
+
+
+def test_a_stopped_run_over_shares_goes_on_with_the_next_course(tmp_path, monkeypatch):
+    """Of two shares and two seeds the third course is killed: the second run computes two."""
+    asked, broken = [], [True]
+
+    def course(bundle, files, u, rate, seed, out):
+        if len(asked) == 2 and broken:
+            broken.clear()
+            raise KeyboardInterrupt
+        asked.append((u, seed))
+        return {"first_kept": u + seed}
+
+    monkeypatch.setattr(osft_share, "course", course)
+    monkeypatch.setattr(osft_share, "prepare", lambda *_: None)
+    monkeypatch.setattr(osft_share.text_model, "model", lambda *_, **__: SimpleNamespace(
+        tokenizer=None))
+    monkeypatch.setattr(osft_share, "SHARES", {1e-3: (0.25, 1.0)})
+    monkeypatch.setattr(osft_share, "SEEDS", 2)
+    args = SimpleNamespace(out=tmp_path / "cpu.json", smoke=False, model=tmp_path, data=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        osft_share.measure(args)
+    found = osft_share.measure(args)
+    assert asked == [(0.25, 0), (1.0, 0), (0.25, 1), (1.0, 1)] and not broken
+    assert found["runs"]["0.25, 0.001"] == [{"first_kept": 0.25}, {"first_kept": 1.25}]
+    assert not list(tmp_path.iterdir())

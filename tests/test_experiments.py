@@ -48,6 +48,8 @@ def test_header_says_how_to_run_it(path):
         if not re.search(rf"^{word}: \S", header, re.M)
     ]
     assert not missing, f"{path.name}: its docstring lacks lines {missing}"
+    for out in re.findall(r"--out\s+(experiments/\S+)", header):
+        assert re.fullmatch(rf"experiments/results/{path.stem}/\w+\.json", out), out
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)

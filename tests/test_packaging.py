@@ -90,6 +90,9 @@ def test_versions_agree():
     assert jaxlm.__version__ == version
     assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.M)
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    entry = (ROOT / "CHANGELOG.md").read_text().split(f"## [{version}]")[1].splitlines()[0]
+    dated = "date-released:" in (ROOT / "CITATION.cff").read_text()
+    assert dated is ("unreleased" not in entry)
 
 
 def test_typed_and_licensed():

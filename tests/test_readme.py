@@ -1,10 +1,12 @@
 """The README's figures come from the committed results, and what it names is there."""
 
+import ast
 import json
 import re
 import shlex
 
 import pytest
+import yaml
 
 from experiments import readme_tables as tables
 from jaxlm.cli import COMMANDS
@@ -21,6 +23,9 @@ def result(name, metrics, device="cpu"):
 def test_results_are_up_to_date():
     fresh = tables.rewritten(README, tables.results(tables.RESULTS))
     assert fresh == README, "run python experiments/readme_tables.py"
+    page = tables.PAGE.read_text()
+    whole = tables.block(tables.results(tables.RESULTS))
+    assert tables.between(page, whole) == page, "run experiments/readme_tables.py"
     page = tables.PERFORMANCE.read_text()
     assert tables.between(page, tables.bench_table()) == page, "run experiments/readme_tables.py"
     page = tables.FOUND.read_text()
@@ -65,18 +70,29 @@ def test_plots_of_the_docs_are_those_of_the_results():
         assert copied.read_bytes() == plot.read_bytes(), "run python experiments/readme_tables.py"
 
 
-def test_a_new_result_changes_the_readme(tmp_path):
+def test_a_new_result_changes_the_pages(tmp_path):
     folder = tmp_path / "bench_decode"
     folder.mkdir()
-    made = result("bench_decode", {"decode_b1_ratio": {"small": {"ratio": 123.44}, "n": 5.04}})
+    made = result("bench_decode", {"decode_b1_ratio": {"tiny": {"ratio": 123.44}, "n": 5.04}})
     (folder / "cpu.json").write_text(json.dumps(made))
-    fresh = tables.rewritten(README, tables.results(tmp_path))
-    row = "generate, small | 123.4 times | cpu | `python experiments/bench_decode.py` |"
-    assert row in fresh
-    assert "generate, n | 5.0 times" in fresh
-    assert tables.rewritten(fresh, tables.results(tmp_path)) == fresh
+    found = tables.results(tmp_path)
+    end = "| 123.4 times | cpu | `python experiments/bench_decode.py` |"
+    page = tables.between(tables.PAGE.read_text(), tables.block(found))
+    assert f"generate, tiny {end}" in page and "generate, n | 5.0 times" in page
+    fresh = tables.rewritten(README, found)
+    assert f"bundled model, batch 1 {end}" in fresh and "5.0 times" not in fresh
+    assert tables.rewritten(fresh, found) == fresh
     gone = tables.rewritten(fresh, [])
     assert "123.4" not in gone and "No results are committed yet." in gone
+
+
+def test_the_readme_has_few_results_and_the_page_all():
+    page, rows = tables.PAGE.read_text(), readme_rows("## Results")
+    assert 10 <= len(rows) <= 16
+    for row in rows:
+        assert row.split("|", 2)[2] in page, "of the same figure, device and command"
+    cells = tables.lines(tables.results(tables.RESULTS), sum(tables.GROUPS.values(), ()))
+    assert all("| " + " | ".join(line) + " |" in page for line in cells) and len(cells) > 100
 
 
 def test_only_what_is_measured_is_listed():
@@ -102,6 +118,18 @@ def test_commands_of_the_readme_exist():
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
 
 
+def readme_rows(heading):
+    """The lines of the table below a heading, without its head."""
+    section = README.split(heading)[1].split("\n## ")[0]
+    return [line for line in section.splitlines() if re.match(r"\| [^-]", line)][1:]
+
+
+def test_the_commands_that_need_more_say_so():
+    lines = "\n".join(code_blocks()).splitlines()
+    for command, words in (("jaxlm serve", "extra serve"), ("--verify", "pip install torch")):
+        assert all(words in line for line in lines if command in line), command
+
+
 def code_blocks():
     """What stands between fences."""
     return re.findall(r"^```[a-z]*\n(.*?)^```", README, re.S | re.M)
@@ -113,10 +141,35 @@ def test_the_two_commands_come_first():
 
 
 def test_modules_marked_as_here_are_here():
-    table = README.split("## Methods")[1].split("\n## ")[0]
-    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][1:]
+    rows = [line.split("|")[1:-1] for line in readme_rows("## Methods")]
     assert rows
     for _, _, module, state in rows:
         here = [path for path in re.findall(r"`([\w/]+(?:\.py)?)`", module)]
         exists = bool(here) and all((ROOT / path).exists() for path in here)
         assert state.strip() == ("here" if exists else "planned"), module
+
+
+def test_papers_of_the_methods_that_are_here_are_cited():
+    papers = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    assert all(paper["title"] and paper["year"] and paper["authors"] for paper in papers)
+    cited = {paper["url"].removeprefix("https://arxiv.org/abs/") for paper in papers}
+    ids = {"here": set(), "planned": set()}
+    for line in readme_rows("## Methods"):
+        _, paper, _, state = line.split("|")[1:-1]
+        ids[state.strip()] |= set(re.findall(r"\d{4}\.\d{4,5}", paper))
+    assert len(ids["here"]) > 15 and ids["here"] <= cited, ids["here"] - cited
+    assert not ids["planned"] & cited
+
+
+@pytest.mark.slow
+def test_the_examples_do_what_they_say(capsys):
+    names, printed = {}, []
+    for block in re.findall(r"^```python\n(.*?)^```", README, re.S | re.M):
+        exec(compile(block, "README.md", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    answers = ast.literal_eval(printed[0].splitlines()[-2])
+    assert len(answers) == 4 and all(answer.startswith("A:") for answer in answers)
+    assert any(answer != "A:30" for answer in answers)  # some are wrong
+    assert "A:30" in printed[1]
+    looked_up, expected = printed[2].split()
+    assert looked_up == expected

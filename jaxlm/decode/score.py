@@ -45,7 +45,7 @@ def score(
       texts: a text or token ids, or a list of either; at least 2 tokens each.
       window: tokens a window, 2 to the model's length (the default).
       stride: 1 to window - 1; default half a window. The smaller, the more context and time.
-      batch: windows computed together.
+      batch: windows computed together, at most.
     Returns: a Score, or a list of them when a list was given.
     Raises: ShapeError, ConfigError, TokenizerError before any compute; NumericsError on NaN.
 
@@ -77,11 +77,14 @@ def window_logprobs(
 
     Args:
       jobs: (text, start, end, first newly scored token); together they score each token.
-      batch: windows computed together. progress: passes the batches on, one by one.
+      batch: windows computed together, at most; few of them fill fewer rows. progress: passes the
+        batches on, one by one.
     Raises: NumericsError on NaN.
     """
     found = [np.full(len(text) - 1, np.nan, np.float32) for text in ids]
     jobs = sorted(jobs, key=lambda job: job[2] - job[1])
+    if bundle.mesh is None:  # on a mesh the rows are spread, and must divide over its devices
+        batch = min(batch, 1 << (len(jobs) - 1).bit_length())
     groups = [jobs[first: first + batch] for first in range(0, len(jobs), batch)]
     for group in progress(groups):
         logprobs = _score_group(bundle, [ids[row][a:b] for row, a, b, _ in group], batch)

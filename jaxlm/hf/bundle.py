@@ -198,9 +198,7 @@ def _stop_ids(
     tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
 ) -> tuple[int, ...]:
     """The ids that end a text, by generation_config.json, config.json and the tokenizer."""
-    path = folder / "generation_config.json"
-    defaults = read_json(path) if path.exists() else {}
-    stops = defaults.get("eos_token_id", raw.get("eos_token_id"))
+    stops = _generation_settings(folder).get("eos_token_id", raw.get("eos_token_id"))
     found = stops if isinstance(stops, list) else [stops]
     if any(i is not None and (type(i) is not int or not 0 <= i < vocab) for i in found):
         raise ConfigError(
@@ -208,6 +206,12 @@ def _stop_ids(
         )
     eos = tokenizer.id_of("eos_token")
     return tuple(sorted({i for i in (*found, eos) if i is not None}))
+
+
+def _generation_settings(folder: pathlib.Path) -> dict[str, Any]:
+    """generation_config.json of a model folder; empty where there is none."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) -> pathlib.Path:
@@ -260,10 +264,14 @@ def _check_save(bundle: Bundle) -> tuple[dict[str, Any], list[pathlib.Path]]:
 def _write_words(
     stage: pathlib.Path, bundle: Bundle, raw: dict[str, Any], files: list[pathlib.Path]
 ) -> None:
-    """All of the folder but the weights: the two configs, and the tokenizer's files."""
+    """All of the folder but the weights: the two configs, and the tokenizer's files.
+
+    How the source wants to be sampled (do_sample, temperature, ...) is kept; ids are the bundle's.
+    """
     (stage / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     tokens = {name: bundle.extra[name] for name in TOKEN_FIELDS if name in bundle.extra}
-    generation = {**tokens, "eos_token_id": list(bundle.stop_ids) or None}
+    generation = {**_generation_settings(bundle.tokenizer.folder), **tokens,
+                  "eos_token_id": list(bundle.stop_ids) or None}
     (stage / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for path in files:
         shutil.copyfile(path, stage / path.name)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxlm.core.errors import NumericsError, ShapeError
 from jaxlm.core.mesh import make_mesh
+from jaxlm.decode import score as module
 from jaxlm.decode.score import perplexity, score, windows
 from jaxlm.hf.bundle import load
 
@@ -61,6 +62,17 @@ def test_batches_and_neighbours_change_nothing(bundle):
     for batch in (2, 8):
         for one, other in zip(alone, score(bundle, TEXTS, batch=batch), strict=True):
             np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "batch", "rows"), [(1, 8, 1), (3, 8, 4), (5, 6, 6), (9, 8, 8)])
+def test_few_texts_compute_few_rows(bundle, monkeypatch, count, batch, rows):
+    plain, shapes = module._logprobs, []
+    monkeypatch.setattr(module, "_logprobs", lambda lm, params, tokens_BT: (
+        shapes.append(tokens_BT.shape[0]) or plain(lm, params, tokens_BT)))
+    found = score(bundle, TEXTS[:1] * count, batch=batch)
+    assert set(shapes) == {rows} and len(found) == count
+    np.testing.assert_allclose(found[-1].logprobs, by_hand(bundle, list(found[-1].tokens)),
+                               atol=1e-5)
 
 
 @pytest.mark.parametrize("axes", [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 4}], ids=str)

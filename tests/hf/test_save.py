@@ -14,11 +14,12 @@ import pytest
 import jaxlm.hf.bundle
 from jaxlm.core.errors import CheckpointError, ConfigError
 from jaxlm.hf.bundle import load, save
+from jaxlm.hf.convert import convert
 from jaxlm.hf.weights import INDEX, SINGLE
 from jaxlm.models.config import LayerPlan
 from jaxlm.models.lm import LM
 from tests.source_tree import ROOT
-from tests.tiny import CONFIG, HF_CONFIG, contents, write_folder
+from tests.tiny import BOS, CONFIG, EOS, HF_CONFIG, contents, write_folder
 
 same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -84,6 +85,21 @@ def test_saving_over_its_own_source(tmp_path):
     same(load(save(bundle, tmp_path / "link", overwrite=True)).params, bundle.params)
     assert (tmp_path / "link").is_symlink()
     same(load(tmp_path / "m").params, bundle.params)
+
+
+def test_generation_settings_are_kept(tmp_path):
+    source = write_folder(tmp_path / "in")
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "pad_token_id": 3}
+    read = lambda folder: json.loads((folder / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    bundle = load(source)
+    folder = save(bundle, tmp_path / "out")
+    expected = settings | {"bos_token_id": BOS, "eos_token_id": [7, EOS]}
+    assert read(folder) == expected and load(folder).stop_ids == bundle.stop_ids == (7, EOS)
+    again = convert(folder, tmp_path / "again", "bfloat16")
+    assert read(again) == expected
+    save(bundle.replace(stop_ids=(5,)), source, overwrite=True)  # ids are the bundle's
+    assert read(source) == expected | {"eos_token_id": [5]}
 
 
 def test_what_a_folder_cannot_hold(bundle, tmp_path):

@@ -2,12 +2,14 @@
 
 import ast
 import os
+import re
 import sys
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import jaxlm
 from tests.source_tree import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -89,7 +91,9 @@ def test_is_written_for_readers(path):
     notebook = read(path)
     sources = code_cells(notebook)
     assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs"
-    assert "colab-badge" in notebook.cells[0].source
+    badge = r"colab-badge\.svg\)\]\((\S+)\)"  # no address holds the file: it opens what uploads it
+    assert re.search(badge, notebook.cells[0].source)[1].endswith("/#upload=true")
+    assert f'WHEEL = "jaxlm-{jaxlm.__version__}-py3-none-any.whl"' in sources[0]
     guarded = ast.parse(sources[0]).body[-1]
     assert isinstance(guarded, ast.If) and "find_spec" in ast.unparse(guarded.test)
     last = ast.parse(sources[-1]).body
