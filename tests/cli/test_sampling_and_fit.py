@@ -12,6 +12,7 @@ import pytest
 import jaxlm
 from experiments import twins
 from experiments.loopback_hub import Hub
+from jaxlm.cache.policy import write_policy
 from jaxlm.cli import fit, main
 from jaxlm.cli.generate import make_sampler
 from jaxlm.core.errors import CheckpointError, ConfigError
@@ -88,6 +89,21 @@ def test_of_a_hub_id_the_config_alone_is_fetched(tmp_path):
                       "org/other", "--target", "v5e:1x1", HF_HUB_OFFLINE="1")
     assert refused.returncode == 2 and refused.stderr.startswith("jaxlm: cannot fetch 'org/other'")
     assert "Without a network" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_of_a_policy_every_layer_s_kind_is_asked_about(tmp_path, monkeypatch, capsys):
+    config, asked = fit.open_config("tiny"), {}
+    kinds = (jaxlm.Kivi(4, 4), *[jaxlm.Dense()] * (config.num_layers - 1))
+    write_policy(tmp_path / "policy.json", config, kinds)
+
+    def ask(*_, **settings):
+        asked.update(settings)
+        raise ConfigError("asked")
+
+    monkeypatch.setattr(fit, "fit", ask)
+    argv = ["fit", "--model", "tiny", "--target", "v5e:1x1", "--cache"]
+    assert main([*argv, str(tmp_path / "policy.json")]) == 2 and asked["cache"] == kinds
+    assert capsys.readouterr().err.endswith("jaxlm: asked\n")
 
 
 @pytest.mark.parametrize("kind, name", [
