@@ -57,7 +57,8 @@ def check_same(what: str, tree: Any) -> None:
     digest = hashlib.sha256(_shown(jax.tree.structure(tree)))
     for leaf in jax.tree.leaves(tree):
         spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        if spread or not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        array_like = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+        if spread or not array_like:
             digest.update(_shown(leaf.aval if spread else leaf))
             continue
         keys = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
