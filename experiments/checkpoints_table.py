@@ -2,7 +2,8 @@
 
 Memory is that of the weights in bfloat16 plus a dense cache of one text of 8,192 tokens (or the
 model's own length) in bfloat16; the chip is the smallest of the list that keeps a tenth free. For
-the compiler's own count of a given job use `jaxlm.eval.fit`.
+the compiler's own count of a given job use `jaxlm fit`. A T4 computes in float16; Gemma, whose
+activations outgrow that, in float32, at twice the memory.
 """
 
 from experiments.verify_hub import CHECKPOINTS
@@ -13,6 +14,7 @@ from jaxlm.models.presets import preset
 
 CHIPS = {"T4": CARDS["t4"].memory_bytes, "v5e": TPU_BYTES["v5e"], "v6e": TPU_BYTES["v6e"],
          "A100 40 GB": CARDS["a100"].memory_bytes, "H100": CARDS["h100"].memory_bytes}
+FOLDERS = {"gemma-3-4b": "gemma-3-4b-text"}  # presets that are no checkpoint of their own
 CONTEXT, FREE = 8192, 0.1
 
 
@@ -21,9 +23,12 @@ def row(name: str) -> str:
     config = preset(name)
     weights = 2 * count_params(LM(config))
     total = weights + cache_bytes(config)
-    chip = next((chip for chip, size in CHIPS.items() if total <= (1 - FREE) * size), "several")
-    return (f'| {name} | `jaxlm.load("{CHECKPOINTS[name]}")` | {weights / 2**30:.1f} GiB '
-            f"| {total / 2**30:.1f} GiB | {chip} | no |")
+    dtypes = {chip: "" for chip in CHIPS} | {"T4": "float32" if "gemma" in name else "float16"}
+    fits = lambda chip: total * (1 + (dtypes[chip] == "float32")) <= (1 - FREE) * CHIPS[chip]
+    chip = next(filter(fits, CHIPS), "several")
+    dtype = f', dtype="{dtypes[chip]}"' if dtypes.get(chip) else ""
+    return (f'| {name} | `jaxlm.load("{(CHECKPOINTS | FOLDERS)[name]}"{dtype})` '
+            f"| {weights / 2**30:.1f} GiB | {total / 2**30:.1f} GiB | {chip} | no |")
 
 
 def cache_bytes(config: ModelConfig) -> int:
@@ -36,7 +41,7 @@ def table() -> str:
     """The whole table."""
     head = ["| checkpoint | load | weights | with one text | smallest chip | verified |",
             "|---|---|---|---|---|---|"]
-    return "\n".join([*head, *map(row, CHECKPOINTS)])
+    return "\n".join([*head, *map(row, CHECKPOINTS | FOLDERS)])
 
 
 def main() -> None:

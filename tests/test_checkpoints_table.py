@@ -1,13 +1,13 @@
 """The page of checkpoints says what the code computes."""
 
-from experiments.checkpoints_table import cache_bytes, row, table
+from experiments.checkpoints_table import FOLDERS, cache_bytes, row, table
 from experiments.verify_hub import CHECKPOINTS
 from jaxlm.models.presets import PRESETS, preset
 from tests.source_tree import ROOT
 
 
 def test_every_preset_has_a_checkpoint():
-    assert set(CHECKPOINTS) == set(PRESETS)
+    assert set(CHECKPOINTS) | set(FOLDERS) == set(PRESETS)
 
 
 def test_the_page_holds_the_table():
@@ -17,4 +17,14 @@ def test_the_page_holds_the_table():
 
 def test_an_8b_model_does_not_fit_a_16_gb_chip():
     assert "| A100 40 GB |" in row("llama-3.1-8b") or "| v6e |" in row("llama-3.1-8b")
+    assert "| v6e |" in row("gemma-3-4b") or "| v5e |" in row("gemma-3-4b")
     assert cache_bytes(preset("llama-3.1-8b")) == 2**30
+
+
+def test_a_t4_is_given_no_bfloat16():
+    """Nor Gemma in float16, which its activations outgrow."""
+    lines = [line for line in table().splitlines() if "| T4 |" in line]
+    assert lines and all(("float32" if "gemma" in line else "float16") in line for line in lines)
+    assert 'jaxlm.load("Qwen/Qwen2.5-0.5B", dtype="float16")' in row("qwen2.5-0.5b")
+    assert 'jaxlm.load("google/gemma-2-2b", dtype="float32")' in row("gemma-2-2b")
+    assert "dtype" not in row("qwen3-8b")

@@ -27,8 +27,8 @@ def run(
       dtype: of the new tensors; default their own.
       overwrite: replace the folder if it exists.
       verify: compare jaxlm on the new folder with transformers on the source (needs torch).
-      tolerance: largest difference of logits that passes; default 1e-3 where no weight was
-        rounded, else bounds of top-1 agreement and KL (jaxlm.eval.verify.BOUNDS).
+      tolerance: largest difference of logits that passes; default 1e-2 where no weight was
+        rounded. Top-1 agreement and KL have bounds of their own (jaxlm.eval.verify.BOUNDS).
       text: texts to compare on; default a few short ones.
       revision: of a hub id.
     Returns: the exit code, 1 where the verification failed.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.cache.parse import parse_cache
+from jaxlm.cache.policy import open_cache
 from jaxlm.cli.options import Dtype, columns, note
 from jaxlm.eval.fit import Fit, fit
 from jaxlm.hf.bundle import BUNDLED, resolve
@@ -41,7 +41,7 @@ def run(
         protects the leading singular directions (docs/osft.md).
       batch: rows in all.
       context: tokens a row.
-      cache: dense, squat2, kivi4, ...; for decode and prefill.
+      cache: dense, squat2, kivi4, ..., or a file of `jaxlm tune-cache`; for decode and prefill.
       dtype: of the parameters, and of a train step's compute.
       data: mesh axis over the batch.
       fsdp: mesh axis over batch and parameters.
@@ -55,7 +55,7 @@ def run(
     note(f"compiling {job} for {target} ...")
     start, tuning = time.perf_counter(), Osft(form, unfreeze_ratio)
     found = fit(config, job, target, batch=batch, context=context,
-                cache=parse_cache(cache), dtype=dtype, data=data, fsdp=fsdp, tensor=tensor,
+                cache=open_cache(cache, config), dtype=dtype, data=data, fsdp=fsdp, tensor=tensor,
                 tuning=tuning)
     record = summary(found) | {"seconds": time.perf_counter() - start}
     text = as_table(found)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxlm.cli.options import Device, Dtype, Model, note, open_model, read_text
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.generate import Generation, generate
 from jaxlm.decode.generate import stream as stream_text
-from jaxlm.decode.samplers import Categorical, Greedy, Sampler
+from jaxlm.decode.samplers import Categorical, Greedy, Mirostat2, Sampler, bias_array
 
 Prompt = Annotated[str, tyro.conf.arg(metavar="PROMPT")]
 CHUNK = 8  # tokens a piece
@@ -22,7 +22,8 @@ CHUNK = 8  # tokens a piece
 def run(
     model: Model, prompt: Prompt, /, max_new_tokens: int = 64, temperature: float = 0.0,
     top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-    repetition_penalty: float | None = None, seed: int = 0, stop: tuple[str, ...] = (),
+    repetition_penalty: float | None = None, mirostat: float | None = None,
+    logit_bias: tuple[str, ...] = (), seed: int = 0, stop: tuple[str, ...] = (),
     include_stop: bool = False, cache: str = "dense", stream: bool = True,
     device: Device | None = None, dtype: Dtype | None = None, revision: str | None = None,
 ) -> None:
@@ -37,6 +38,8 @@ def run(
       top_p: keep only the likeliest tokens that together have this probability.
       min_p: keep only tokens of at least this share of the likeliest one's probability.
       repetition_penalty: above 1 makes tokens of the text so far less likely.
+      mirostat: keep the surprise of the text near so many bits a token (Mirostat 2).
+      logit_bias: ID=VALUE adds to the logit of a token; ID=-inf bans it. Several may follow.
       seed: of the sampling; the same seed gives the same text.
       stop: strings that end the text, as they are; $'\\n' is a line end in bash.
       include_stop: leave the stop string at the end of the text.
@@ -52,7 +55,8 @@ def run(
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "cache": open_cache(cache, bundle.lm.config),
         "key": jax.random.key(seed), "stop": stop, "include_stop": include_stop,
-        "sampler": make_sampler(temperature, top_k, top_p, min_p, repetition_penalty),
+        "sampler": make_sampler(temperature, top_k, top_p, min_p, repetition_penalty, mirostat,
+                                read_bias(logit_bias, bundle.lm.config.vocab_size)),
     }
     text = read_text("-") if prompt == "-" else prompt
     if stream:
@@ -68,19 +72,45 @@ def run(
 
 def make_sampler(
     temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
-    repetition_penalty: float | None,
+    repetition_penalty: float | None, mirostat: float | None = None, logit_bias: Any = None,
 ) -> Sampler:
-    """Greedy, or the chain of what was asked for.
+    """Greedy, Mirostat 2, or the chain of what was asked for.
 
-    Raises: ConfigError for a value outside its range, and for a cut that temperature 0 ignores.
+    Raises: ConfigError for a value outside its range, for a cut that temperature 0 ignores, and
+      for what Mirostat has no place for.
     """
-    sampler = Categorical(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampler = Categorical(temperature, top_k, top_p, min_p, repetition_penalty, logit_bias)
     cuts = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
-    if not temperature and any(value is not None for value in cuts.values()):
-        named = ", ".join(name for name, value in cuts.items() if value is not None)
-        raise ConfigError(f"{named} does nothing at temperature 0, which takes the likeliest "
-                          "token; give --temperature too")
-    return sampler if temperature or repetition_penalty is not None else Greedy()
+    changes = {"--repetition-penalty": repetition_penalty, "--logit-bias": logit_bias}
+    given = lambda options: [name for name, value in options.items() if value is not None]
+    if not temperature and (named := given(cuts | {"--mirostat": mirostat})):
+        raise ConfigError(f"{', '.join(named)} does nothing at temperature 0, which takes the "
+                          "likeliest token; give --temperature too")
+    if mirostat is None:
+        return sampler if temperature or given(changes) else Greedy()
+    if named := given(cuts | changes):
+        raise ConfigError(f"--mirostat makes its own cut and takes no {', '.join(named)}; leave "
+                          "out one or the other")
+    return Mirostat2(mirostat, temperature=temperature)
+
+
+def read_bias(pairs: Sequence[str], vocab: int) -> Any:
+    """Biases as a float32 (V,) array from `ID=VALUE` each; None for none.
+
+    Raises: ConfigError for what is no pair, or an id beyond the vocabulary.
+
+    >>> read_bias(["2=-inf", "0=1.5"], 3).tolist()
+    [1.5, 0.0, -inf]
+    """
+    biases = {}
+    for pair in pairs:
+        token, _, value = pair.partition("=")
+        try:
+            biases[int(token)] = float(value)
+        except ValueError:
+            raise ConfigError(f"--logit-bias is {pair!r}; expected ID=VALUE, such as 13=-inf or "
+                              "13=2.5") from None
+    return bias_array(biases, vocab) if biases else None
 
 
 def show(pieces: Generator[str, None, Generation], began: float) -> None:

@@ -5,6 +5,7 @@ meeting that all must attend.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,10 +51,16 @@ def to_host(tree: Any) -> Any:
 def check_same(what: str, tree: Any) -> None:
     """Raise ConfigError, in every process, unless all hold the same numbers; a meeting of all.
 
-    Else each process would compute on its own part of something that does not exist.
+    Else each process would compute on its own part of something that does not exist. Leaves that
+    are no arrays are compared as `repr` shows them.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_shown(jax.tree.structure(tree)))
     for leaf in jax.tree.leaves(tree):
+        spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        array_like = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+        if spread or not array_like:
+            digest.update(_shown(leaf.aval if spread else leaf))
+            continue
         keys = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         array = np.asarray(jax.random.key_data(leaf) if keys else leaf)
         digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
@@ -64,6 +71,11 @@ def check_same(what: str, tree: Any) -> None:
             f"{what} of process {other[0]} is not that of process 0; give every process the same "
             "prompts, keys and settings"
         )
+
+
+def _shown(value: Any) -> bytes:
+    """What `repr` says, without the addresses of memory that differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()
 
 
 def is_writer(shared: bool = True) -> bool:

@@ -125,10 +125,14 @@ def keep_rows(x: jax.Array, mesh: Mesh | None, rules: Rules = RULES) -> jax.Arra
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def shard_batch(tree: Any, mesh: Mesh | None, rules: Rules = RULES) -> Any:
+def shard_batch(
+    tree: Any, mesh: Mesh | None, rules: Rules = RULES, settings: Any = ()
+) -> Any:
     """Place arrays that lead with the batch; without a mesh, leave them as they are.
 
-    Raises: ConfigError on a mesh of several processes, when they do not all give the same arrays.
+    Args: settings: what else the program that reads the batch is given: numbers, kinds, strings.
+    Raises: ConfigError on a mesh of several processes, when they do not all give the same arrays
+      and settings.
     """
     if mesh is None or not (leaves := jax.tree.leaves(tree)):
         return tree
@@ -136,7 +140,7 @@ def shard_batch(tree: Any, mesh: Mesh | None, rules: Rules = RULES) -> Any:
     where = NamedSharding(mesh, rows)
     if not spans_processes(mesh):
         return jax.tree.map(lambda x: jax.device_put(x, where), tree)
-    check_same("the batch", tree)
+    check_same("the batch or a setting", (tree, settings))
 
     def place(leaf: Any) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # numpy has no keys

@@ -10,8 +10,9 @@ from jaxlm.core.device import visible_accelerators
 from jaxlm.core.errors import DeviceError
 
 GIB = 2**30
-# Memory of one chip in bytes, from the vendor's public pages; a runtime keeps some for itself.
-TPU_BYTES = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 192 * GIB}
+# Memory of one device in bytes, from the vendor's public pages; a runtime keeps some for itself.
+# A chip of tpu7x is two devices, each with half of its 192 GiB.
+TPU_BYTES = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 96 * GIB}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Decoding: the state, samplers, generation and scoring.
 
 What a program of its own is composed from is named here: the functions on a `DecodeState`, the
-samplers, the stop rules, and what moves rows. `generate`, `stream` and `score` are in `jaxlm`.
+samplers, the stop rules, and what moves rows. `generate`, `stream`, `score` and
+`contrast` are in `jaxlm`.
 """
 
 from jaxlm.decode.batcher import Batcher as Batcher

@@ -1,20 +1,27 @@
 """Contrastive decoding: what a large model knows and a small one does not.
 
-A policy over two DecodeStates that hold the same text, one of each model.
+`contrast` takes text and gives text. Below it is a policy over two DecodeStates that hold the same
+text, one of each model.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.core.errors import ConfigError
+from jaxlm.cache.base import CacheKind
+from jaxlm.cache.dense import Dense
+from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import Params
+from jaxlm.decode.generate import Prompt, placed, prefill_jit, prepare, read
 from jaxlm.decode.samplers import Greedy, Sampler, check
-from jaxlm.decode.state import DecodeState, draw_and_read, flush, flush_period
+from jaxlm.decode.state import DecodeState, Kinds, draw_and_read, flush, flush_period
 from jaxlm.decode.stop import NEVER, Stop
 from jaxlm.decode.transforms import keep_min_p, logprob_of, per_row
+from jaxlm.hf.bundle import Bundle
 from jaxlm.models.attention import NEG
 from jaxlm.models.lm import LM
 
@@ -99,6 +106,78 @@ class Forced:
         return logprob_of(logits_BV, token_B)
 
 
+def contrast(
+    expert: Bundle, amateur: Bundle, prompts: Prompt | Sequence[Prompt], *, rule: Contrast = PAPER,
+    max_new_tokens: int = 64, sampler: Sampler = Greedy(),
+    cache: CacheKind | Kinds | str = Dense(), key: jax.Array | None = None,
+    stop: str | Sequence[str] = (), include_stop: bool = False,
+    stop_ids: Sequence[int] | None = None, max_len: int | None = None,
+) -> Any:
+    """Continue prompts by the contrast of two models.
+
+    Args:
+      expert, amateur: from `load`, of one vocabulary, on one mesh if any. What is stated of a
+        model in `generate` (its stop ids, its length) is the expert's.
+      rule: how far the amateur counts, and among which tokens.
+      cache: of both models.
+      prompts, sampler, key, stop and all else: as `generate`'s; the sampler draws from the scores.
+    Returns: a Generation, or a list of them; log-probabilities are under the sampling distribution.
+    Raises: as `generate`; ConfigError for models of different vocabularies or meshes.
+
+    Example:
+      >>> from jaxlm.hf.bundle import load
+      >>> tiny = load("tiny")
+      >>> contrast(tiny, tiny, "Q:12+34=\\n", rule=Contrast(beta=0.5), stop="A:").text
+      '12+34=46\\n'
+    """
+    kinds, amateur_kinds = placed(expert, sampler, cache), placed(amateur, Greedy(), cache)
+    _check_pair(expert, amateur)
+    job = prepare(expert, prompts, max_new_tokens, key, stop_ids, max_len, stop, include_stop,
+                  settings=(sampler, kinds, amateur_kinds, rule))
+    room = max(map(len, job.prompts)) + max_new_tokens
+    if max_len is None and room > (limit := amateur.lm.config.max_len):
+        raise ShapeError(f"prompt and answer need {room} tokens but the amateur was made for "
+                         f"{limit}; shorten them, or pass max_len={room} to go beyond")
+    begin = lambda bundle, sampler, kinds: prefill_jit(
+        bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B, kinds, job.slots,
+        job.keys_B)
+    states = begin(expert, sampler, kinds), begin(amateur, Greedy(), amateur_kinds)
+    state = _contrast(expert.lm, amateur.lm, expert.params, amateur.params, *states, rule, sampler,
+                      job.stop, max_new_tokens)
+    answers = read(expert, job, state)
+    return answers if job.many else answers[0]
+
+
+@partial(jax.jit, static_argnames=("lm", "amateur_lm"), donate_argnames="state")
+def _contrast(
+    lm: LM, amateur_lm: LM, params: Params, amateur_params: Params, state: DecodeState,
+    amateur_state: DecodeState, rule: Contrast, sampler: Sampler, stop: Stop, max_new: Any,
+) -> DecodeState:
+    """The expert's state after the whole loop."""
+    return contrastive_decode((lm, params), (amateur_lm, amateur_params), state, amateur_state,
+                              rule, sampler, stop, max_new)[0]
+
+
+def _check_pair(expert: Bundle, amateur: Bundle) -> None:
+    """Both models mean the same by a token, and lie on the same devices."""
+    _check_vocabularies(expert.lm, amateur.lm)
+    ours, theirs = expert.tokenizer, amateur.tokenizer
+    words = lambda tokenizer: tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if ours is not theirs and words(ours) != words(theirs):
+        raise ConfigError("expert and amateur have tokenizers that give other ids; expected models "
+                          "of one vocabulary, such as two sizes of one family")
+    if expert.mesh != amateur.mesh:
+        raise ConfigError(f"expert and amateur lie on meshes {expert.mesh} and {amateur.mesh}; "
+                          "load both with the same mesh")
+
+
+def _check_vocabularies(expert: LM, amateur: LM) -> None:
+    sizes = expert.config.vocab_size, amateur.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"expert and amateur have {sizes[0]} and {sizes[1]} tokens; expected "
+                          "models of one vocabulary")
+
+
 def contrastive_decode(
     expert: tuple[LM, Params], amateur: tuple[LM, Params], state: DecodeState,
     amateur_state: DecodeState, contrast: Contrast = PAPER, sampler: Sampler = Greedy(),
@@ -114,10 +193,8 @@ def contrastive_decode(
       the amateur's its own.
     Raises: ConfigError for models of different vocabularies.
     """
-    sizes = expert[0].config.vocab_size, amateur[0].config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ConfigError(f"expert and amateur have {sizes[0]} and {sizes[1]} tokens; expected "
-                          "models of one vocabulary")
+    _check_vocabularies(expert[0], amateur[0])
+
     def due(s):
         period = flush_period(s.kinds)
         return jnp.zeros((), bool) if period is None else s.since_flush >= period

@@ -73,9 +73,11 @@ def generate(
       >>> answer.finish, answer.text
       ('string', '12+34=46\\n')
     """
-    job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len, stop, include_stop)
+    kinds = placed(bundle, sampler, cache)
+    job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len, stop, include_stop,
+                  settings=(sampler, kinds))
     state = prefill_jit(bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B,
-                        placed(bundle, sampler, cache), job.slots, job.keys_B)
+                        kinds, job.slots, job.keys_B)
     state = decode_jit(bundle.lm, bundle.params, sampler, state, job.stop, max_new_tokens)
     answers = read(bundle, job, state)
     return answers if job.many else answers[0]
@@ -95,8 +97,10 @@ def stream(
     Raises: as `generate`, at the call and not at the first piece.
     """
     whole("chunk", chunk)
-    job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len, stop, include_stop)
-    return _pieces(bundle, job, max_new_tokens, sampler, placed(bundle, sampler, cache), chunk)
+    kinds = placed(bundle, sampler, cache)
+    job = prepare(bundle, prompts, max_new_tokens, key, stop_ids, max_len, stop, include_stop,
+                  settings=(sampler, kinds, chunk))
+    return _pieces(bundle, job, max_new_tokens, sampler, kinds, chunk)
 
 
 def _pieces(
@@ -122,6 +126,7 @@ def _pieces(
 
 def placed(bundle: Bundle, sampler: Sampler, cache: CacheKind | Kinds | str) -> Kinds:
     """The checked cache kinds of all layers, on the bundle's mesh; the sampler is checked too."""
+    check_bundle(bundle)
     check_sampler(sampler)
     return place_kind(layer_kinds(bundle.lm, cache), bundle.mesh)
 
@@ -144,9 +149,12 @@ class Job:
 def prepare(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], max_new: int, key: jax.Array | None,
     stop_ids: Sequence[int] | None, max_len: int | None, stop: str | Sequence[str] = (),
-    include_stop: bool = False,
+    include_stop: bool = False, *, settings: Any = (),
 ) -> Job:
-    """Check everything that can be wrong with a request, and pad it."""
+    """Check everything that can be wrong with a request, and pad it.
+
+    Args: settings: whatever else all processes of a mesh must be given alike.
+    """
     check_bundle(bundle)
     max_new = whole("max_new_tokens", max_new)
     ids, many = to_ids(bundle, prompts)
@@ -170,7 +178,8 @@ def prepare(
     rule = text_rule(bundle, strings, ids=check_stop_ids(bundle, stop_ids))
     lengths = jnp.asarray([len(i) for i in ids], jnp.int32)
     tokens_BT, lengths_B, keys_B = shard_batch(
-        (jnp.asarray(tokens), lengths, row_keys(key, len(ids))), bundle.mesh
+        (jnp.asarray(tokens), lengths, row_keys(key, len(ids))), bundle.mesh,
+        settings=(settings, rule, strings, bool(include_stop), max_new, room),
     )
     return Job(ids, many, tokens_BT, lengths_B, keys_B, round_up(room, BUCKET), rule, strings,
                bool(include_stop))

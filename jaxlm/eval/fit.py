@@ -13,7 +13,7 @@ from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.local import place_kind
 from jaxlm.core.aot import Program, compile_program
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, whole
 from jaxlm.core.mesh import make_mesh, partition, shardings
 from jaxlm.core.targets import Target, target
 from jaxlm.core.tree import Params, nbytes
@@ -73,8 +73,7 @@ def fit(
     """
     if job not in JOBS:
         raise ConfigError(f"job is {job!r}; expected one of {JOBS}")
-    if batch < 1 or context < 2:
-        raise ConfigError(f"batch is {batch} and context {context}; expected at least 1 and 2")
+    batch, context = whole("batch", batch), whole("context", context, 2)
     chips = target(target_name)
     sizes = mesh_sizes(len(chips.devices), config.num_kv_heads, job, data, fsdp, tensor)
     mesh = make_mesh(**sizes, devices=list(chips.devices))
@@ -91,16 +90,21 @@ def mesh_sizes(
 ) -> dict[str, int]:
     """Mesh axes for a number of devices; given ones are kept.
 
-    OSFT has a tensor axis up to the root of all, for its right bases lie along that alone.
+    OSFT has a tensor axis up to the root of all, for its right bases lie along that alone. Whether
+    the product of given axes is the number of devices is for `make_mesh` to say.
 
     >>> mesh_sizes(16, 8, "decode")
     {'data': 2, 'fsdp': 1, 'tensor': 8}
     """
+    for axis, size in (("data", data), ("fsdp", fsdp), ("tensor", tensor)):
+        if size is not None:
+            whole(f"mesh axis {axis!r}", size)
     given = (data or 1) * (fsdp or 1)
     if tensor is None:
-        tensor = max(n for n in range(1, kv_heads + 1)
-                     if kv_heads % n == 0 and devices % (n * given) == 0
-                     and (job != "osft" or n * n <= devices)) if job != "train" else 1
+        fit_in = [n for n in range(1, kv_heads + 1)
+                  if kv_heads % n == 0 and devices % (n * given) == 0
+                  and (job != "osft" or n * n <= devices)]
+        tensor = max(fit_in, default=1) if job != "train" else 1
     sizes = {"data": data, "fsdp": fsdp}
     rest = max(devices // (given * tensor), 1)
     for name in ("fsdp", "data") if job in TRAIN else ("data", "fsdp"):

@@ -335,7 +335,7 @@ def lm_eval_class() -> type:
         from lm_eval.api.registry import register_model
     except ImportError as error:
         raise ConfigError(
-            f"lm-evaluation-harness is not here ({error}); pip install lm_eval"
+            f"lm-evaluation-harness is not here ({error}); pip install 'lm_eval>=0.4.10'"
         ) from error
 
     class JaxLM(Evaluator, HarnessLM):

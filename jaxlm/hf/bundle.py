@@ -6,7 +6,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -66,7 +67,7 @@ class Bundle:
 def load(
     source: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None,
     rules: Rules = RULES, device: str | None = None, revision: str | None = None,
-    check_tokenizer: bool = True,
+    check_tokenizer: bool = True, ignore_fields: Sequence[str] = (),
 ) -> Bundle:
     """Load a Hugging Face checkpoint.
 
@@ -78,8 +79,10 @@ def load(
         processes, all of which call, and each of which reads only what its devices hold.
       device: "cpu", "gpu" or "tpu"; default whatever jax uses.
       revision: of a hub id.
-      check_tokenizer: refuse a tokenizer whose size or bos id is not the model's. Another model's
-        of like size passes: nothing in a folder ties it to the weights.
+      check_tokenizer: refuse a tokenizer whose size is not the model's, or whose bos id is not
+        and config.json's is no special token. Another model's of like size passes: nothing in a
+        folder ties it to the weights.
+      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
     Returns: Bundle.
     Raises: ConfigError, CheckpointError, TokenizerError, DeviceError; all before any compute.
 
@@ -94,16 +97,17 @@ def load(
     found = require(device)  # before anything is fetched
     target = found[0] if device is not None else None
     with together(spans_processes(mesh)):  # a process without the file must not leave the others
-        return _load(resolve(source, revision), dtype, mesh, rules, target, check_tokenizer)
+        return _load(resolve(source, revision), dtype, mesh, rules, target,
+                     check_tokenizer, ignore_fields)
 
 
 def _load(
     folder: pathlib.Path, dtype: Any, mesh: Mesh | None, rules: Rules, target: Any,
-    check_tokenizer: bool,
+    check_tokenizer: bool, ignore_fields: Sequence[str],
 ) -> Bundle:
     """`load` of a folder, onto a mesh or a device."""
     raw = read_json(folder / "config.json")
-    config = from_hf(raw)
+    config = from_hf(raw, ignore_fields)
     labels, per_token = labels_from_hf(raw)
     lm = LM(config, labels=labels, per_token=per_token, deep_head=has_deep_head(raw))
     tokenizer = Tokenizer(folder)
@@ -173,10 +177,11 @@ def _check_tokenizer(
         )
     ours, theirs = tokenizer.id_of("bos_token"), raw.get("bos_token_id")
     if ours is not None and isinstance(theirs, int) and ours != theirs:
-        raise TokenizerError(
-            f"{folder}: the tokenizer's bos_token is id {ours} but config.json says {theirs}; "
-            f"{other}"
-        )
+        words = f"{folder}: the tokenizer's bos_token is id {ours} but config.json says {theirs}"
+        if theirs not in tokenizer.added_ids:
+            raise TokenizerError(f"{words}; {other}")
+        # a special token of both, as in the Qwens that DeepSeek distilled with its own marks
+        warnings.warn(f"{words}; texts begin as the tokenizer has it", stacklevel=4)
 
 
 def is_padding(size: int, vocab: int) -> bool:

@@ -95,6 +95,7 @@ def read_common(fields: Fields, *, act: str = "hidden_act", **switches: Any) -> 
     for name in ("quantization_config", "is_encoder_decoder", "tie_encoder_decoder",
                  "use_bidirectional_attention"):
         fields.expect(name, False, None)
+    fields.expect("is_causal", True)
     for name in ("attention_bias", "mlp_bias"):
         fields.expect(name, False)
     fields.expect("pretraining_tp", 1)
@@ -117,6 +118,18 @@ def unless_null(fields: Fields, name: str, default: Any, kind: str = "number") -
     if not fields.has(name):
         return default
     return getattr(fields, kind)(name, None) if fields.take(name, None) is not None else None
+
+
+def read_window(fields: Fields) -> int | None:
+    """`sliding_window`, which some Gemma 2 files say twice; the two must agree."""
+    window = unless_null(fields, "sliding_window", 4096, "count")
+    again = fields.take("sliding_window_size", window)
+    if again != window:
+        raise ConfigError(
+            f"{fields.where}: sliding_window_size is {again!r} but sliding_window {window}; remove "
+            "the wrong one"
+        )
+    return window
 
 
 def read_layers(fields: Fields) -> int:

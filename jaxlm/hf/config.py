@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlm.core.errors import CheckpointError, ConfigError
@@ -28,18 +29,22 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def from_hf(raw: dict[str, Any]) -> ModelConfig:
+def from_hf(raw: dict[str, Any], ignore: Sequence[str] = ()) -> ModelConfig:
     """A config.json's content as a ModelConfig.
+
+    Args: ignore: unknown fields that the caller knows not to change the maths.
 
     Raises:
       ConfigError: names the field: an unknown model_type, a missing or malformed value, or a
         field that would change the maths and is not expressed here.
     """
+    if isinstance(ignore, str):
+        raise ConfigError(f"ignore_fields is {ignore!r}; expected a list of names")
     fields = Fields(raw)
     config = family_of(fields.take("model_type", None)).read(fields)
     for name in ("num_labels", "token_classification_bias"):  # read by `labels_from_hf`
         fields.take(name, None)
-    fields.finish()
+    fields.finish(ignore)
     return config
 
 

@@ -10,6 +10,7 @@ from jaxlm.hf.common import (
     SLIDING,
     read_common,
     read_layers,
+    read_window,
     read_windows,
     rope_from,
     unless_null,
@@ -73,7 +74,7 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
 def read_mistral(fields: Fields) -> ModelConfig:
     """Mistral 7B: Llama with a window on every layer; 0.2 and later have none (null)."""
     fields.count("num_key_value_heads")
-    window = unless_null(fields, "sliding_window", 4096, "count")
+    window = read_window(fields)
     windows = (window,) * read_layers(fields)
     return read_common(fields, windows=windows)
 
@@ -96,7 +97,7 @@ def read_qwen3(fields: Fields) -> ModelConfig:
 
 def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
     fields.count("num_key_value_heads")
-    window = unless_null(fields, "sliding_window", 4096, "count")
+    window = read_window(fields)
     first = fields.take("max_window_layers", 28, int)
     if not fields.take("use_sliding_window", False, bool):
         window = None
@@ -115,7 +116,7 @@ def write_qwen(config: ModelConfig) -> dict[str, Any]:
 def read_gemma2(fields: Fields) -> ModelConfig:
     """Gemma 2: soft caps on scores and logits, norms after each branch too, every other layer
     windowed, norm scales stored minus 1, embeddings times sqrt(D). Source: 2408.00118."""
-    window = unless_null(fields, "sliding_window", 4096, "count")
+    window = read_window(fields)
     return read_common(
         fields, **_gemma_switches(fields),
         windows=read_windows(fields, window, lambda layer: layer % 2 == 0),
@@ -132,7 +133,7 @@ def write_gemma2(config: ModelConfig) -> dict[str, Any]:
 def read_gemma3(fields: Fields) -> ModelConfig:
     """Gemma 3, text: Gemma 2 without the cap on scores, with normalised queries and keys, five
     windowed layers to a full one, and their own rotary base. Source: 2503.19786."""
-    window = unless_null(fields, "sliding_window", 4096, "count")
+    window = read_window(fields)
     period = fields.count("sliding_window_pattern", 6)
     fields.take("_sliding_window_pattern", None)  # transformers' note to itself
     # transformers 5 reads this cap and never applies it, so no value has one meaning

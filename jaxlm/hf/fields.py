@@ -1,5 +1,6 @@
 """Reading a config.json so that no field that changes the maths is passed over in silence."""
 
+from collections.abc import Collection
 from typing import Any
 
 from jaxlm.core.errors import ConfigError, whole
@@ -18,7 +19,8 @@ IGNORED = frozenset("""
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate
     sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
     tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    transformers.js_config typical_p unk_token_id use_bfloat16 use_cache name
+    transformers.js_config typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16
+    use_cache name
 """.split())
 
 MISSING = object()
@@ -84,12 +86,15 @@ class Fields:
                 f"supported: {', '.join(map(repr, allowed))}"
             )
 
-    def finish(self) -> None:
+    def finish(self, ignore: Collection[str] = ()) -> None:
         """Every field with a value was read, or is known not to matter."""
         for name, value in self.raw.items():
+            # False is off for an unknown field; a switch that is on by default must be read
             off = value is None or value is False or value == [] or value == {}
-            if name not in self.read | IGNORED and not off:
+            known = name in self.read | IGNORED or name.startswith("_attn_implementation")
+            if not known and not off and name not in ignore:
                 raise ConfigError(
                     f"{self.where}: field {name!r} = {value!r} is not known to jaxlm and may "
-                    "change the maths; remove it from config.json if you know that it does not"
+                    "change the maths; if you know that it does not, remove it, or, if it is of "
+                    f"the file's first level, pass ignore_fields=[{name!r}] to jaxlm.load"
                 )

@@ -75,6 +75,11 @@ class Tokenizer:
         """The same without added tokens: Gemma 3's image token lies beyond its text models."""
         return max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
 
+    @property
+    def added_ids(self) -> set[int]:
+        """The ids of added tokens, special ones among them."""
+        return set(self._backend.get_added_tokens_decoder())
+
     def id_of(self, name: str) -> int | None:
         """The id of a special token by its role, such as `eos_token`."""
         token = self.settings.get(name)

@@ -28,7 +28,7 @@ def _qwen2(
     vocab: int, dim: int, layers: int, heads: int, kv_heads: int, ffn: int, max_len: int,
     tied: bool, norm_eps: float = 1e-6,
 ) -> ModelConfig:
-    """Qwen 2.5, the base models."""
+    """Qwen 2 and 2.5, the base models."""
     return _llama(vocab, dim, layers, heads, kv_heads, ffn, max_len, Rope(1e6), family="qwen2",
                   norm_eps=norm_eps, qkv_bias=True, tie_embeddings=tied)
 
@@ -59,6 +59,16 @@ def _gemma2(
                   **changes)
 
 
+def _gemma3(
+    vocab: int, dim: int, layers: int, heads: int, kv_heads: int, ffn: int, max_len: int,
+    rope: Rope, window: int,
+) -> ModelConfig:
+    """Gemma 3, the language model alone: every sixth layer full."""
+    return _gemma(vocab, dim, layers, heads, kv_heads, ffn, max_len, rope, family="gemma3_text",
+                  qk_norm=True, local_rope=Rope(10000.0),
+                  windows=tuple(None if i % 6 == 5 else window for i in range(layers)))
+
+
 def _granite(
     dim: int, ffn: int, theta: float, attention_scale: float, logit_divisor: float
 ) -> ModelConfig:
@@ -82,22 +92,24 @@ PRESETS: dict[str, ModelConfig] = {
     "mistral-7b-v0.1": _llama(32000, 4096, 32, 32, 8, 14336, 32768, Rope(), family="mistral",
                               windows=(4096,) * 32),
     "mistral-7b-v0.3": _llama(32768, 4096, 32, 32, 8, 14336, 32768, Rope(1e6), family="mistral"),
+    "qwen2-7b": _qwen2(152064, 3584, 28, 28, 4, 18944, 131072, tied=False),
     "qwen2.5-0.5b": _qwen2(151936, 896, 24, 14, 2, 4864, 32768, tied=True),
     "qwen2.5-1.5b": _qwen2(151936, 1536, 28, 12, 2, 8960, 131072, tied=True),
+    "qwen2.5-3b": _qwen2(151936, 2048, 36, 16, 2, 11008, 32768, tied=True),
     "qwen2.5-7b": _qwen2(152064, 3584, 28, 28, 4, 18944, 131072, tied=False),
     "qwen2.5-14b": _qwen2(152064, 5120, 48, 40, 8, 13824, 131072, False, 1e-5),
     "qwen2.5-32b": _qwen2(152064, 5120, 64, 40, 8, 27648, 131072, False, 1e-5),
     "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
+    "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
     "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
     "qwen3-14b": _qwen3(5120, 40, 40, 17408, tied=False),
     "qwen3-32b": _qwen3(5120, 64, 64, 25600, tied=False),
     "gemma-2-2b": _gemma2(2304, 26, 8, 4, 9216),
     "gemma-2-9b": _gemma2(3584, 42, 16, 8, 14336),
     "gemma-2-27b": _gemma2(4608, 46, 32, 16, 36864, head_dim=128, attention_scale=144**-0.5),
-    "gemma-3-1b": _gemma(262144, 1152, 26, 4, 1, 6912, 32768, Rope(1e6), family="gemma3_text",
-                         qk_norm=True, local_rope=Rope(10000.0),
-                         windows=tuple(None if i % 6 == 5 else 512 for i in range(26))),
+    "gemma-3-1b": _gemma3(262144, 1152, 26, 4, 1, 6912, 32768, Rope(1e6), 512),
+    "gemma-3-4b": _gemma3(262208, 2560, 34, 8, 4, 10240, 131072, Rope(1e6, "linear", 8.0), 1024),
     "granite-3.1-2b": _granite(2048, 8192, 5e6, 0.015625, 8.0),
     "granite-3.1-8b": _granite(4096, 12800, 1e7, 0.0078125, 16.0),
 }

@@ -5,9 +5,10 @@ import jax
 from jaxlm.core.targets import target_like
 from jaxlm.models.config import ModelConfig
 
-# Dense bf16 FLOPs a second of one chip (a T4: fp16), from the vendors' data sheets.
+# Dense bf16 FLOPs a second of one device (a T4: fp16), from the vendors' data sheets; of tpu7x,
+# whose chip of 2307e12 is two devices, half a chip.
 PEAK = {
-    "v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "tpu7x": 2307e12,
+    "v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "tpu7x": 1153.5e12,
     "h100": 989e12, "h200": 989e12, "a100": 312e12, "a100-80g": 312e12, "t4": 65e12,
 }
 

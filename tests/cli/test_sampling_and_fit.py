@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import pytest
@@ -12,11 +14,12 @@ import pytest
 import jaxlm
 from experiments import twins
 from experiments.loopback_hub import Hub
+from jaxlm.cache.policy import write_policy
 from jaxlm.cli import fit, main
-from jaxlm.cli.generate import make_sampler
+from jaxlm.cli.generate import make_sampler, read_bias
 from jaxlm.core.errors import CheckpointError, ConfigError
 from jaxlm.core.targets import CARDS, target_like
-from jaxlm.decode.samplers import Categorical, Greedy
+from jaxlm.decode.samplers import Categorical, Greedy, Mirostat2, bias_array
 from jaxlm.models.presets import preset
 from tests.source_tree import ROOT
 
@@ -58,6 +61,39 @@ def test_a_penalty_acts_without_a_temperature_and_cuts_do_not():
         make_sampler(0.0, 3, None, 0.1, None)
 
 
+@pytest.mark.parametrize("flags, sampler", [
+    (("--mirostat", "0.5"), Mirostat2(0.5, temperature=HEAT)),
+    (("--logit-bias", "5=-inf", "7=2.5"),
+     Categorical(HEAT, logit_bias=bias_array({5: -math.inf, 7: 2.5}, 100))),
+], ids=["mirostat", "bias"])
+def test_mirostat_and_biases_are_the_library_s(capsys, flags, sampler):
+    tiny = jaxlm.load("tiny")
+    assert tiny.lm.config.vocab_size == 100
+    ask = lambda sampler: jaxlm.generate(
+        tiny, PROMPT, max_new_tokens=24, sampler=sampler, key=jax.random.key(5)).text
+    assert ask(sampler) != ask(Categorical(HEAT))
+    argv = ["generate", "tiny", PROMPT, "--max-new-tokens", "24", "--seed", "5",
+            "--temperature", str(HEAT), *flags]
+    assert main(argv) == 0 and capsys.readouterr().out == ask(sampler) + "\n"
+
+
+def test_what_mirostat_and_biases_cannot_be_is_said():
+    sampler = partial(make_sampler, top_k=None, top_p=None, min_p=None, repetition_penalty=None)
+    with pytest.raises(ConfigError, match="--mirostat does nothing at temperature 0"):
+        sampler(0.0, mirostat=3.0)
+    with pytest.raises(ConfigError, match="--mirostat makes its own cut and takes no --top-k"):
+        sampler(1.0, mirostat=3.0, top_k=4)
+    bias = read_bias(["3=-inf"], 5)
+    with pytest.raises(ConfigError, match="takes no --logit-bias"):
+        sampler(1.0, mirostat=3.0, logit_bias=bias)
+    assert isinstance(sampler(0.0, logit_bias=bias), Categorical) and read_bias([], 5) is None
+    for pair in ("3", "a=1", "3=", "3=x"):
+        with pytest.raises(ConfigError, match="--logit-bias is .* expected ID=VALUE"):
+            read_bias([pair], 5)
+    with pytest.raises(ConfigError, match="names token 5"):
+        read_bias(["5=1"], 5)
+
+
 @pytest.mark.parametrize("flag, value", [("--top-k", "0"), ("--top-p", "1.5"), ("--min-p", "-1"),
                                          ("--repetition-penalty", "0")])
 def test_values_out_of_range_are_one_line(capsys, flag, value):
@@ -88,6 +124,21 @@ def test_of_a_hub_id_the_config_alone_is_fetched(tmp_path):
                       "org/other", "--target", "v5e:1x1", HF_HUB_OFFLINE="1")
     assert refused.returncode == 2 and refused.stderr.startswith("jaxlm: cannot fetch 'org/other'")
     assert "Without a network" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_of_a_policy_every_layer_s_kind_is_asked_about(tmp_path, monkeypatch, capsys):
+    config, asked = fit.open_config("tiny"), {}
+    kinds = (jaxlm.Kivi(4, 4), *[jaxlm.Dense()] * (config.num_layers - 1))
+    write_policy(tmp_path / "policy.json", config, kinds)
+
+    def ask(*_, **settings):
+        asked.update(settings)
+        raise ConfigError("asked")
+
+    monkeypatch.setattr(fit, "fit", ask)
+    argv = ["fit", "--model", "tiny", "--target", "v5e:1x1", "--cache"]
+    assert main([*argv, str(tmp_path / "policy.json")]) == 2 and asked["cache"] == kinds
+    assert capsys.readouterr().err.endswith("jaxlm: asked\n")
 
 
 @pytest.mark.parametrize("kind, name", [

@@ -14,10 +14,10 @@ import pytest
 from experiments.pod_generate import PROMPTS, ended, finish, start
 from jaxlm.cache.parse import parse_cache
 from jaxlm.core.errors import ConfigError, DeviceError
-from jaxlm.core.hosts import is_writer, spans_processes, to_host, together
+from jaxlm.core.hosts import check_same, is_writer, spans_processes, to_host, together
 from jaxlm.core.mesh import make_mesh
 from jaxlm.decode.generate import generate
-from jaxlm.decode.samplers import Temperature
+from jaxlm.decode.samplers import Greedy, Temperature
 from jaxlm.decode.score import score
 from jaxlm.hf.bundle import save
 from tests.tiny import contents, weights, write_folder
@@ -72,11 +72,55 @@ def test_a_file_damaged_for_one_stops_both(tmp_path):
     assert "process 1 failed, so all stop" in said[0] and "up_proj.weight' holds NaN" in said[0]
 
 
+class Told(Exception):
+    """What a process would tell the others, before any compute."""
+
+
+def digest(bundle, monkeypatch, **settings):
+    """What a process would tell the others of one call of `generate`."""
+    def tell(mine):
+        raise Told(mine.tobytes())
+
+    monkeypatch.setattr("jaxlm.core.mesh.spans_processes", lambda mesh: True)
+    monkeypatch.setattr("jaxlm.core.hosts.multihost_utils.process_allgather", tell)
+    one = bundle.replace(mesh=make_mesh(devices=jax.devices()[:1]))
+    with pytest.raises(Told) as told:
+        generate(one, PROMPTS[-1], **{"max_new_tokens": 1, **settings})
+    return told.value.args[0]
+
+
+def test_every_setting_is_compared(bundle, monkeypatch):
+    """A process that differs in one alone would draw other tokens, or stop at another place."""
+    mine = digest(bundle, monkeypatch)
+    assert mine == digest(bundle, monkeypatch, sampler=Greedy(), cache=parse_cache("dense"))
+    others = [
+        {"sampler": Temperature(0.8)}, {"sampler": Temperature(0.9)},
+        {"sampler": Temperature(0.8, top_k=3)}, {"stop": "e"}, {"stop": "z"},
+        {"stop": "z", "include_stop": True}, {"stop_ids": [3]}, {"max_new_tokens": 2},
+        {"max_len": 9}, {"cache": "squat2"}, {"cache": "squat4"}, {"key": jax.random.key(1)},
+    ]
+    found = [digest(bundle, monkeypatch, **other) for other in others]
+    assert len({mine, *found}) == 1 + len(others)
+
+
+def test_addresses_of_functions_are_no_difference(monkeypatch):
+    told = []
+    gather = lambda mine: told.append(mine.tobytes()) or mine
+    monkeypatch.setattr("jaxlm.core.hosts.multihost_utils.process_allgather", gather)
+    for _ in range(2):
+        check_same("it", (lambda x: x, 1.5, None))
+    check_same("it", (lambda x: x, 1.25, None))
+    assert told[0] == told[1] != told[2]
+
+
 @pytest.mark.slow
-def test_keys_that_differ_are_refused(tiny_folder):
+@pytest.mark.parametrize("differs", [
+    ("--seed", "{process}"), ("--stop", "{process}"), ("--tokens", "1{process}"),
+], ids=lambda flags: flags[0])
+def test_what_differs_is_refused(tiny_folder, differs):
     """Or each process would draw its own token, and call it the batch's."""
     codes, said = ended(start(2, 2, *MESH, "--model", str(tiny_folder), "--tokens", "1",
-                              "--seed", "{process}"), 120)
+                              *differs), 120)
     assert all(codes) and all("give every process the same" in text for text in said), said
 
 

@@ -1,16 +1,23 @@
 """Contrastive decoding against a loop in numpy over full passes."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core.errors import ConfigError
-from jaxlm.decode.contrastive import Contrast, contrastive_decode
+from jaxlm.core.errors import ConfigError, ShapeError
+from jaxlm.core.mesh import make_mesh
+from jaxlm.decode.contrastive import Contrast, contrast, contrastive_decode
+from jaxlm.decode.generate import generate
 from jaxlm.decode.rows import release
 from jaxlm.decode.samplers import Categorical, Greedy
 from jaxlm.decode.stop import NEVER, Stop, stop_rule
+from jaxlm.hf.bundle import load
+from jaxlm.models.lm import LM
 from tests.decode.tiny import APPLY, DECODE, VOCAB, start, tiny_model
+from tests.tiny import tokenizer_json, weights, write_folder
 
 EXPERT, AMATEUR = tiny_model(0), tiny_model(5, num_layers=1)
 
@@ -117,3 +124,56 @@ def test_models_of_other_vocabularies_are_refused():
     small = tiny_model(1, vocab_size=VOCAB - 1)
     with pytest.raises(ConfigError, match="61 and 60"):
         contrastive_decode(EXPERT, small, start(*EXPERT), start(*EXPERT))
+
+
+@pytest.fixture(scope="module")
+def weak(tmp_path_factory):
+    """Other weights under the tokenizer of the tests' model."""
+    return load(write_folder(tmp_path_factory.mktemp("weak") / "m", tensors=weights(seed=7)))
+
+
+def test_texts_are_those_of_the_loop_in_numpy(bundle, weak):
+    """Rows of unequal length, a stop id, and the log-probabilities of the scores."""
+    prompts, rule = ["Hello", "a longer prompt"], Contrast(0.05, 0.7, 0.8)
+    answers = contrast(bundle, weak, prompts, rule=rule, max_new_tokens=6, stop_ids=())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = bundle.tokenizer.encode(prompt)
+        text = jnp.array([ids + list(answer.tokens)])
+        p, q = (log_softmax(np.asarray(APPLY(model.lm, model.params, text).logits[0], np.float64)
+                            / heat)[len(ids) - 1: -1]
+                for model, heat in ((bundle, 1.0), (weak, 0.8)))
+        plausible = np.exp(p) >= 0.05 * np.exp(p).max(-1, keepdims=True)
+        scores = np.where(plausible, p - 0.7 * q, -np.inf)
+        np.testing.assert_array_equal(scores.argmax(-1), answer.tokens)
+        np.testing.assert_allclose(answer.logprobs, log_softmax(scores).max(-1), atol=1e-4)
+    assert [a.tokens for a in answers] != [
+        a.tokens for a in generate(bundle, prompts, max_new_tokens=6, stop_ids=())]
+    end = answers[0].tokens[2]
+    ended = contrast(bundle, weak, prompts[0], rule=rule, max_new_tokens=6, stop_ids=[end])
+    assert ended.finish == "stop" and ended.tokens == answers[0].tokens[: len(ended.tokens)]
+
+
+def test_without_beta_the_text_is_generate_s(bundle, weak):
+    alone = Contrast(alpha=1e-30, beta=0.0)
+    warm = dict(max_new_tokens=6, sampler=Categorical(0.9), key=jax.random.key(4))
+    assert contrast(bundle, weak, "Hello", rule=alone, **warm).tokens == generate(
+        bundle, "Hello", **warm).tokens
+
+
+def test_pairs_that_do_not_belong_together_are_refused(bundle, weak, tmp_path):
+    made = tokenizer_json()
+    vocab = made["model"]["vocab"]
+    made["model"]["vocab"] = {name: 255 - i for name, i in vocab.items()}
+    folder = write_folder(tmp_path / "m")
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(ConfigError, match="other ids"):
+        contrast(bundle, load(folder), "x")
+    with pytest.raises(ConfigError, match="258 and 61 tokens"):
+        contrast(bundle, weak.replace(lm=EXPERT[0]), "x")
+    with pytest.raises(ConfigError, match="meshes None and .*same mesh"):
+        contrast(bundle, weak.replace(mesh=make_mesh(devices=jax.devices()[:1])), "x")
+    with pytest.raises(ConfigError, match="bundle is 'tiny'"):
+        contrast(bundle, "tiny", "x")
+    short = weak.replace(lm=LM(weak.lm.config.replace(max_len=16)))
+    with pytest.raises(ShapeError, match="the amateur was made for 16"):
+        contrast(bundle, short, "Hello", max_new_tokens=30)

@@ -65,6 +65,28 @@ def test_unknown_jobs_and_sizes():
         fit(SMALL, "decode", "v5e:1x1", batch=0)
 
 
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("size", [0, -1, 2.0])
+def test_a_mesh_axis_is_a_count(axis, size):
+    with pytest.raises(ConfigError, match=f"mesh axis '{axis}' is {size}; expected a whole number"):
+        mesh_sizes(4, 4, "decode", **{axis: size})
+
+
+@pytest.mark.parametrize("given", [{"data": 3}, {"fsdp": 8}, {"tensor": 3}], ids=str)
+@pytest.mark.parametrize("job", ["decode", "train", "osft"])
+def test_axes_that_do_not_make_up_the_devices_are_named(job, given):
+    sizes = mesh_sizes(4, 4, job, **given)
+    with pytest.raises(DeviceError, match=f"'{next(iter(given))}': {next(iter(given.values()))}"):
+        make_mesh(**sizes, devices=jax.devices()[:4])
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_chip_of_two_devices_has_half_its_memory_in_each():
+    chips = target("tpu7x:2x2x1")
+    assert len(chips.devices) * chips.bytes_per_device == 4 * 192 * 2**30
+
+
 def test_cards_are_described_with_their_memory():
     for card in CARDS.values():
         assert f"device_memory_size: {card.memory_bytes}" in describe(card)

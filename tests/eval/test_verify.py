@@ -3,6 +3,7 @@
 import json
 import sys
 from argparse import Namespace
+from functools import partial
 from importlib.util import find_spec
 
 import jax
@@ -16,8 +17,18 @@ from experiments import twins, verify_hub
 from jaxlm.cli import main
 from jaxlm.cli.convert import run
 from jaxlm.core.errors import CheckpointError, ConfigError, ShapeError
-from jaxlm.eval.verify import BOUNDS, Bounds, compare, judge, stored_dtype, verify
+from jaxlm.eval.verify import (
+    BOUNDS,
+    Bounds,
+    _forward,
+    _logits,
+    compare,
+    judge,
+    stored_dtype,
+    verify,
+)
 from jaxlm.hf.convert import convert
+from tests.tiny import CONFIG
 
 TEXTS = ["w5 w9 w3 w11 w40", " ".join(f"w{i}" for i in range(3, 30))]
 
@@ -45,6 +56,37 @@ def test_figures_agree_with_their_definitions():
         compare(ours[:3], theirs, 3)
     with pytest.raises(ShapeError):
         compare(ours * np.nan, theirs, 3)
+
+
+def test_our_side_multiplies_in_float32_on_any_chip():
+    """A TPU's default is one bfloat16 pass, and a GPU's may be TF32."""
+    lm = jaxlm.LM(CONFIG)
+    at = jnp.arange(8)[None]
+    traced = str(jax.make_jaxpr(partial(_forward, lm))(lm.shapes(jnp.float32), at, at))
+    assert traced.count("dot_general[") > 7
+    assert traced.count("dot_general[") == traced.count(
+        "precision=(Precision.HIGHEST, Precision.HIGHEST)")
+
+
+def test_a_tolerance_of_logits_leaves_the_other_bounds(twin, monkeypatch):
+    """Against our own logits, put out by a little noise."""
+    folder = twin("llama")
+    own = jaxlm.load(folder)
+
+    class Noisy:
+        window = None
+
+        def __init__(self, _):
+            self.ids = own.tokenizer.encode
+
+        def logits(self, ids, first):
+            exact = _logits(own.lm, own.params, ids, first)
+            return exact + 0.02 * np.random.default_rng(0).normal(size=exact.shape)
+
+    monkeypatch.setattr("jaxlm.eval.verify._Reference", Noisy)
+    logit, kl = verify(folder, TEXTS).faults[:2]
+    assert "max |logit" in logit and "KL is" in kl
+    assert verify(folder, TEXTS, tolerance=1.0).faults[0] == kl
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
@@ -173,6 +215,8 @@ def test_judgements_can_fail():
     assert BOUNDS["bfloat16"].kl > BOUNDS["float16"].kl and shifted(0.02).kl < 5e-3
     assert judge(shifted(0.02), BOUNDS["bfloat16"]).passed
     assert not judge(shifted(0.02), BOUNDS["float32"]).passed
+    near = compare(np.array([[0.0, 1e-4]]), np.array([[1e-4, 0.0]]), k=1)  # the other is likelier
+    assert near.top1 == 0 and "top-1" in judge(near, BOUNDS["float32"]).faults[0]
     found = {"a": vars(wrong), "b": vars(shifted(0)), "c": {"error": "gone"}}
     assert [line[:2] for line in verify_hub.failed(found)] == ["a:"]
 

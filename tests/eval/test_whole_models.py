@@ -44,6 +44,7 @@ def check(found: Fit, model: str, bytes_each: int, fits: bool) -> None:
     ("qwen2.5-1.5b", "v6e:1x1", "kivi2:implementation=tpu", True),
     ("llama-3.1-8b", "v5e:2x2", "squat2:implementation=tpu", True),
     ("llama-3.1-8b", "v6e:1x1", "squat2:implementation=tpu", True),
+    ("gemma-2-2b", "v6e:1x1", "dense", True),  # windows, caps, heads of 256 channels
 ])
 def test_decode_for_a_tpu(model, chip, cache, fits):
     found = fit(preset(model), "decode", chip, batch=8, context=8192, cache=parse_cache(cache))
@@ -57,6 +58,7 @@ def test_decode_for_a_tpu(model, chip, cache, fits):
 @pytest.mark.parametrize(("chip", "job", "fits"), [
     ("v5e:1x1", "prefill", True), ("v5p:2x2x1", "prefill", True), ("v6e:1x1", "prefill", True),
     ("v5e:1x1", "train", False), ("v5e:2x2", "train", True), ("v5p:2x2x1", "train", True),
+    ("v6e:2x2", "train", True),
 ])
 def test_prefill_and_train_for_a_tpu(chip, job, fits):
     """AdamW of 1.5B parameters holds 18 GB: too much for one v5e, not for four."""

@@ -66,6 +66,21 @@ PUBLISHED = {
         "hidden_act": "gelu_pytorch_tanh", "intermediate_size": 9216, "vocab_size": 256000,
         "max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26,
         "num_key_value_heads": 4, "rope_theta": 10000.0, "sliding_window": 4096},
+    "gemma-2-9b": {
+        **GEMMA, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2",
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "hidden_size": 3584,
+        "hidden_act": "gelu_pytorch_tanh", "intermediate_size": 14336, "vocab_size": 256000,
+        "max_position_embeddings": 8192, "num_attention_heads": 16, "num_hidden_layers": 42,
+        "num_key_value_heads": 8, "rope_theta": 10000.0, "sliding_window": 4096,
+        "sliding_window_size": 4096},
+    "gemma-3-4b": {  # the text_config of the model of text and images, as transformers writes it
+        **GEMMA, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "hidden_size": 2560,
+        "intermediate_size": 10240, "vocab_size": 262208, "max_position_embeddings": 131072,
+        "num_attention_heads": 8, "num_hidden_layers": 34, "num_key_value_heads": 4,
+        "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024, "sliding_window_pattern": 6},
     "gemma-3-1b": {
         **GEMMA, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
         "attn_logit_softcapping": None, "final_logit_softcapping": None, "hidden_size": 1152,

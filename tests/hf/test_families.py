@@ -18,6 +18,18 @@ def test_published_configs_are_the_presets(name):
     assert labels_from_hf(PUBLISHED[name]) == (None, False)
 
 
+def test_fields_that_tools_leave_behind_change_nothing():
+    """As the published files of Gemma 2 9B and 27B, and those of unsloth, have them."""
+    raw = PUBLISHED["gemma-2-2b"]
+    more = {"_attn_implementation": "eager", "_attn_implementation_autoset": True,
+            "sliding_window_size": 4096, "unsloth_fixed": True, "unsloth_version": "2025.1"}
+    assert from_hf(raw | more) == from_hf(raw)
+    with pytest.raises(ConfigError, match="sliding_window_size is 64 but sliding_window 4096"):
+        from_hf(raw | {"sliding_window_size": 64})
+    with pytest.raises(ConfigError, match="ignore_fields is 'unheard'; expected a list"):
+        from_hf(raw | {"unheard": 1}, "unheard")
+
+
 @pytest.mark.parametrize("name", twins.CONFIGS)
 def test_both_ways(name):
     config = from_hf(twins.config_of(name))

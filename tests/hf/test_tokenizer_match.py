@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.core.errors import TokenizerError
 from jaxlm.hf.bundle import BUNDLED, is_padding, load
-from tests.tiny import tokenizer_json, write_folder
+from tests.tiny import BOS, EOS, tokenizer_json, write_folder
 
 
 def fails(folder, *words):
@@ -48,6 +48,14 @@ def test_published_paddings_are_allowed():
                         (256_000, 256_000), (262_145, 262_144), (49_152, 49_152)):
         assert is_padding(size, vocab), (size, vocab)
     assert not is_padding(32_000, 128_256) and not is_padding(49_152, 151_936)
+
+
+def test_another_begin_token_is_a_warning_where_config_json_names_a_special_one(tmp_path):
+    """DeepSeek-R1-Distill-Qwen: Qwen's config.json, and a tokenizer that begins texts by itself."""
+    folder = write_folder(tmp_path / "m", bos_token_id=EOS)
+    with pytest.warns(UserWarning, match=f"bos_token is id {BOS} but config.json says {EOS}"):
+        assert load(folder).tokenizer.id_of("bos_token") == BOS
+    fails(write_folder(tmp_path / "n", bos_token_id=5), "says 5", "another model")
 
 
 @pytest.mark.parametrize("model, other", [

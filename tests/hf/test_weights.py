@@ -223,6 +223,12 @@ def test_damaged_companions(tmp_path, what, words):
     fails(folder, *words, error=JaxlmError)
 
 
+def test_an_unknown_field_may_be_ignored_by_name(tmp_path):
+    folder = write_folder(tmp_path / "m", unheard_of=3)
+    fails(folder, "unheard_of", "ignore_fields=['unheard_of']", error=JaxlmError)
+    assert load(folder, ignore_fields=["unheard_of"]).params
+
+
 def test_the_tokenizer_of_another_model(tmp_path):
     folder = write_folder(tmp_path / "m", bos_token_id=5)
     fails(folder, "bos_token is id 256", "says 5", "another model", error=JaxlmError)

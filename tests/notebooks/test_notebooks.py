@@ -4,12 +4,14 @@ import ast
 import os
 import re
 import sys
+from argparse import Namespace
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
 import jaxlm
+from jaxlm.eval.verify import stored_dtype
 from tests.source_tree import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -74,6 +76,7 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path, monkeypatch):
     (records,) = tmp_path.glob("*.jsonl")
     whole, (saved,) = records.read_text(), tmp_path.glob("*/model.safetensors")
     lines, written = whole.splitlines(keepends=True), saved.stat().st_mtime_ns
+    assert stored_dtype(saved.parent) == "bfloat16"  # as it was loaded and asked about
     marked = [line.replace('"text": "', '"text": "kept ') for line in lines[:5]]
     records.write_text("".join(marked) + lines[5][:9])  # a kill in the sixth
     cell = "records = job(bundle, texts, JOB)"
@@ -84,6 +87,17 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path, monkeypatch):
     assert str(saved.parent) in second and saved.stat().st_mtime_ns == written
     after = records.read_text().splitlines(keepends=True)
     assert after[:5] == marked and sorted(after[5:]) == sorted(lines[5:])
+
+
+def test_a_model_that_does_not_fit_stops_the_notebook_with_advice():
+    cell = next(source for source in code_cells(read(YOURS)) if "def too_large" in source)
+    defined = next(node for node in ast.parse(cell).body if isinstance(node, ast.FunctionDef))
+    names = {"name": "org/big", "TARGET": "v5e:1x1", "BATCH": 8, "CONTEXT": 2048}
+    exec(ast.unparse(defined), names)
+    said = names["too_large"](Namespace(fits=False))
+    assert "org/big does not fit one v5e:1x1" in said and "smaller one, such as" in said
+    assert names["too_large"](Namespace(fits=True)) is None is names["too_large"](None)
+    assert "raise SystemExit(too_large(fitted))" in cell
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
