@@ -32,7 +32,8 @@ class QuantFormat:
       k_bits, v_bits: 2, 4 or 8, independently.
       group: tokens that share a key scale (and the rows of a word tile).
       scales: dtype of scales and minima; 'int8' codes `scale = 2^(e/8)` and
-        `min = center + z * scale / 16` with e, z in one byte each.
+        `min = center + z * scale / 16` with e, z in one byte each. Of a group of one value
+        `c`, `|c - center| / 230 + 2^-20` may be lost then: no byte holds every `c`.
       shrinks: candidate widths of the grid relative to the min-max range; the one of least squared
         error is kept. (1.0,) is plain min-max; more candidates cost nothing at decode.
 
@@ -149,7 +150,9 @@ def encode_scales(low: jax.Array, high: jax.Array, bits: int, dtype: str, center
         code = jnp.ceil(_OCTAVE * jnp.log2(jnp.maximum(need, 2.0**-16)))
         code = jnp.clip(code, -128, 127)
         unit = jnp.exp2(code * (1 / _OCTAVE)) * (1 / _MIN_UNIT)
-        minimum = jnp.clip(jnp.floor((low - center) / unit), -128, 127)
+        units = (low - center) / unit
+        nearest = jnp.where(high > low, jnp.floor(units), jnp.round(units))
+        minimum = jnp.clip(nearest, -128, 127)
         return code.astype(jnp.int8), minimum.astype(jnp.int8)
     relative, absolute = _HALF_ULP.get(dtype, (0.0, 0.0))
     minimum = (low - jnp.maximum(jnp.abs(low) * relative, absolute)).astype(dtype)

@@ -220,8 +220,9 @@ def quantise_keys_squat(k: jax.Array, comp: Compensation, fmt: QuantFormat, bloc
                         guard: bool = True, center: jax.Array | None = None) -> Grid:
     """Keys [..., S, H] under compensation; the same codes, scales and shapes as `quantise_keys`.
 
-    With `guard`, each token group keeps the plain codes wherever these have the smaller logit
-    error `sum_t e_t^T C e_t` on the queries behind `comp`.
+    With `guard`, each token group keeps plain codes wherever these have the smaller logit error
+    `sum_t e_t^T C e_t` on the queries behind `comp`: those of `fmt.shrinks`, or those of min-max,
+    for a grid shrunk to lessen the keys' error may raise the logits'.
     """
     *lead, size, head_dim = k.shape
     groups = size // fmt.group
@@ -253,11 +254,14 @@ def quantise_keys_squat(k: jax.Array, comp: Compensation, fmt: QuantFormat, bloc
                   for part in zip(*parts, strict=True)))
     if guard:
         natural = 0.0 if center is None else center[..., None, None, :]
-        plain = quantise(original, -2, fmt.k_bits, fmt.scales, fmt.shrinks, natural, fmt.exact)
-        better = logit_error(grid.value - original, comp.gram) < logit_error(
-            plain.value - original, comp.gram)
-        grid = Grid(*(jnp.where(better[..., None, None], new, old)
-                      for new, old in zip(grid, plain, strict=True)))
+        least = logit_error(grid.value - original, comp.gram)
+        for shrinks in dict.fromkeys((fmt.shrinks, (1.0,))):
+            plain = quantise(original, -2, fmt.k_bits, fmt.scales, shrinks, natural, fmt.exact)
+            error = logit_error(plain.value - original, comp.gram)
+            better = (least < error)[..., None, None]
+            grid = Grid(*(jnp.where(better, new, old)
+                          for new, old in zip(grid, plain, strict=True)))
+            least = jnp.minimum(least, error)
     return Grid(grid.codes.reshape(k.shape), grid.scale[..., 0, :], grid.minimum[..., 0, :],
                 grid.value.reshape(k.shape))
 

@@ -2,6 +2,8 @@
 
 from jaxlm.cache.base import CacheKind as CacheKind
 from jaxlm.cache.base import init_caches as init_caches
+from jaxlm.cache.compat import ReferenceKivi as ReferenceKivi
+from jaxlm.cache.compat import ReferenceSquat as ReferenceSquat
 from jaxlm.cache.dense import Dense as Dense
 from jaxlm.cache.kivi import Kivi as Kivi
 from jaxlm.cache.rotated import RotatedKivi as RotatedKivi

@@ -99,6 +99,14 @@ class Kivi:
         return quantised.empty(spec, batch, capacity, self.tail, self.format, dtype,
                                self.side_by_side(spec))
 
+    def inherit(self, state: State, prompt: State, particles: int) -> State:
+        """Empty rows, `particles` a prompt, take from it the origin of 8-bit minima."""
+        prompt = getattr(prompt, "own", prompt)  # of a fork that is forked again
+        center = quantised.center_of(prompt) if "packed" in prompt else None
+        if self.scales != "int8" or center is None:
+            return state
+        return quantised.with_center(state, jnp.repeat(center, particles, axis=0))
+
     def side_by_side(self, spec: AttentionSpec) -> int:
         """kv heads that share the lanes of a TPU, those of one device; elsewhere 1."""
         if self.rope == "before" or "tpu" not in implementations(self.implementation, self.mesh):
@@ -117,11 +125,7 @@ class Kivi:
         state = state | {"bad": quantised.not_finite(k_BTKH, v_BTKH, count_B)}
         k = heads_first(k_BTKH if self.rope == "before" else rotated)
         state, code_keys = self.read_prompt(spec, state, q, k, valid_BT)
-        ready_B = quantised.ready_groups(count_B, self.keep, self.group)
-        packed = self.fill(state["packed"], k, v, code_keys)
-        gone_B = ready_B * self.group
-        state = quantised.keep_tail(state, k, v, gone_B, count_B)
-        state |= {"packed": packed, "packed_B": gone_B}
+        state = self.keep_prompt(state, k, v, count_B, code_keys)
         return flagged(out, state), lse, state
 
     def extend(self, spec, state, q_BTNH, k_BTKH, v_BTKH, pos_BT, start_B, count_B) -> Attended:
@@ -192,6 +196,7 @@ class Kivi:
         def pack(state, new, count_B, ready_B):
             def code(state):
                 k_BKSH, v_BKSH = (state["k"], state["v"]) if new is None else new
+                state = quantised.first_center(state, k_BKSH, count_B, ready_B)
                 return quantised.pack_ready(state, k_BKSH, v_BKSH, count_B, ready_B, self.group,
                                             self.writer(state))
 
@@ -213,6 +218,13 @@ class Kivi:
     def place(self, spec, x_BTNH, pos_BT):
         """Queries or keys as they meet."""
         return apply_rope(x_BTNH, pos_BT, spec.rope)
+
+    def keep_prompt(self, state, k_BKTH, v_BKTH, count_B, code_keys) -> State:
+        """An empty state with a prompt's tokens in it, whole groups coded."""
+        gone_B = quantised.ready_groups(count_B, self.keep, self.group) * self.group
+        packed = self.fill(state["packed"], k_BKTH, v_BKTH, code_keys)
+        state = quantised.keep_tail(state, k_BKTH, v_BKTH, gone_B, count_B)
+        return state | {"packed": packed, "packed_B": gone_B}
 
     def fill(self, packed, k_BKTH, v_BKTH, code_keys):
         """Empty codes with a prompt's tokens in them."""

@@ -5,6 +5,7 @@ import re
 from typing import Any, get_type_hints
 
 from jaxlm.cache.base import CacheKind
+from jaxlm.cache.compat import ReferenceKivi, ReferenceSquat
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.kivi import Kivi
 from jaxlm.cache.rotated import RotatedKivi
@@ -14,6 +15,7 @@ from jaxlm.core.errors import ConfigError
 
 KINDS: dict[str, type] = {"dense": Dense, "kivi": Kivi, "squat": Squat, "rkivi": RotatedKivi,
                           "turboquant": TurboQuant}
+COMPAT: dict[str, type] = {"kivi": ReferenceKivi, "squat": ReferenceSquat}  # compat=reference
 NAME = re.compile(r"([a-z]+?)(?:([248])(?:v([248]))?)?(?::(.+))?")
 
 
@@ -21,7 +23,8 @@ def parse_cache(text: str) -> CacheKind:
     """A kind from `name[bits[v bits]][:field=value,...]`.
 
     Args: text: 'dense', 'kivi4' (4 bits), 'squat2v4' (2-bit keys, 4-bit values),
-      'squat2:group=64,window=64,rope=before', 'rkivi2', 'turboquant4v2'.
+      'squat2:group=64,window=64,rope=before', 'rkivi2', 'turboquant4v2'. 'compat=reference' among
+      the fields of kivi or squat: the policy and settings of the reference, to compare with it.
     Raises: ConfigError for a name, a field or a value that there is not.
 
     Example:
@@ -37,11 +40,17 @@ def parse_cache(text: str) -> CacheKind:
     values: dict[str, Any] = {}
     if found[2]:
         values = {"k_bits": int(found[2]), "v_bits": int(found[3] or found[2])}
+    given: dict[str, str] = {}
     for part in filter(None, (found[4] or "").split(",")):
         name, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"cache {text!r}: {part!r} has no value; expected field=value")
-        values[name.strip()] = _read(kind, name.strip(), value.strip(), text)
+        given[name.strip()] = value.strip()
+    if "compat" in given:
+        if given.pop("compat") != "reference" or found[1] not in COMPAT:
+            raise ConfigError(f"cache {text!r}: expected compat=reference, of {sorted(COMPAT)}")
+        kind = COMPAT[found[1]]
+    values |= {name: _read(kind, name, value, text) for name, value in given.items()}
     return kind(**values)
 
 
@@ -51,7 +60,8 @@ def cache_name(kind: CacheKind) -> str:
     >>> cache_name(parse_cache("kivi4v2:window=64"))
     'kivi4v2:window=64'
     """
-    name = next((name for name, known in KINDS.items() if type(kind) is known), None)
+    known = [*KINDS.items(), *COMPAT.items()]
+    name = next((name for name, one in known if type(kind) is one), None)
     if name is None:
         raise ConfigError(f"{type(kind).__name__} has no name; expected one of {sorted(KINDS)}")
     fields: tuple[dataclasses.Field, ...] = dataclasses.fields(kind)  # type: ignore[arg-type]
@@ -62,6 +72,7 @@ def cache_name(kind: CacheKind) -> str:
     write = lambda value: "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
     rest = [f"{key}={write(value)}" for key, value in given.items()
             if key not in ("k_bits", "v_bits")]
+    rest = ["compat=reference"] * (type(kind) in COMPAT.values()) + rest
     return name + bits + (":" + ",".join(rest) if rest else "")
 
 

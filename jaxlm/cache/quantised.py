@@ -20,7 +20,14 @@ from jaxlm.models.attention import Mask, attention, merge
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
 from pallas_kernels.lanes import apart, keys_beside, values_beside
-from pallas_kernels.quant import PackedKV, QuantFormat, init_packed, pack_words, quantise_values
+from pallas_kernels.quant import (
+    PackedKV,
+    QuantFormat,
+    init_packed,
+    key_center,
+    pack_words,
+    quantise_values,
+)
 from pallas_kernels.quant_decode_attention import quant_decode_attention
 from pallas_kernels.quant_decode_attention.common import (
     Softmax,
@@ -87,8 +94,19 @@ def with_center(state: State, center_BKH: jax.Array | None) -> State:
 
 def center_of(state: State) -> jax.Array | None:
     """What `with_center` was given."""
-    center, (batch, heads, _, width) = state["packed"].k_center, state["k"].shape
-    return center if center is None else center.reshape(batch, heads, width)
+    center = getattr(state["packed"], "k_center", None)
+    return center if center is None else center.reshape(*state["k"].shape[:2], -1)
+
+
+def first_center(state: State, k_BKSH: jax.Array, count_B: jax.Array, ready_B: jax.Array) -> State:
+    """Rows about to code their first keys, and without an origin, take the mean of `count_B`."""
+    center = center_of(state)
+    if center is None:
+        return state
+    first_B = (state["packed_B"] == 0) & (ready_B > 0)
+    mean = key_center(k_BKSH, jnp.arange(k_BKSH.shape[2]) < count_B[:, None])
+    without = first_B[:, None, None] & ~center.any(-1, keepdims=True)
+    return with_center(state, jnp.where(without, mean, center))
 
 
 def ready_groups(count_B: jax.Array, keep: int, group: int) -> jax.Array:

@@ -98,12 +98,11 @@ class Squat(Kivi):
         return state
 
     def inherit(self, state, prompt, particles: int):
-        """Rows that go on from shared prompts code their keys by the prompts' queries."""
-        prompt = getattr(prompt, "own", prompt)  # of a fork that is forked again
-        if "sketch" not in prompt:
-            return state
+        """As `Kivi`; and keys are coded by the prompts' queries."""
+        state, prompt = super().inherit(state, prompt, particles), getattr(prompt, "own", prompt)
         copies = lambda x: jnp.repeat(x, particles, axis=0)
-        return state | {"sketch": jax.tree.map(copies, prompt["sketch"])}
+        return state | {name: jax.tree.map(copies, prompt[name]) for name in ("sketch", "moves")
+                        if name in prompt and name in state}
 
     def read_prompt(self, spec, state, q_BTNH, k_BKTH, valid_BT):
         """The Gram of the prompt's queries, and from it both compensations."""

@@ -9,7 +9,6 @@ from jaxlm.cache.dense import Dense
 from jaxlm.cache.parse import cache_name, parse_cache
 from jaxlm.cache.policy import write_policy
 from jaxlm.cli.options import Device, Dtype, Model, columns, note, open_model, read_text
-from jaxlm.core.errors import ConfigError
 from jaxlm.eval.tune_cache import layer_bytes, tune
 
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
@@ -29,9 +28,9 @@ def run(
       out: where the policy goes; `jaxlm generate --cache FILE.json` reads it.
       candidates: kinds that a layer may get.
       budget: bytes of the caches, as a share of full precision in 16 bits.
-      tokens: of the text that are used.
+      tokens: of the text that are used; its first half must be long enough to be coded.
       slots: tokens a row that bytes are counted for.
-      points: mixes that are measured.
+      points: mixes within the budget that are measured, the dearest among them.
       device: where to run; default what jax finds.
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
       revision: of a hub id.
@@ -40,18 +39,12 @@ def run(
     bundle = open_model(model, device, dtype, revision)
     lm = bundle.lm
     ids = bundle.tokenizer.encode(read_text(text))[:min(tokens, lm.config.max_len)]
-    if len(ids) < 4:
-        raise ConfigError(f"{text} has {len(ids)} tokens; expected at least 4, better hundreds")
-    found = tune(lm, bundle.params, jnp.asarray([ids], jnp.int32), kinds, slots, points)
+    found = tune(lm, bundle.params, jnp.asarray([ids], jnp.int32), kinds, slots, points, budget)
     dense = sum(layer_bytes(lm, i, Dense(), slots) for i in range(lm.config.num_layers))
     rows = [[policy.bytes / dense, policy.divergence, policy.error,
              " ".join(map(cache_name, policy.kinds))] for policy in found]
     print(columns([["share of bytes", "divergence", "error", "layers"], *rows]))
-    within = [policy for policy in found if policy.bytes <= budget * dense]
-    if not within:
-        raise ConfigError(f"the cheapest mix takes {found[0].bytes / dense:.3f} of full precision; "
-                          f"--budget is {budget}; raise it, or add cheaper --candidates")
-    best = min(within, key=lambda policy: policy.divergence or 0.0)
+    best = min(found, key=lambda policy: policy.divergence or 0.0)
     write_policy(out, lm.config, best.kinds, {
         "bytes_share": best.bytes / dense, "divergence": best.divergence, "tokens": len(ids)})
     note(f"wrote {out}: {best.bytes / dense:.3f} of the bytes of full precision")

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.cache.base import CacheKind
+from jaxlm.cache.kivi import Kivi
 from jaxlm.cache.shared import Shared, SharedState, gather_cache
-from jaxlm.cache.squat import Squat
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import Params, gather_rows
 from jaxlm.decode.state import DecodeState
@@ -52,7 +52,7 @@ def fork(
         if kind is not None:
             new = own or (kind.own if isinstance(kind, Shared) else kind)
             added = new.init(lm.config.attention(layer), batch, slots, dtype)
-            if isinstance(new, Squat):
+            if isinstance(new, Kivi):
                 added = new.inherit(added, prompt, particles)
             kinds[layer] = Shared(kind, new)
             length_R = jnp.array(state.length_B)  # a buffer of its own: states are donated

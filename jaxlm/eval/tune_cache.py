@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
+from jaxlm.cache.parse import cache_name
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import Params, nbytes
 from jaxlm.decode.samplers import Greedy
@@ -38,18 +39,20 @@ class Policy:
 
 def tune(
     lm: LM, params: Params, tokens_BT: jax.Array, candidates: Sequence[CacheKind], slots: int,
-    points: int = 6,
+    points: int = 6, budget: float | None = None,
 ) -> list[Policy]:
     """The Pareto front of error against bytes, cheapest first.
 
     Args:
       tokens_BT: int32 calibration text without padding. The first half is read as a prompt, the
-        second asks what is left of it; at least 4 tokens.
+        second asks what is left of it; a half must be long enough for every candidate to code
+        some of it.
       candidates: kinds that a layer may get; `Dense` among them lets the front reach exactness.
       slots: tokens a row that bytes are counted for.
       points: policies whose divergence is measured, spread over the front, its ends included.
+      budget: bytes, as a share of full precision in 16 bits; the front ends there. None: no end.
     Returns: the measured policies, fewest bytes first.
-    Raises: ConfigError, ShapeError.
+    Raises: ConfigError, ShapeError; before anything is measured.
     """
     if len(candidates) < 2 or points < 2:
         raise ConfigError(f"got {len(candidates)} candidates and {points} points; expected 2 each")
@@ -57,8 +60,11 @@ def tune(
         raise ShapeError(f"tokens are {tokens_BT.shape}; expected (rows, at least 4)")
     if len(lm.attention_layers) != lm.config.num_layers:
         raise ConfigError("a plan that skips attention has layers without a cache; tune without it")
+    check_text(tokens_BT.shape[1], candidates)
+    limit = most_bytes(lm, candidates, slots, budget)
     errors_CL, bytes_CL = tables(lm, params, tokens_BT, candidates, slots)
-    path = front(errors_CL, bytes_CL)
+    path = [choice for choice in front(errors_CL, bytes_CL)
+            if sum(bytes_CL[c, i] for i, c in enumerate(choice)) <= limit]
     chosen = sorted({round(i) for i in np.linspace(0, len(path) - 1, points)})
     layers = range(lm.config.num_layers)
     exact = logprobs(lm, params, tokens_BT, (Dense(),) * len(layers))
@@ -70,6 +76,31 @@ def tune(
         found.append(Policy(kinds, int(sum(bytes_CL[c, i] for i, c in enumerate(choice))),
                             float(sum(errors_CL[c, i] for i, c in enumerate(choice))), divergence))
     return found
+
+
+def check_text(time: int, candidates: Sequence[CacheKind]) -> None:
+    """Raise ShapeError for a text whose first half some candidate would keep uncoded: it would
+    seem to cost nothing."""
+    for kind in candidates:
+        if kind.flush_every is not None:
+            least = getattr(kind, "window", 0) + kind.flush_every  # a group, and what stays uncoded
+            if time // 2 < least:
+                raise ShapeError(f"the text has {time} tokens; {cache_name(kind)} codes none of "
+                                 f"its first half: expected at least {2 * least}, better hundreds")
+
+
+def most_bytes(lm: LM, candidates: Sequence[CacheKind], slots: int, budget: float | None) -> float:
+    """Bytes that a share of full precision is; ConfigError where no mix takes so few."""
+    if budget is None:
+        return float("inf")
+    layers = range(lm.config.num_layers)
+    dense = sum(layer_bytes(lm, i, Dense(), slots) for i in layers)
+    least = sum(min(layer_bytes(lm, i, kind, slots) for kind in candidates) for i in layers)
+    if not least <= budget * dense:
+        raise ConfigError(f"the cheapest mix takes {least / dense:.3f} of full precision; the "
+                          f"budget is {budget}; raise it, add cheaper candidates, or count for "
+                          f"more slots than {slots}")
+    return budget * dense
 
 
 def tables(lm: LM, params: Params, tokens_BT: jax.Array, candidates: Sequence[CacheKind],

@@ -29,8 +29,12 @@ _STAGED = 64 * 128  # words of K or V whose next ones are fetched ahead: more do
 _PROGRAMS = 1024  # enough to fill the largest card several times over
 
 
-def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, interpret=False):
-    """q [B, K, G, H], already scaled -> (out [B, K, G, H], lse [B, K, G])."""
+def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, interpret=False,
+           unroll=None):
+    """q [B, K, G, H], already scaled -> (out [B, K, G, H], lse [B, K, G]).
+
+    `unroll`: token groups a step, 1, 2 or 4; None: a card's, or 1 to interpret, which is quicker.
+    """
     if rotate is not None:
         raise NotImplementedError("keys before RoPE are read by implementation='xla'")
     batch, kv_heads, heads, head_dim = q.shape
@@ -43,6 +47,8 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     q = jnp.pad(q, ((0, 0), (0, 0), (0, half - heads), (0, 0)))
     q = jnp.concatenate([q, q], 2)
     tail = _whole_tail(tail, q, lengths)
+    if unroll is None:
+        unroll = _UNROLL if head_dim <= 128 and not interpret else 1
     size = packed.k_words.shape[2] * 32 // fmt.k_bits
     tiles = size // fmt.tile
     splits = max(n for n in range(1, tiles + 1)
@@ -62,7 +68,7 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     column = jax.ShapeDtypeStruct(lead, jnp.float32)
     values, top, total = pl.pallas_call(
         functools.partial(_kernel, fmt=fmt, span=span, splits=splits, softcap=softcap,
-                          unroll=_UNROLL if head_dim <= 128 and not interpret else 1),
+                          unroll=unroll),
         grid=(batch, kv_heads, splits),
         in_specs=[row, row, row, whole(2 * half, head_dim), along(span * fmt.k_bits // 32),
                   along(span // fmt.group), along(span // fmt.group), whole(head_dim),

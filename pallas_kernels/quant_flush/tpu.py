@@ -94,7 +94,8 @@ def _kernel(rows_ref, k_ref, v_ref, center_ref, *refs, fmt, guard, compensated, 
 def _write(token_group, k, v, center, queries, old, new, fmt, guard, compensated, blocks):
     by_channel = lambda reduce, y: reduce(y, axis=0, keepdims=True)
     by_part = functools.partial(_reduce_parts, width=v.shape[1] // old[4].shape[0])
-    plain = lambda x: quantise_by(by_channel, x, fmt.k_bits, fmt.scales, fmt.shrinks, center)
+    plain = lambda x, shrinks=fmt.shrinks: quantise_by(
+        by_channel, x, fmt.k_bits, fmt.scales, shrinks, center)
     keys = _compensated(k, queries, plain, blocks, guard) if compensated else plain(k)
     values = quantise_by(by_part, v, fmt.v_bits, fmt.scales, fmt.shrinks)
 
@@ -126,14 +127,15 @@ def _compensated(k, queries, plain, blocks, guard) -> Grid:
             x = x + jnp.dot(move, matrix, precision=_EXACT, preferred_element_type=jnp.float32)
     if not guard:
         return kept
-    first = plain(k)
 
     def logit_error(grid: Grid):
         error = grid.value - k
         weighted = jnp.dot(error, gram, precision=_EXACT, preferred_element_type=jnp.float32)
         return jnp.sum(jnp.sum(weighted * error, 1, keepdims=True), 0, keepdims=True)
 
-    return _choose(logit_error(kept) < logit_error(first), kept, first)
+    for first in (plain(k), plain(k, (1.0,))):
+        kept = _choose(logit_error(kept) < logit_error(first), kept, first)
+    return kept
 
 
 def _choose(where, new: Grid, old: Grid) -> Grid:

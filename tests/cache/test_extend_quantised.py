@@ -17,6 +17,7 @@ from tests.cache.contract import Contract
 from tests.cache.test_quantised import (
     FLUSH,
     KIVI8,
+    SLOTS,
     SMALL,
     SPEC,
     SQUAT2,
@@ -79,6 +80,30 @@ def test_a_prompt_in_pieces_packs_as_many_tokens_and_keeps_the_same_tail():
     exact = Rows(Dense(), qkv=qkv, lengths=[50, 50, 50]).step(2)
     errors = [gap(rows.step(2), exact) for rows in (whole, pieces)]
     assert max(errors) < 1.6 * min(errors) < 0.6, errors
+
+
+@pytest.mark.parametrize("kind", [Kivi(4, 4, **SMALL, scales="int8"),
+                                  Squat(4, 4, **SMALL, block=8, scales="int8")])
+@pytest.mark.parametrize("way", ["pieces", "steps", "fork"])
+def test_minima_of_8_bits_have_an_origin_however_a_text_begins(kind, way):
+    """Keys far from zero: without an origin their scales must reach to it, and codes are lost."""
+    q, k, v = text()
+    k = k.at[..., -1].add(40.0)  # a channel of the lowest frequency: rotary positions leave it be
+    rows = Rows(kind, qkv=(q, k, v), lengths=[50, 50, 50])
+    prompt = rows.state
+    rows.state, rows.at = kind.init(SPEC, B, SLOTS, jnp.float32), jnp.zeros(B, jnp.int32)
+    if way == "fork":
+        rows.state = kind.inherit(rows.state, prompt, 1)
+        np.testing.assert_array_equal(rows.state["packed"].k_center, prompt["packed"].k_center)
+    if way == "pieces":
+        rows.extend(40, [40, 40, 40])
+    else:
+        rows.step(40)
+    assert rows.state["packed_B"].tolist() == [32] * B
+    key = kind.place(SPEC, k, jnp.broadcast_to(jnp.arange(SLOTS), k.shape[:2])).swapaxes(1, 2)
+    found, wanted = (jnp.abs(dequantise(state["packed"], kind.format)[0][:, :, :32]
+                             - key[:, :, :32])[..., -1].mean() for state in (rows.state, prompt))
+    assert found < 5 * wanted, (found, wanted)  # without an origin it is about 20 times
 
 
 def in_subspace(seed, size, time=96, batch=B):

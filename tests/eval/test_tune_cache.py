@@ -3,13 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.cache import Dense, Kivi, Squat
+from jaxlm.cache import Dense, Kivi, ReferenceKivi, Squat
 from jaxlm.cache.policy import open_cache, read_policy, write_policy
 from jaxlm.core.errors import ConfigError, ShapeError
-from jaxlm.eval.tune_cache import front, tune
+from jaxlm.eval.tune_cache import front, layer_bytes, tune
 from tests.decode.tiny import VOCAB, tiny_model
 
 SMALL = dict(group=8, window=8)
@@ -34,6 +35,21 @@ def test_the_front_upgrades_what_gains_most_per_byte():
     assert front(errors, sizes) == [(0, 0), (0, 1), (1, 1)]
 
 
+def test_a_budget_ends_the_front_at_the_best_mix_that_it_pays_for(monkeypatch):
+    lm, params = tiny_model(num_layers=4)
+    kinds = [Kivi(2, 2, **SMALL), Kivi(8, 8, **SMALL), Dense()]
+    sizes = np.array([[layer_bytes(lm, i, kind, 4096) for i in range(4)] for kind in kinds])
+    errors = np.array([[0.4, 0.3, 0.2, 0.1], [0.04, 0.03, 0.02, 0.01], [0.0] * 4])
+    monkeypatch.setattr("jaxlm.eval.tune_cache.tables", lambda *_: (errors, sizes))
+    monkeypatch.setattr("jaxlm.eval.tune_cache.logprobs", lambda *_: jnp.zeros((1, 1, 2)))
+    tokens, path = jnp.zeros((1, 64), jnp.int32), front(errors, sizes)
+    assert len(path) == 9  # points=2 of all of it are its ends, one poor, one too dear
+    paid = sum(sizes[c, layer] for layer, c in enumerate(path[4])) + 1
+    found = tune(lm, params, tokens, kinds, 4096, points=2, budget=paid / sizes[2].sum())
+    assert [policy.kinds for policy in found] == [
+        tuple(kinds[c] for c in mix) for mix in (path[0], path[4])]
+
+
 def test_a_policy_is_read_back_for_its_model_only(tmp_path):
     lm, _ = tiny_model()
     kinds, path = (Squat(2, 4, lam=1.0), Dense()), tmp_path / "new" / "policy.json"
@@ -50,6 +66,23 @@ def test_a_policy_is_read_back_for_its_model_only(tmp_path):
             read_policy(path, lm.config)
 
 
+@pytest.mark.parametrize("kind, least", [
+    (Kivi(**SMALL), 24), (Squat(group=16), 80), (ReferenceKivi(), 66)])
+def test_a_text_of_which_nothing_is_coded_is_refused(kind, least):
+    lm, params = tiny_model()
+    with pytest.raises(ShapeError, match=f"codes none.*at least {least}"):
+        tune(lm, params, jnp.zeros((1, least - 1), jnp.int32), [Dense(), kind], 64)
+    spec = lm.config.attention(0)
+
+    def coded(half):
+        q, k, v = (jnp.ones((1, half, heads, spec.head_dim)) for heads in (4, 2, 2))
+        return kind.prefill(spec, kind.init(spec, 1, 64, jnp.float32), q, k, v,
+                            jnp.arange(half)[None], jnp.array([half]))[-1]["packed_B"]
+
+    count = jax.jit(coded, static_argnums=0)  # of which the compiler keeps only the counting
+    assert int(count(least // 2)[0]) > 0 and int(count(least // 2 - 1)[0]) == 0
+
+
 def test_bad_requests():
     lm, params = tiny_model()
     tokens = jax.numpy.zeros((1, 8), int)
@@ -57,3 +90,5 @@ def test_bad_requests():
         tune(lm, params, tokens, [Dense()], 64)
     with pytest.raises(ShapeError, match="at least 4"):
         tune(lm, params, tokens[:, :3], [Dense(), Kivi()], 64)
+    with pytest.raises(ConfigError, match="the budget is 0.01; raise it"):
+        tune(lm, params, jax.numpy.zeros((1, 99), int), [Dense(), Kivi()], 64, budget=0.01)

@@ -96,6 +96,19 @@ def test_a_constant_group_is_read_back(bits, scales):
         np.testing.assert_allclose(grid.value, constant, rtol=0 if scales == "float32" else 2e-4)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("center", [0.0, 1.7])
+def test_eight_bit_scales_lose_little_of_a_constant_group(bits, center):
+    """The bound that `QuantFormat` states, and that it is no slack one."""
+    constant = np.concatenate([np.geomspace(1e-8, 1e4, 4001), [0.0]]).astype(np.float32)
+    constant = np.concatenate([constant, -constant])[:, None]
+    grid = quant.quantise(jnp.asarray(np.repeat(constant, 8, 1)), 1, bits, "int8", center=center)
+    lost, away = np.abs(np.asarray(grid.value) - constant), np.abs(constant - center)
+    assert (lost <= away / 230 + 2.0**-20 + 1e-6 * (np.abs(constant) + center)).all()
+    assert (lost > away / 300)[away[:, 0] > 1e-3].any()
+    assert not np.ptp(np.asarray(grid.codes), 1).any()
+
+
 def test_shrinking_never_loses_squared_error_and_usually_wins():
     x = jnp.asarray(np.random.default_rng(3).standard_normal((500, 32)), jnp.float32)
     wide = jnp.sum((quant.quantise(x, 1, 2).value - x) ** 2, 1)

@@ -12,7 +12,8 @@ import pytest
 from pallas_kernels import quant
 from pallas_kernels.lanes import side_by_side
 from pallas_kernels.quant import QuantFormat
-from pallas_kernels.quant_decode_attention import EMPTY_LSE, quant_decode_attention
+from pallas_kernels.quant_decode_attention import EMPTY_LSE, api, quant_decode_attention
+from pallas_kernels.quant_decode_attention import gpu as gpu_kernel
 from pallas_kernels.quant_decode_attention.specs import MODELS, SMALL
 from tests.targets import compile_for, gpu, tpu
 
@@ -105,6 +106,22 @@ def test_sliding_window_start_and_softcap(backend):
         got = call(FIRST, backend, lengths, tail_lengths, start=jnp.asarray(start), softcap=2.0)
         check(got, by_hand(FIRST, lengths, tail_lengths, start, 2.0))
     assert not np.allclose(got[0], call(FIRST, backend, lengths, tail_lengths)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", [SMALL[9], FIRST], ids=lambda s: s.name)
+def test_the_loop_that_a_card_runs(monkeypatch, spec):
+    """Four token groups a step, as on cards: lengths and window starts within a step."""
+    monkeypatch.setitem(api._TABLE, "gpu", functools.partial(gpu_kernel.attend, unroll=4))
+    q, packed, tails, _ = inputs(spec)
+    run = jax.jit(lambda lengths, tail_lengths, start: quant_decode_attention(
+        q, packed, lengths, spec.fmt, *tails, tail_lengths, start=start, implementation="gpu",
+        interpret=True))
+    group = spec.fmt.group
+    for length, start in ((5 * group + 7, 0), (5 * group + 7, 2 * group + 5),
+                          (3 * group, 3 * group + 1), (spec.capacity - 1, group - 1)):
+        rows = [[length, group + 1], [5, 0], [start, 0]]
+        rows = [row[:spec.batch] for row in rows]
+        check(run(*map(jnp.asarray, rows)), by_hand(spec, *rows))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,7 @@
 """SQuat against the authors' reference vectors and against independent linear algebra."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -172,16 +174,34 @@ def test_padding_neither_enters_the_gram_nor_neighbouring_rows():
 
 
 @pytest.mark.parametrize("case", ["c02", "c08", "c11"])
-@pytest.mark.parametrize("lam", [10.0, 1e4])
-def test_guard_is_never_worse_than_plain_on_the_calibration_queries(squat_keys, case, lam):
-    fmt = QuantFormat(scales="float32", shrinks=(1.0,))
+@pytest.mark.parametrize("lam, fmt", [(10.0, COMPAT), (1e4, COMPAT), (10.0, QuantFormat()),
+                                      (1e4, QuantFormat())],
+                         ids=lambda x: getattr(x, "scales", x))
+def test_guard_is_never_worse_than_plain_on_the_calibration_queries(squat_keys, case, lam, fmt):
+    """Plain: min-max, and the shrunk grids of least key error, which may raise the logits'."""
     _, _, k, gram = load(squat_keys, case)
     comp = squat.compensation(gram, 16, lam)
     grouped = lambda x: x.reshape(*x.shape[:2], -1, fmt.group, x.shape[-1])
     error = lambda grid: squat.logit_error(grouped(grid.value - k), gram)
     guarded = error(squat.quantise_keys_squat(k, comp, fmt, 16))
-    plain = error(quant.quantise_keys(k, fmt))
-    assert bool((guarded <= plain * (1 + 1e-5)).all())
+    for shrinks in {fmt.shrinks, (1.0,)}:
+        plain = error(quant.quantise_keys(k, replace(fmt, shrinks=shrinks)))
+        assert bool((guarded <= plain * (1 + 1e-5)).all())
+
+
+def test_guard_falls_back_to_min_max_where_shrunk_grids_raise_the_logits_error():
+    """Queries of one direction, and a harmful update matrix: groups take each of the two grids."""
+    rng, fmt = np.random.default_rng(5), QuantFormat()
+    k = jnp.asarray(rng.standard_normal((1, 1, 64 * 32, 32)), jnp.float32)
+    gram = squat.query_gram(jnp.asarray(rng.standard_normal((1, 1, 1, 32)), jnp.float32), 1)
+    comp = squat.compensation(gram, 8)
+    error = lambda grid: np.asarray(squat.logit_error((grid.value - k).reshape(64, 32, 32),
+                                                      gram[0, 0]))
+    found = error(squat.quantise_keys_squat(k, comp._replace(matrix=-comp.matrix * 9), fmt, 8))
+    shrunk, wide = (error(quant.quantise_keys(k, replace(fmt, shrinks=shrinks)))
+                    for shrinks in (fmt.shrinks, (1.0,)))
+    np.testing.assert_allclose(found, np.minimum(shrunk, wide), rtol=1e-4)
+    assert 0 < (wide < 0.99 * shrunk).sum() < len(wide)
 
 
 def test_guard_rejects_a_harmful_compensation():
