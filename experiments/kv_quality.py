@@ -157,6 +157,7 @@ def likelihoods(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
                        for kind, values in drifts.items()]
             print(name, seed, {kind: f"{values['divergence']:.2g}" for kind, values
                                in found.items()}, flush=True)
+        jax.clear_caches()  # of memory mappings, which programs take, a process has 65,530
     share, cells = best_share(rows, BITS)
     return {"rows": [{k: v for k, v in row.items() if k != "by_row"} for row in rows],
             "best_share": share, "best_cells": cells, "drift": curves}
@@ -288,6 +289,7 @@ def accuracies(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
             if right:
                 found[task, kind] = right
                 print(task, kind, np.mean(right), flush=True)
+            jax.clear_caches()
             if right and kind != "dense":
                 coded[task, kind] = np.mean([kept(
                     f"coded {task} {part} {kind}", lambda t=task, p=part, k=kind: coded_share(

@@ -96,3 +96,30 @@ def later(metrics: dict[str, Any]) -> list[list[str]]:
     head = ["cache", *(f"tokens {256 * i} to {256 * (i + 1)}" for i in range(1, spans + 1))]
     return [head, ["---"] * len(head),
             *([f"`{name}`", *(f"{x:.2f}" for x in row)] for name, row in rows.items())]
+
+
+def lost(metrics: dict[str, Any]) -> list[list[str]]:
+    """What answers lose: a line a task and kind."""
+    cells = [["answers of the bundled model", "cache", "right", "points lost, 95% interval",
+              "coded"], ["---"] * 5]
+    for row in metrics["answers"]:
+        span = f"{row['points']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+        coded = f"{100 * row['coded']:.0f}%" if row["coded"] else ""
+        cells.append([row["task"], f"`{row['kind']}`", f"{100 * row['accuracy']:.1f}%",
+                      "" if row["kind"] == "dense" else span, coded])
+    return cells
+
+
+def beside(metrics: dict[str, Any]) -> list[list[str]]:
+    """SQuat and the best rival of no more bytes, by text and bits, over seeds."""
+    cells = [["text", "bits", "least or tied", "best rival", "divergence over its, by seed"],
+             ["---"] * 5]
+    groups: dict[tuple, list] = {}
+    for cell in metrics["best_cells"]:
+        groups.setdefault((cell["text"], cell["bits"]), []).append(cell)
+    for (text, bits), found in groups.items():
+        rivals = sorted({f"`{cell['best_rival']}`" for cell in found})
+        cells.append([text, str(bits), f"{sum(cell['won'] for cell in found)} of {len(found)}",
+                      ", ".join(rivals), ", ".join(f"{cell['over_best_rival']:.2f}"
+                                                   for cell in found)])
+    return cells
