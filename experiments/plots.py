@@ -72,7 +72,12 @@ def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, log: s
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             axes.minorticks_off()
         if "y" in log:
-            axes.set_yscale("log")
+            axes.set_yscale("log", subs=(2, 5))
+            values = [value for _, ys in series.values() for value in ys]
+            axes.yaxis.set_major_formatter("{x:g}")  # between decades too, where there are few
+            axes.yaxis.set_minor_formatter("{x:g}" if max(values) < 100 * min(values) else "")
+            axes.tick_params(axis="y", which="minor", labelcolor=colours["soft"], length=0,
+                             labelsize=axes.yaxis.get_ticklabels()[0].get_size())
         else:
             axes.set_ylim(0)
         axes.set_xlabel(xlabel)
@@ -200,7 +205,7 @@ def kv_quality(metrics: dict[str, Any]) -> Named:
                 x, y = series.setdefault(method, ([], []))
                 x.append(row["bytes_per_token"])
                 y.append(row["divergence"])
-            found[f"divergence-{text}"] = (
+            found[f"divergence-{text.replace(', ', '-')}"] = (
                 f"Divergence from full precision, {text}",
                 lines(series, "bytes of cache a token", "nats a token", "y"), (7.6, 3.8))
     if answers := metrics.get("answers"):
