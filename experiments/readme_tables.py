@@ -189,6 +189,8 @@ HEADLINES = (
     Row("kv_capacity", "capacity_ratio", "rows of 16k tokens that fit v5e:2x4 by its compiler, "
         "Llama-3.1-8B, 2-bit cache over bfloat16", TIMES),
     Row("kv_quality", "recall_drop_points", "recall in one prompt, points lost at 2 bits"),
+    Row("kv_quality", "arithmetic_drop_points", "worked sums, hard split, points lost at 2 bits"),
+    Row("kv_quality", "arithmetic_drop_points_4bit", "the same at 4 bits"),
     *(Row("inference_scaling", f"accuracy.{method}|checker, noise 0.1.16.value", "hard sums, 16 "
           f"answers, a tenth of the checker's verdicts wrong: {method}", PERCENT)
       for method in ("particle-filter", "best-of-n")),
