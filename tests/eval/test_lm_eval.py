@@ -225,7 +225,7 @@ def test_the_module_imports_no_harness_and_no_torch(bundle, monkeypatch):
 
     lm_eval_class.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(ConfigError, match="pip install lm_eval"):
+    with pytest.raises(ConfigError, match="pip install .lm_eval"):
         lm_eval_model(bundle)
 
 
