@@ -31,7 +31,8 @@ FREE = ("k_bits", "v_bits", "group", "window", "rope", "scales", "mesh", "block"
 class ReferenceKivi(Kivi):
     """`Kivi` as its reference has it: `parse_cache("kivi2:compat=reference")`.
 
-    A step flushes. Plain XLA alone serves it, and the state holds more than `Kivi`'s.
+    A step flushes. Plain XLA alone serves it, and the state holds more than `Kivi`'s. The window
+    moves with every token: a row that goes on beyond its room loses text, which `Kivi` keeps.
 
     Args: k_bits, v_bits, group, window and rope of `Kivi`; scales, float32 unless said. The
       others are refused.

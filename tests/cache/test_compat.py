@@ -31,6 +31,7 @@ KIND = ReferenceSquat(4, 4, **SMALL, rank=6, lam=0.1)
 class TestCompatContract(Contract):
     kind = ReferenceSquat(8, 8, group=8, window=8, block=4, rope="before")
     exact, tolerance = False, 0.02
+    test_what_overflows_is_dropped = None  # its docstring says so
 
 
 @pytest.mark.parametrize("name", ["kivi2:compat=reference", "squat2v4:compat=reference",
