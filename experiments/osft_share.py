@@ -56,7 +56,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     bundle = text_model.model(args.model, args.data, smoke=args.smoke)
     shares, seeds = ({RATES[0]: (0.5,)}, 1) if args.smoke else (SHARES, SEEDS)
     settings = [(u, rate) for rate, some in shares.items() for u in some]
-    parts = _harness.Resumable(kept, {"model": str(args.model), "sizes": repr(SIZES)})
+    parts = _harness.Resumable(kept, {
+        "model": str(args.model), "sizes": repr(SIZES), "versions": _harness.versions(),
+        "sources": _harness.sources(Path(__file__))})
     runs: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):

@@ -96,7 +96,8 @@ def _write(token_group, k, v, center, queries, old, new, fmt, guard, compensated
     by_part = functools.partial(_reduce_parts, width=v.shape[1] // old[4].shape[0])
     plain = lambda x, shrinks=fmt.shrinks: quantise_by(
         by_channel, x, fmt.k_bits, fmt.scales, shrinks, center)
-    keys = _compensated(k, queries, plain, blocks, guard) if compensated else plain(k)
+    widths = dict.fromkeys((fmt.shrinks, (1.0,)))  # grids that the guard may fall back to
+    keys = _compensated(k, queries, plain, widths, blocks, guard) if compensated else plain(k)
     values = quantise_by(by_part, v, fmt.v_bits, fmt.scales, fmt.shrinks)
 
     for at, grid, bits in ((0, keys, fmt.k_bits), (3, values, fmt.v_bits)):
@@ -113,7 +114,7 @@ def _write(token_group, k, v, center, queries, old, new, fmt, guard, compensated
         _place_tokens(new[at], old[at], x.astype(jnp.float32), token_group, fmt)
 
 
-def _compensated(k, queries, plain, blocks, guard) -> Grid:
+def _compensated(k, queries, plain, widths, blocks, guard) -> Grid:
     """Block by block in processing order; see `pallas_kernels.squat`."""
     index, matrix, gram = (ref[...] for ref in queries)
     x, kept = k, plain(k)
@@ -133,7 +134,7 @@ def _compensated(k, queries, plain, blocks, guard) -> Grid:
         weighted = jnp.dot(error, gram, precision=_EXACT, preferred_element_type=jnp.float32)
         return jnp.sum(jnp.sum(weighted * error, 1, keepdims=True), 0, keepdims=True)
 
-    for first in (plain(k), plain(k, (1.0,))):
+    for first in (plain(k, shrinks) for shrinks in widths):
         kept = _choose(logit_error(kept) < logit_error(first), kept, first)
     return kept
 
