@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def python_blocks(markdown: str) -> list[str]:
-    """The fenced Python examples; a block whose fence says `python no-run` is left out."""
+    """The fenced Python examples; a fence of `{.python .no-run}` is left out."""
     return re.findall(r"^```python[ \t]*\n(.*?)^```", markdown, re.S | re.M)
 
 
@@ -48,5 +48,5 @@ def test_page_examples(page: Path, tmp_path):
 
 
 def test_blocks_are_found():
-    page = "```python\nx = 1\n```\n```python no-run\ny\n```\n```\nz\n```\n"
+    page = "```python\nx = 1\n```\n```{.python .no-run}\ny\n```\n```\nz\n```\n"
     assert python_blocks(page) == ["x = 1\n"]
