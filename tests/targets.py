@@ -41,15 +41,21 @@ def gpu(card: str, count: int = 1) -> Any:
 
 
 def compile_for(
-    topology: Any, function: Any, *arguments: Any, donate: tuple[int, ...] = ()
+    topology: Any, function: Any, *arguments: Any, donate: tuple[int, ...] = (),
+    dump: Path | None = None,
 ) -> jax.stages.Compiled:
-    """Compile for the topology's first device; of the arguments only shape and dtype are used."""
+    """Compile for the topology's first device; of the arguments only shape and dtype are used.
+
+    With an empty folder as `dump`, `jaxlm.core.aot._text` reads what comes back.
+    """
+    options = {"xla_dump_to": str(dump)} if dump else None
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), arguments
     )
     with _as_if_on(topology.devices[0]):
-        return jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
+        lowered = jax.jit(function, donate_argnums=donate).lower(*shapes)
+        return lowered.compile(compiler_options=options)
 
 
 def _as_if_on(device: Any) -> Any:

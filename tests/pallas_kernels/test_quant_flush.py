@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.core.aot import _text
 from pallas_kernels import quant, squat
 from pallas_kernels.lanes import side_by_side
 from pallas_kernels.quant import QuantFormat, init_packed, unpack_words
@@ -109,6 +110,13 @@ def shapes(fmt, head_dim, capacity=8192, batch=8, kv_heads=8):
     return packed, new, new, rows, jax.ShapeDtypeStruct((batch,), jnp.bool), comp
 
 
+def copies(text, words):
+    """Copies of an array of the codes' shape, plain or asynchronous, in a compiled program."""
+    shape = re.escape(f"s32[{','.join(map(str, words.shape))}]")
+    assert re.search(shape + r"\S* parameter\(", text)
+    return re.findall(rf"{shape}\S* copy\(|{shape}[^=]* copy-start\(", text)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
@@ -116,15 +124,19 @@ def shapes(fmt, head_dim, capacity=8192, batch=8, kv_heads=8):
                                  QuantFormat(group=64), QuantFormat(scales="int8")],
                          ids=lambda f: f"{f.k_bits}{f.v_bits}{f.group}{f.scales}")
 @pytest.mark.parametrize("backend", ["tpu", "xla"])
-def test_compiles_for_tpu_in_place(chip, head_dim, fmt, backend):
+def test_compiles_for_tpu_in_place(chip, head_dim, fmt, backend, tmp_path):
     if backend == "xla" and (head_dim != 128 or fmt != QuantFormat()):
         pytest.skip("one shape is enough for plain XLA")
     run = lambda packed, k, v, lengths, ready, comp: quant_flush(
         packed, k, v, lengths, ready, fmt, comp, guard=False, implementation=backend)
     arguments = shapes(fmt, head_dim)
-    compiled = compile_for(tpu(chip), run, *arguments, donate=(0,))
-    words = re.escape(f"s32[{','.join(map(str, arguments[0].k_words.shape))}]")
-    assert not re.findall(words + r"\S* copy\(", compiled.as_text())
+    compiled = compile_for(tpu(chip), run, *arguments, donate=(0,), dump=tmp_path)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
+    assert compiled.memory_analysis().alias_size_in_bytes >= held
+    assert copies(_text(compiled, tmp_path), arguments[0].k_words) == []
+    if backend == "xla":  # what is not donated must be copied, and the copy is seen
+        kept = compile_for(tpu(chip), run, *arguments, dump=tmp_path / "kept")
+        assert copies(_text(kept, tmp_path / "kept"), arguments[0].k_words)
 
 
 def test_xla_flush_on_cpu_holds_no_second_copy_of_the_codes():
