@@ -18,6 +18,8 @@ Expected: golden_max_error float32 below 1e-6 and float64 below 1e-12; peft_max_
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +103,21 @@ def train(tuning: Any, steps: int, seed: int) -> tuple[Params, Params, Any]:
     return params, (state.params, frozen), tuning
 
 
+@contextlib.contextmanager
+def float64(on: bool = True) -> Iterator[None]:
+    """With jax's 64-bit types, or without; `jax.enable_x64` is newer than the oldest jax."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", on)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
 def leaks(tuning: Osft, found: Any) -> dict[str, float]:
     """The worst matrix, in float64, of the change that the trained coordinates stand for."""
     _, (trained, frozen), _ = found
-    with jax.enable_x64(True):
+    with float64():
         double = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
         trained, frozen = double(trained), double(frozen)
         after, base = flatten(tuning.materialise(trained, frozen)), flatten(frozen["base"])
@@ -166,7 +179,7 @@ def furthest(known: Any, group: str, runs: dict[str, Any]) -> float:
     worst = 0.0
     for name, (kind, chain) in runs.items():
         wanted = known[f"{group}/{name}"].reshape(-1, 64, 48)
-        with jax.enable_x64(group == "A/f64"):
+        with float64(group == "A/f64"):
             found = trajectory(kind("factored", 2 / 3, targets=("up",)), known["A/W"],
                                known["A/G"][:len(wanted)], chain)
         worst = max(worst, float(np.abs(found - wanted).max()))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optax.contrib import muon
 
+from experiments.osft_exact import float64
 from jaxlm.core.count import count
 from jaxlm.core.errors import ConfigError, NumericsError
 from jaxlm.core.tree import flatten, nbytes, size
@@ -76,7 +77,7 @@ def test_what_was_learnt_gives_the_same_outputs(form):
 
 
 def test_float64_leaks_nothing():
-    with jax.enable_x64(True):
+    with float64():
         for form in FORMS:
             found, _ = run(Osft(form, 0.5), W.astype(np.float64), G[:100].astype(np.float64),
                            OPTIMISERS["adamw"])

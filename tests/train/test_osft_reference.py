@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.osft_exact import float64
 from jaxlm.core.errors import ConfigError
 from jaxlm.train.osft import Osft, project, project_corner, project_factors
 from jaxlm.train.ranks import cosine, importance, kept, normalised
@@ -50,7 +51,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_trajectories_are_mini_trainer_s(golden, name, bits):
     tuning, optimizer, steps = RUNS[name]
-    with jax.enable_x64(bits == "f64"):
+    with float64(bits == "f64"):
         found, _ = run(tuning, golden["A/W"], golden["A/G"][:steps], optimizer, each=True)
         assert found.dtype == {"f64": np.float64, "f32": np.float32}[bits]
     wanted = golden[f"A/{bits}/{name}"].reshape(steps, 64, 48)
@@ -58,7 +59,7 @@ def test_trajectories_are_mini_trainer_s(golden, name, bits):
 
 
 def test_gradients_are_mini_trainer_s(golden):
-    with jax.enable_x64(True):
+    with float64():
         trained, frozen = start(FACTORED, golden["A/W"])
         grads = jax.vjp(lambda x: kernel(FACTORED.materialise(x, frozen)), trained)[1](
             jnp.asarray(golden["A/G"][0]))[0]
@@ -88,7 +89,7 @@ def test_peft_projects_gradients_alone(golden, name, optimizer, steps):
 
 
 def test_dense_projections(golden):
-    with jax.enable_x64(True):
+    with float64():
         found = svd(jnp.asarray(golden["A/W"]))
         basis = {"left": found.u[:, :16], "right": found.v[:, :16]}
         G = jnp.asarray(golden["A/G"][0])
@@ -97,7 +98,7 @@ def test_dense_projections(golden):
 
 
 def test_importance_and_ranks(golden):
-    with jax.enable_x64(True):
+    with float64():
         raw = {}
         for layer in range(5):
             X, W = (jnp.asarray(golden[f"imp/L{layer}/{x}"]) for x in "XW")
@@ -140,7 +141,7 @@ def test_the_equations_in_numpy(project_parameters):
     W, G = rng.standard_normal((20, 12)), rng.standard_normal((6, 20, 12))
     wanted = trajectory(W, G, 5, AdamW(1e-2, 0.1), project_parameters)
     kind = Osft if project_parameters else GradientsOnly
-    with jax.enable_x64(True):
+    with float64():
         found, _ = run(kind("factored", 7 / 12), W, G, optax.adamw(1e-2, 0.9, 0.95, 1e-8,
                                                                    weight_decay=0.1), each=True)
     np.testing.assert_allclose(found, wanted, atol=1e-12)
