@@ -100,7 +100,8 @@ def test_bad_shapes_are_refused():
             quant_flush(packed, *arguments)
 
 
-def shapes(fmt, head_dim, capacity=8192, batch=8, kv_heads=8):
+def shapes(fmt, head_dim, capacity=65536, batch=8, kv_heads=8):
+    """Of a state that a TPU's vector memory cannot hold: a smaller one is carried there whole."""
     many = side_by_side(head_dim, kv_heads)  # as caches on a TPU keep them
     packed = jax.eval_shape(lambda: init_packed(batch, kv_heads, capacity, head_dim, fmt, many))
     new = jax.ShapeDtypeStruct((batch, kv_heads, fmt.group, head_dim), jnp.bfloat16)
