@@ -36,11 +36,14 @@ def mcnemar(lost: int, won: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
-def best_share(rows: Sequence[dict[str, Any]], bits: Sequence[int]) -> tuple[float, list]:
-    """How often SQuat's divergence is least, or its difference from the least is within noise.
+def best_share(
+    rows: Sequence[dict[str, Any]], bits: Sequence[int], method: str = "squat"
+) -> tuple[float, list]:
+    """How often a method's divergence is least, or its difference from the least is within noise.
 
-    In every (text, seed), of all kinds that take no more bytes than SQuat at these bits. Noise:
-    1.96 standard errors of the paired difference over the rows of text.
+    In every (text, seed), of all kinds of others that take no more bytes at these bits: `squat` and
+    `rsquat` are no rivals of each other. Noise: 1.96 standard errors of the paired difference over
+    the rows of text.
     """
     cells: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -48,9 +51,9 @@ def best_share(rows: Sequence[dict[str, Any]], bits: Sequence[int]) -> tuple[flo
     found = []
     for (text, seed), cell in cells.items():
         for width in bits:
-            if (ours := cell.get(f"squat{width}")) is None:
+            if (ours := cell.get(f"{method}{width}")) is None:
                 continue
-            rivals = [row for name, row in cell.items() if not name.startswith("squat")
+            rivals = [row for name, row in cell.items() if not name.startswith(("squat", "rsquat"))
                       and row["bytes_per_token"] <= ours["bytes_per_token"]]
             if rivals:
                 found.append({"text": text, "seed": seed, "bits": width} | against(ours, rivals))

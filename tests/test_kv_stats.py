@@ -34,6 +34,15 @@ def test_a_clear_loss_is_lost_and_a_noisy_one_is_tied():
     assert best_share([cell("squat2", 5.02 + noise[::-1], 100), rival], (2,))[0] == 1.0
 
 
+def test_our_two_methods_are_no_rivals_of_each_other():
+    rows = [cell("squat2", [2.0, 2.1], 100), cell("rsquat2", [1.0, 1.1], 100),
+            cell("rkivi2", [1.5, 1.6], 100)]
+    share, (found,) = best_share(rows, (2,))
+    assert (share, found["best_rival"], found["rivals"]) == (0.0, "rkivi2", 1)
+    share, (found,) = best_share(rows, (2,), "rsquat")
+    assert (share, found["best_rival"], found["rivals"]) == (1.0, "rkivi2", 1)
+
+
 def test_only_squat_makes_headlines():
     rows = [{"task": task, "kind": kind, "points": 1.0}
             for task in ("recall", "arithmetic") for kind in ("squat2", "squat4", "kivi2")]

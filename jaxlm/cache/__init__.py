@@ -7,5 +7,6 @@ from jaxlm.cache.compat import ReferenceSquat as ReferenceSquat
 from jaxlm.cache.dense import Dense as Dense
 from jaxlm.cache.kivi import Kivi as Kivi
 from jaxlm.cache.rotated import RotatedKivi as RotatedKivi
+from jaxlm.cache.rotated import RotatedSquat as RotatedSquat
 from jaxlm.cache.squat import Squat as Squat
 from jaxlm.cache.turboquant import TurboQuant as TurboQuant

@@ -8,13 +8,13 @@ from jaxlm.cache.base import CacheKind
 from jaxlm.cache.compat import ReferenceKivi, ReferenceSquat
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.kivi import Kivi
-from jaxlm.cache.rotated import RotatedKivi
+from jaxlm.cache.rotated import RotatedKivi, RotatedSquat
 from jaxlm.cache.squat import Squat
 from jaxlm.cache.turboquant import TurboQuant
 from jaxlm.core.errors import ConfigError
 
 KINDS: dict[str, type] = {"dense": Dense, "kivi": Kivi, "squat": Squat, "rkivi": RotatedKivi,
-                          "turboquant": TurboQuant}
+                          "rsquat": RotatedSquat, "turboquant": TurboQuant}
 COMPAT: dict[str, type] = {"kivi": ReferenceKivi, "squat": ReferenceSquat}  # compat=reference
 NAME = re.compile(r"([a-z]+?)(?:([248])(?:v([248]))?)?(?::(.+))?")
 
@@ -33,8 +33,8 @@ def parse_cache(text: str) -> CacheKind:
     """
     found = NAME.fullmatch(text.strip())
     if found is None or found[1] not in KINDS or (found[1] == "dense" and found[2]):
-        raise ConfigError(f"cache {text!r} is unknown; expected dense, or kivi, rkivi, squat or "
-                          "turboquant with 2, 4 or 8 bits, as kivi2 or "
+        raise ConfigError(f"cache {text!r} is unknown; expected dense, or kivi, rkivi, squat, "
+                          "rsquat or turboquant with 2, 4 or 8 bits, as kivi2 or "
                           "squat2v4:group=64,window=64")
     kind = KINDS[found[1]]
     values: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""KIVI after a rotation that spreads outlying channels over all of them."""
+"""KIVI and SQuat after a rotation that spreads outlying channels over all of them."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxlm.cache.base import Attended
 from jaxlm.cache.kivi import Kivi
+from jaxlm.cache.squat import Squat
 from jaxlm.core.errors import ConfigError
 from jaxlm.models.layers import apply_rope
 
@@ -74,6 +75,28 @@ class RotatedKivi(Kivi):
         """As `Kivi`, turned back."""
         out, lse = super().attend(spec, state, q_BTNH, pos_BT, length_B, first_B)
         return self.turn(out, back=True), lse
+
+
+@dataclass(frozen=True)
+class RotatedSquat(RotatedKivi, Squat):
+    """`Squat` on `H q`, `H k` and `H v`: the subspace of the turned queries, and turned values.
+
+    Args: those of `Squat`; rope is 'after'.
+    Raises: ConfigError.
+
+    Example:
+      >>> RotatedSquat(4, 2, block=8).flush_every
+      8
+
+    Source: arXiv 2503.24358, section 3, and 2404.00456, section 4; putting them together is ours.
+    """
+
+    def seen_ahead(self, spec, gram_BKHH) -> jax.Array:
+        """As `Squat`: rotary positions turn the queries before H does."""
+        both = lambda gram, matrix: jnp.einsum("ij,...jk,lk->...il", matrix, gram, matrix,
+                                               precision=jax.lax.Precision.HIGHEST)
+        matrix = self.matrix(spec.head_dim)
+        return both(super().seen_ahead(spec, both(gram_BKHH, matrix.T)), matrix)
 
 
 @cache

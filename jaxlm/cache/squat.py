@@ -108,7 +108,7 @@ class Squat(Kivi):
         """The Gram of the prompt's queries, and from it both compensations."""
         count_B = valid_BT.sum(1).astype(jnp.int32)
         gram = query_gram(q_BTNH, spec.num_kv_heads, valid_BT)
-        turned = turn_ahead(gram, spec.rope, self.ahead)
+        turned = self.seen_ahead(spec, gram)
         center = key_center(k_BKTH, valid_BT) if self.scales == "int8" else None
         state = quantised.with_center(state, center)
         rows = state["sketch"].rows.shape[2]
@@ -138,8 +138,7 @@ class Squat(Kivi):
         first_B = (start_B == 0) & (count_B > 0)
         share_B = jnp.where(first_B, 1.0, self._share(count_B) if learns else 0.0)
         valid_BT = jnp.arange(q_BTNH.shape[1]) < count_B[:, None]
-        turned = lambda: turn_ahead(query_gram(q_BTNH, spec.num_kv_heads, valid_BT), spec.rope,
-                                    self.ahead)
+        turned = lambda: self.seen_ahead(spec, query_gram(q_BTNH, spec.num_kv_heads, valid_BT))
         state = state | {"sketch": self._learn(spec, state, turned, count_B, share_B)}
         return state | {"learned_B": start_B + count_B} if learns else state
 
@@ -155,8 +154,7 @@ class Squat(Kivi):
             share_B = self._share(length_B - state["learned_B"])
             share_B = jnp.where(due & fresh_BW.any(1), share_B, 0.0)
             q_BWNH = state["recent"].swapaxes(1, 2).reshape(-1, size, spec.num_heads, spec.head_dim)
-            gram = lambda: turn_ahead(query_gram(q_BWNH, spec.num_kv_heads, fresh_BW), spec.rope,
-                                      self.ahead)
+            gram = lambda: self.seen_ahead(spec, query_gram(q_BWNH, spec.num_kv_heads, fresh_BW))
             found = self._learn(spec, state, gram, fresh_BW.sum(1), share_B)
             state = state | {"sketch": found,
                              "learned_B": jnp.where(due, length_B, state["learned_B"])}
@@ -165,6 +163,10 @@ class Squat(Kivi):
     def later_coder(self, state) -> Compensation:
         """The compensation of the sketch that the state keeps."""
         return sketched_compensation(state["sketch"], self.block, self.energy_order)
+
+    def seen_ahead(self, spec, gram_BKHH) -> jax.Array:
+        """The Gram of the same queries at the positions that keys will meet them at."""
+        return turn_ahead(gram_BKHH, spec.rope, self.ahead)
 
     def _share(self, count_B):
         """How much of C so many tokens replace."""
