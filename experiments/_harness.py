@@ -22,6 +22,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,9 +61,13 @@ def run(
     command = shlex.join(["python", f"experiments/{Path(script).name}", *argv])
     made = origin(Path(script))  # before it is measured: sources may change meanwhile
     result = record(Path(script).stem, command, args, made, measure(args))
-    if args.out:
-        write_json(result, args.out)
-    else:
+    try:
+        if args.out:
+            write_json(result, args.out)
+    except OSError:  # what took hours is not lost with a full disk
+        print(json.dumps(result, indent=1))
+        raise
+    if not args.out:
         print(json.dumps(result, indent=1))
     return result
 
@@ -85,9 +90,20 @@ def default_data() -> Path:
 
 
 def check_out(out: Path | None, smoke: bool) -> None:
-    """Refuse, before anything is measured, to put a smoke run among the results."""
+    """Refuse, before anything is measured, a smoke run among the results, and a file that could
+    not be written when all is measured."""
     if smoke and out and out.resolve().is_relative_to(RESULTS):
         raise SystemExit(f"--smoke measures nothing: {out} is under {RESULTS}; write it elsewhere")
+    if out is None:
+        return
+    if out.is_dir():
+        raise SystemExit(f"--out {out} is a folder; expected a file, such as {out / 'cpu.json'}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise SystemExit(f"--out {out} cannot be written: {error}; choose another") from error
 
 
 def record(
@@ -200,8 +216,11 @@ def write_json(value: Any, out: Path) -> None:
     """Write under a temporary name, then rename: never half a file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, out)
+    try:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Resumable:
@@ -240,6 +259,16 @@ class Resumable:
     def done(self) -> None:
         """Remove the file, once the result is written."""
         self.path.unlink(missing_ok=True)
+
+
+def parts_of(args: argparse.Namespace, script: str, **settings: Any) -> Resumable:
+    """Finished parts beside `--out`, hidden, until `done`; of a smoke run, or without `--out`, they
+    are not kept. They depend on the sources, the versions, the seed and `settings`."""
+    kept = args.out and not args.smoke
+    folder = args.out.parent if kept else Path(tempfile.mkdtemp())
+    name = f".{args.out.stem}.parts.json" if kept else "parts.json"
+    return Resumable(folder / name, {"versions": versions(), "sources": sources(Path(script)),
+                                     "seed": args.seed, **settings})
 
 
 def seconds(function: Callable[..., Any], *args: Any) -> float:

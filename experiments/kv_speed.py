@@ -11,7 +11,7 @@ takes, and its turn is one token, which codes nothing. On an accelerator also `a
 Command: python experiments/kv_speed.py --out experiments/results/kv_speed/cpu.json
 Peers: pip install --no-deps optimum-quanto hqq termcolor accelerate einops (beside torch on a CPU)
 Hardware: any; a CPU of 2 cores for the figures of the README
-Minutes: 15
+Minutes: 15; stopped, it goes on with the next length
 Expected: cpu_step_vs_quantizedcache 6.9 (wanted: 5); cpu_step_vs_dense 1.7 (wanted: at most 1.5)
 """
 
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import kv_device
-from experiments._harness import run, seconds
+from experiments._harness import parts_of, run, seconds
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.parse import parse_cache
 from jaxlm.core.tree import Params, nbytes
@@ -113,26 +113,36 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     lengths = (256,) if args.smoke else tuple(args.lengths)
     rows: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {"rows": rows, "batch": BATCH}
+    chosen = {name: str(getattr(args, name)) for name in ("kinds", "repeats", "no_peers")}
+    parts = parts_of(args, __file__, smoke=args.smoke, **chosen)
     for cached in lengths:
-        made = {name: stepper(lm, params, parse_cache(name), cached, 1 + args.repeats)
-                for name in (args.kinds[:3] if args.smoke else args.kinds)}
-        steps = {name: (step, TOKENS, size) for name, (step, size) in made.items()}
-        if not (args.smoke or args.no_peers):
-            steps |= {name: (step, 1, None) for name, step in peers(cached)}
-        for step, _, _ in steps.values():
-            step()
-        turns = [{name: seconds(step) / tokens for name, (step, tokens, _) in steps.items()}
-                 for _ in range(args.repeats)]
-        for name, (_, _, size) in steps.items():
-            times = [turn[name] for turn in turns]
-            rows.append({"kind": name, "cached": cached, "ms": 1e3 * statistics.median(times),
-                         "ms_min": 1e3 * min(times), "bytes": size})
+        found = parts(f"{cached} tokens", partial(timed, lm, params, cached, args))
+        rows += found["rows"]
         if cached == max(lengths) and jax.default_backend() == "cpu":  # the peers are on the CPU
-            metrics |= ratios(turns)
+            metrics |= ratios(found["turns"])
+    parts.done()
     if jax.default_backend() != "cpu":
         metrics |= {"attention": kv_device.attention_rates(args),
                     "throughput": kv_device.throughput(args)}
     return metrics
+
+
+def timed(lm: LM, params: Params, cached: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Every kind and peer at one length, in turns."""
+    made = {name: stepper(lm, params, parse_cache(name), cached, 1 + args.repeats)
+            for name in (args.kinds[:3] if args.smoke else args.kinds)}
+    steps = {name: (step, TOKENS, size) for name, (step, size) in made.items()}
+    if not (args.smoke or args.no_peers):
+        steps |= {name: (step, 1, None) for name, step in peers(cached)}
+    for step, _, _ in steps.values():
+        step()
+    turns = [{name: seconds(step) / tokens for name, (step, tokens, _) in steps.items()}
+             for _ in range(args.repeats)]
+    times = {name: [turn[name] for turn in turns] for name in steps}
+    rows = [{"kind": name, "cached": cached, "ms": 1e3 * statistics.median(times[name]),
+             "ms_min": 1e3 * min(times[name]), "bytes": size}
+            for name, (_, _, size) in steps.items()]
+    return {"rows": rows, "turns": turns}
 
 
 def ratios(turns: list[dict[str, float]]) -> dict[str, float]:

@@ -5,7 +5,8 @@ Hardware: 2 CPU cores, 4 GB; a GPU shortens it.
 Minutes: 5.3 processor hours in all (small 1.0, large 3.5, each sibling 0.3), so 2.7 hours on 2 idle
   cores at the least, by `--pace`, which times a few steps of each and makes nothing; `--only NAME`
   makes one. A stopped run goes on where it was; what is finished is not made again.
-Expected: every folder loads; siblings beat the model they come from on their own skill's loss.
+Expected: every folder loads; siblings beat the model they come from on their own skill's loss. Not
+  run whole yet: only `--smoke` and `--pace` were
 
 FOLDER/small/step_N and FOLDER/large/step_N are trained as the bundled model is, six checkpoints
 along each run, the last its end. FOLDER/minus, times and recall are the bundled model fine-tuned

@@ -22,7 +22,7 @@ torch 2.13.0 and transformers; one that is absent is listed under `left_out`.
 Command: python experiments/osft_speed.py --peer-python PYTHON
     --out experiments/results/osft_speed/cpu.json
 Hardware: a quiet CPU; OPENBLAS_NUM_THREADS unset
-Minutes: about 20 on 2 cores
+Minutes: about 20 on 2 cores; stopped, it goes on after what was timed in turn
 Expected: step_ratio_full update 1.01, coordinates 1.02, factored 0.97; trainer_overhead 0.96;
     step_ratio_peft 0.59 to 0.66, step_ratio_mini_trainer 1.17 to 1.34 (wanted: 0.5);
     step_flops_ratio_8b 1.010 and 1.082
@@ -40,6 +40,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "rows": ROWS, "tokens": TOKENS, "width": WIDTH, "layers": LAYERS}
     if args.worker:
         return serve(args.worker, shape)
-    rounds, load = 1 if args.smoke else ROUNDS, os.getloadavg()[0]
+    rounds = 1 if args.smoke else ROUNDS
+    parts = _harness.parts_of(args, __file__, smoke=args.smoke, peers=str(args.peer_python))
+    found = parts("in turn", partial(contenders, args, shape, rounds))
+    overhead = parts("trainer", lambda: trainer_overhead(
+        shape, rounds, 3 if args.smoke else TRAINER_STEPS))
+    flops = parts("flops", flops_ratio_8b)
+    parts.done()
+    return found | {"trainer_overhead": overhead, "step_flops_ratio_8b": flops}
+
+
+def contenders(args: argparse.Namespace, shape: dict[str, int], rounds: int) -> dict[str, Any]:
+    """Ours and the peers in turn, each in a process of its own."""
+    load = os.getloadavg()[0]
     workers: dict[str, Worker] = {}
     left_out: dict[str, str] = {}
     try:
@@ -84,9 +97,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for worker in workers.values():
             worker.end()
     return summary(times, peaks, shape) | {
-        "peak_rss_bytes": memory, "left_out": left_out, "load": load,
-        "trainer_overhead": trainer_overhead(shape, rounds, 3 if args.smoke else TRAINER_STEPS),
-        "step_flops_ratio_8b": flops_ratio_8b()}
+        "peak_rss_bytes": memory, "left_out": left_out, "load": load}
 
 
 def in_turn(

@@ -19,7 +19,7 @@ prompt of 2,048 tokens.
 
 Command: python experiments/pf_speed.py --out experiments/results/pf_speed/cpu.json
 Hardware: 2 CPU cores, idle
-Minutes: 12
+Minutes: 12; stopped, it goes on with the next of its parts
 Expected: pf_overhead_ratio 0.95 (wanted: at most 1.15), prompt_copies 1, resample_extra_layers 1.0;
     of uniform_fixed, lent_24 0.91 (wanted: 0.9); lent_speed 0.70 for the bundled model, whose
     iterations are mostly attention, which idle rows pay too, and 0.88 for the wide one (wanted:
@@ -38,7 +38,7 @@ import numpy as np
 from flax import struct
 
 import jaxlm
-from experiments._harness import paired_ratio, run
+from experiments._harness import paired_ratio, parts_of, run
 from jaxlm.core.tree import nbytes
 from jaxlm.decode.rows import gather
 from jaxlm.decode.samplers import Categorical
@@ -221,17 +221,22 @@ def memory(args: argparse.Namespace) -> dict:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All of it."""
     bundle = jaxlm.load("tiny")
-    ratio = overhead(bundle, args)
+    parts = parts_of(args, __file__, smoke=args.smoke)
+    ratio = parts("overhead", lambda: overhead(bundle, args))
     small = small_bundle(bundle)
     cases = [("uniform", False)] if args.smoke else [
         (name, ending) for name in ("uniform", "lognormal") for ending in (False, True)]
-    shares = {f"{name}_{'ending' if ending else 'fixed'}": utilisation(small, name, ending, args)
-              for name, ending in cases}
+    label = lambda name, ending: f"{name}_{'ending' if ending else 'fixed'}"
+    shares = {label(*case): parts(label(*case), partial(utilisation, small, *case, args))
+              for case in cases}
     models = {"bundled": bundle} if args.smoke else {"bundled": bundle, "wide": wide_bundle(bundle)}
-    lent = {name: lending(model, args) for name, model in models.items()}
+    lent = {name: parts(f"lent {name}", partial(lending, model, args))
+            for name, model in models.items()}
     by_model = {key: {name: found[key] for name, found in lent.items()} for key in lent["bundled"]}
+    held = parts("memory", lambda: memory(args))
+    parts.done()
     return {"pf_overhead_ratio": ratio["ratio"], "overhead": ratio, "row_utilisation": shares,
-            **by_model, **memory(args)}
+            **by_model, **held}
 
 
 if __name__ == "__main__":

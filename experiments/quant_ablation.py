@@ -13,7 +13,7 @@ coded between 256 and 512, and so on, meet all queries that came after they were
 
 Command: python experiments/quant_ablation.py --out experiments/results/quant_ablation/cpu.json
 Hardware: any CPU
-Minutes: 15 (nearly all of it compiling)
+Minutes: 15 (nearly all of it compiling); stopped, it goes on with the next row of the table
 Expected: heldout_ratio_geomean 0.42 (wanted: at most 0.60), heldout_ratio_max 0.80 (wanted: 1.0)
 """
 
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments._harness import ROOT, run
+from experiments._harness import ROOT, parts_of, run
 from jaxlm.cache.parse import parse_cache
 from jaxlm.cache.squat import turn_ahead
 from jaxlm.eval import arithmetic, recall
@@ -280,18 +280,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                                               "all, bfloat16 scales (default)")}
         tests = {name: tests[name] for name in ("c08", "tiny arithmetic")}
     table: dict[str, dict[str, float]] = {}
-    plain = {name: error_of(case, rows["kivi"]) for name, case in tests.items()}
+    parts = parts_of(args, __file__, smoke=args.smoke)
+    row = lambda setting: {name: error_of(case, setting) for name, case in tests.items()}
+    plain = parts("plain", lambda: row(rows["kivi"]))
     for name, setting in rows.items():
-        table[name] = {}
-        for case_name, case in tests.items():
-            table[name][case_name] = error_of(case, setting) / plain[case_name]
-        table[name] = summary(table[name])
+        errors = parts(name, lambda: row(setting))  # noqa: B023
+        table[name] = summary({case: error / plain[case] for case, error in errors.items()})
         print(f"{name:40s}", *(f"{k} {v:.3f}" for k, v in table[name].items()), flush=True)
     default = table["all, bfloat16 scales (default)"]
     names, size, seeds = (LATER[:1], 320, 1) if args.smoke else (LATER, TEXT, 2)
+    kept = {} if args.smoke else parts("stored", lambda: stored(tests, plain))
+    after = parts("later", lambda: later(bundle, names, size, seeds))
+    parts.done()
     return {"heldout_ratio_geomean": default["geomean"], "heldout_ratio_max": default["max"],
-            "ratio_over_kivi": table, "stored": {} if args.smoke else stored(tests, plain),
-            "later_ratio_over_kivi": later(bundle, names, size, seeds)}
+            "ratio_over_kivi": table, "stored": kept, "later_ratio_over_kivi": after}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Shared by train_tiny.py, which makes the bundled model, and make_models.py, which makes the rest.
 """
 
+import hashlib
 import json
 import tempfile
 import time
@@ -27,6 +28,7 @@ from jaxlm.hf.bundle import Bundle, save
 from jaxlm.hf.tokenizer import Tokenizer
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.lm import LM, count_params
+from jaxlm.train.setup import weights_hash
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def fit(lm: LM, recipe: Recipe, work: Path, params: Params | None = None,
       marks: step -> what to do with the parameters after it.
       log_every: steps. save_every_s: seconds.
     Returns: float32 parameters, and {"steps", "tokens", "minutes", "history"}.
+    Raises: ValueError where `work` holds another run: another seed, model, recipe or start.
     """
+    _harness.Resumable(work / "run.json", described(lm, recipe, params))("begun", lambda: True)
     tx, marks = optimiser(recipe), marks or {}
     params = init(lm, jax.random.key(recipe.seed)) if params is None else params
     state = {"params": params, "opt": tx.init(params), "step": 0, "minutes": 0.0, "tokens": 0}
@@ -142,6 +146,15 @@ def fit(lm: LM, recipe: Recipe, work: Path, params: Params | None = None,
                 saved = time.time()
     return state["params"], {"steps": recipe.steps, "tokens": int(state["tokens"]),
                              "minutes": float(state["minutes"]), "history": log.rows}
+
+
+def described(lm: LM, recipe: Recipe, params: Params | None) -> dict[str, Any]:
+    """What tells a run from others: a checkpoint of another one is not gone on with."""
+    every = max(1, recipe.steps // 64)
+    mixes = repr([recipe.mix(step) for step in range(0, recipe.steps, every)])
+    return {"model": repr(lm.config), "seed": recipe.seed, "rate": recipe.rate, "lr": recipe.lr,
+            "adam_lr": recipe.adam_lr, "mixes": hashlib.sha256(mixes.encode()).hexdigest(),
+            "start": None if params is None else weights_hash(params)}
 
 
 def _update(lm, tx, params, opt, data):

@@ -159,6 +159,49 @@ def test_smoke_is_refused_among_the_results(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("where", ["", "file/x.json"], ids=["a folder", "under a file"])
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, where):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="is a folder|cannot be written"):
+        _harness.run("example.py", "doc", lambda args: pytest.fail("measured"),
+                     argv=["--out", str(tmp_path / where)])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_result_that_could_not_be_written_after_all_is_printed(tmp_path, capsys):
+    out = tmp_path / "x.json"
+    with pytest.raises(OSError):
+        _harness.run("experiments/example.py", "doc", lambda args: out.mkdir() or {"lost": 0.25},
+                     argv=["--out", str(out)])
+    assert json.loads(capsys.readouterr().out)["metrics"] == {"lost": 0.25}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_of_more_than_ten_minutes_goes_on(path):
+    text = path.read_text()
+    said = re.search(r"^Minutes:(.*?)^Expected:", text, re.M | re.S)
+    minutes = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", said[1])]
+    if minutes[0] > 10 or "hours" in said[1]:
+        assert re.search(r"go(es)?\s+on|resume", text), "the header does not say that it goes on"
+        assert re.search(r"Resumable|parts_of|\.cells|fit\(|checkpoint", text)
+
+
+def test_parts_are_kept_beside_the_result_until_it_is_done(tmp_path):
+    args = argparse.Namespace(out=tmp_path / "cpu.json", smoke=False, seed=0)
+    script = str(SCRIPTS[0])
+    first = _harness.parts_of(args, script, length=3)
+    assert first("a", lambda: 1) == 1
+    again = _harness.parts_of(args, script, length=3)
+    assert again("a", lambda: pytest.fail("computed again")) == 1
+    with pytest.raises(ValueError, match="was made with"):
+        _harness.parts_of(args, script, length=4)
+    args.smoke = True
+    assert _harness.parts_of(args, script, length=4)("a", lambda: 2) == 2
+    again.done()
+    assert not list(tmp_path.iterdir())
+
+
 def test_resumable_goes_on_and_refuses_other_settings(tmp_path):
     path, calls = tmp_path / "parts.json", []
 

@@ -57,6 +57,18 @@ def test_the_rate_follows_its_points(params):
     np.testing.assert_allclose(shares, np.outer([0, 0.5, 1, 0.5, 0], [1, 1]), atol=1e-5)
 
 
+def test_a_run_goes_on_and_no_other_takes_its_place(tmp_path, params):
+    recipe = lambda **change: Recipe(**{"mix": lambda step: MIX, "rate": short_run(2), **change})
+    made, _ = fit(LITTLE, recipe(), tmp_path, params=params)
+    again, _ = fit(LITTLE, recipe(), tmp_path, params=params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), made, again)))
+    other = Mix((2, 96), recall=0.25, lengths=(32, 64))
+    for changed, start in ((recipe(seed=1), params), (recipe(mix=lambda step: other), params),
+                           (recipe(lr=0.1), params), (recipe(), None)):
+        with pytest.raises(ValueError, match="was made with"):
+            fit(LITTLE, changed, tmp_path, params=start)
+
+
 def test_every_matrix_moves_by_an_orthogonal_step(params):
     tx = tiny_training.optimiser(Recipe(lambda step: MIX, rate=((0, 1.0), (9, 1.0)), lr=1.0))
     grads = jax.tree.map(

@@ -60,7 +60,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Gradient, update, and metrics with the gradient's global norm.
 
-    Examples:
+    Example:
       >>> import optax
       >>> objective = lambda p, batch, key: ((p["x"] ** 2).sum(), {})
       >>> sgd = optax.sgd(0.25)
