@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments.continual_rows import Row
-from experiments.continual_tasks import WINDOW, Files
+from experiments.continual_tasks import WINDOW, Files, Format
 from jaxlm.hf.bundle import Bundle
-from jaxlm.train import Config, Course, Data, Optimizer, Task, continual
+from jaxlm.train import Config, Course, Data, Optimizer, Osft, Task, continual
+from jaxlm.train.tasks import Asked
+
+HALF = Osft()  # the subspaces that every row's updates are measured by, whatever it protects
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ def course(
     """Learn the tasks of an order; what `continual` judged, as JSON has it.
 
     Returns: `accuracy` (T + 1, T), of the row's kind "alone" the diagonal of it in one line, of
-      "joint" its last line; `others`, `notes`, `seconds`.
+      "joint" its last line; `chosen` alike; `format`, `others`, `notes`, `seconds`.
     """
     began = time.perf_counter()
     tasks = [files.tasks[name] for name in order]
@@ -56,9 +59,12 @@ def _course(
     row: Row, bundle: Bundle, files: Files, tasks: list[Task], config: Config
 ) -> dict[str, Any]:
     made = whole(continual(config, tasks, bundle=bundle, tunings=row.tunings(len(tasks)),
-                           replay=row.replay, others=files.others))
+                           replay=row.replay, others=files.others,
+                           measures={"format": Format(files.asked)},
+                           subspaces=HALF))
     judged = json.loads((Path(config.out) / "course.json").read_text())["rows"]
-    return {"accuracy": made.accuracy, "notes": made.notes, "others": _others(judged)}
+    return {"accuracy": made.accuracy, "chosen": made.chosen, "notes": made.notes,
+            "format": made.measures["format"], "others": _others(judged)}
 
 
 def _others(judged: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
@@ -74,7 +80,8 @@ def _alone(
     """A model for each task, which is judged by that alone."""
     made = [whole(continual(config.replace(out=f"{config.out}/{task.name}"), [task],
                             bundle=bundle)) for task in tasks]
-    return {"accuracy": [[one.accuracy[-1][0] for one in made]], "notes": [], "others": {}}
+    return {"accuracy": [[one.accuracy[-1][0] for one in made]],
+            "chosen": [[one.chosen[-1][0] for one in made]], "notes": [], "others": {}}
 
 
 def _joint(
@@ -84,8 +91,11 @@ def _joint(
     train = tuple(file for task in tasks for file in task.train)
     mixed = Task("all", train, tasks[0].eval)
     others = {task.name: task.eval for task in tasks} | files.others
-    whole(continual(config, [mixed], bundle=bundle, others=others))
+    made = whole(continual(config, [mixed], bundle=bundle, others=others, measures={
+        task.name: Asked.of(bundle, config, task) for task in tasks}))
+    chosen = [list(line) for line in zip(*(made.measures[task.name] for task in tasks),
+                                         strict=True)]
     judged = json.loads((Path(config.out) / "course.json").read_text())["rows"]
     accuracy = [[one["others"][task.name]["accuracy"] for task in tasks] for one in judged]
     kept = {name: value for name, value in _others(judged).items() if name in files.others}
-    return {"accuracy": accuracy, "notes": [], "others": kept}
+    return {"accuracy": accuracy, "chosen": chosen, "notes": [], "others": kept}

@@ -11,9 +11,10 @@ COLOURS = (*LIGHT["series"], "#c92a2a", "#868e96", "#364fc7", "#f06595",
            "#000000", "#99711b", "#66d9e8")
 
 
-def tradeoff(metrics: dict[str, Any]) -> Draw:
+def tradeoff(metrics: dict[str, Any], prefix: str = "") -> Draw:
     """Forgetting against average accuracy, a point a row with 95 % intervals both ways."""
-    accuracy, forgetting = metrics["accuracy_spread"], metrics["forgetting_spread"]
+    accuracy, forgetting = (metrics[f"{prefix}{name}_spread"]
+                            for name in ("accuracy", "forgetting"))
 
     def drawing(axes, colours):
         for i, row in enumerate(forgetting):
@@ -33,14 +34,14 @@ def tradeoff(metrics: dict[str, Any]) -> Draw:
     return drawing
 
 
-def through(metrics: dict[str, Any]) -> Draw:
+def through(metrics: dict[str, Any], score: str = "accuracy") -> Draw:
     """Accuracy on the task learnt first, second, ... after each; a block for each of four rows."""
     rows = [row for row in SHOWN if row in metrics["forgetting"]]
 
     def drawing(axes, colours):
         middles = []
         for block, row in enumerate(rows):
-            mean = np.mean([one["accuracy"] for key, one in metrics["courses"].items()
+            mean = np.mean([one[score] for key, one in metrics["courses"].items()
                             if key.startswith(f"{row}, ")
                             and one["rate"] == metrics["rates"][row]], axis=0)
             steps, tasks = mean.shape
@@ -53,7 +54,7 @@ def through(metrics: dict[str, Any]) -> Draw:
         axes.set_xticks(middles, rows)
         axes.set_ylim(0)
         axes.set_xlabel("each block: after 1 to 5 tasks; mean over orders and seeds")
-        axes.set_ylabel("accuracy")
+        axes.set_ylabel("accuracy" if score == "accuracy" else "right among its own labels")
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
     return drawing
@@ -63,4 +64,8 @@ def osft_continual(metrics: dict[str, Any]) -> dict[str, tuple[str, Draw, tuple[
     """Suffix -> title, drawing, inches."""
     return {"tradeoff": ("Forgetting against accuracy, five tasks in turn", tradeoff(metrics),
                          (7.2, 4.0)),
-            "through": ("Each task from when it was learnt", through(metrics), (8.0, 3.6))}
+            "through": ("Each task from when it was learnt", through(metrics), (8.0, 3.6)),
+            "tradeoff-chosen": ("The same, the likeliest among a task's own labels",
+                                tradeoff(metrics, "chosen_"), (7.2, 4.0)),
+            "through-chosen": ("Each task from when it was learnt, among its own labels",
+                               through(metrics, "chosen"), (8.0, 3.6))}

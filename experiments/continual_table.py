@@ -1,5 +1,7 @@
 """The table of docs/found.md on forgetting, written from the result by readme_tables.py."""
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 BEGIN, END = "<!-- {}: experiments/readme_tables.py -->", "<!-- end of {} -->"
@@ -7,6 +9,7 @@ WORDS = {
     "full": "full fine-tuning", "full, matrices alone": "full, embeddings and norms frozen",
     "lora": "LoRA, a new one a task, merged", "olora": "O-LoRA", "ewc": "EWC",
     "replay": "full, a tenth replayed", "osft uniform": "OSFT, uniform ranks",
+    "osft uniform, rest trained": "OSFT, uniform, the rest trained",
     "osft importance": "OSFT, importance-driven ranks", "osft scheduled": "OSFT, scheduled ranks",
     "osft coordinates": "OSFT coordinates, uniform", "osft factored": "OSFT factored, uniform",
     "alone": "a model for each task", "joint": "all tasks mixed",
@@ -36,41 +39,71 @@ def span(one: dict[str, float], form: str = "{:.3f}") -> str:
 
 
 def table(metrics: dict[str, Any]) -> list[list[str]]:
-    """A line a row: accuracy, forgetting, transfer, general ability, rate."""
-    perplexity = metrics["general"]["wikitext_perplexity"]
-    answers = metrics["general"]["instructions_token_accuracy"]
-    cells = [["row", "average accuracy", "forgetting", "learnt", "lost of it", "forward",
-              "Wikipedia perplexity", "instruction tokens right", "rate"], ["---"] * 9]
-    for row, words in WORDS.items():
-        if row not in metrics["accuracy"]:
-            continue
-        line = [words, span(metrics["accuracy_spread"][row])]
-        if row in metrics["forgetting"]:
-            line += [span(metrics["forgetting_spread"][row]), f"{metrics['learnt'][row]:.3f}",
-                     f"{metrics['lost_share'][row]:.0%}", f"{metrics['forward'][row]:+.3f}",
-                     "{before:.0f} to {after:.0f}".format(**perplexity[row]),
-                     "{before:.1%} to {after:.1%}".format(**answers[row])]
-        else:
-            line += [""] * 6
-        tried = metrics["rates_tried"][row]
-        edge = metrics["rates"][row] in (min(tried), max(tried))
-        cells.append([*line, f"{metrics['rates'][row]:g}{' (edge)' if edge else ''}"])
+    """A line a row, of whole answers: accuracy, forgetting, transfer, rate."""
+    cells = [["row", "average accuracy", "forgetting", "learnt", "lost of it", "forward", "rate",
+              "rates tried"], ["---"] * 8]
+    for row, line in scored(metrics, ""):
+        tried, rate = metrics["rates_tried"][row], metrics["rates"][row]
+        line += [f"{metrics['forward'][row]:+.3f}" if row in metrics["forward"] else ""]
+        edge = " (edge)" if rate in (min(tried), max(tried)) else ""
+        cells.append([*line, f"{rate:g}{edge}", str(len(tried))])
     return cells
 
 
-def compared(metrics: dict[str, Any]) -> list[list[str]]:
+def scored(metrics: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[str]]]:
+    """Row, and its words with accuracy, forgetting, what was learnt and lost by one of the scores.
+    """
+    for row, words in WORDS.items():
+        if row not in metrics["accuracy"]:
+            continue
+        line = [words, span(metrics[f"{prefix}accuracy_spread"][row])]
+        if row in metrics["forgetting"]:
+            line += [span(metrics[f"{prefix}forgetting_spread"][row]),
+                     f"{metrics[f'{prefix}learnt'][row]:.3f}",
+                     f"{metrics[f'{prefix}lost_share'][row]:.0%}"]
+        else:
+            line += [""] * 3
+        yield row, line
+
+
+def chosen(metrics: dict[str, Any]) -> list[list[str]]:
+    """A line a row, of the likeliest among a task's own labels, and where its updates lie."""
+    protected = metrics["general"]["subspaces/protected_share"]
+    cells = [["row", "average accuracy", "forgetting", "learnt", "lost of it, above chance",
+              "updates in the leading half"], ["---"] * 6]
+    return cells + [[*line, f"{protected[row]:.0%}" if row in protected else ""]
+                    for row, line in scored(metrics, "chosen_")]
+
+
+def general(metrics: dict[str, Any]) -> list[list[str]]:
+    """What else was lost: held-out text and instructions, before and after."""
+    found = metrics["general"]
+    columns = {"wikitext_perplexity": "{before:.0f} to {after:.0f}",
+               "instructions_perplexity": "{before:.0f} to {after:.0f}",
+               "instructions_token_accuracy": "{before:.1%} to {after:.1%}",
+               "format": "{before:.0%} to {after:.0%}"}
+    head = ["row", "Wikipedia perplexity", "perplexity of instructions' answers",
+            "their tokens right", "replies in form"]
+    return [head, ["---"] * len(head)] + [
+        [words, *(form.format(**found[name][row]) for name, form in columns.items())]
+        for row, words in WORDS.items() if row in found["format"]]
+
+
+def compared(metrics: dict[str, Any], prefix: str = "") -> list[list[str]]:
     """Every row's difference from two others, paired over the courses, in points."""
     others = {"olora": "O-LoRA", "matrices": "full, embeddings and norms frozen"}
-    by = {(short, name): metrics[f"{name}_minus_{short}"]
-          for short in others for name in ("accuracy", "forgetting")}
-    head = [f"{name} minus that of {words}" for words in others.values()
-            for name in ("accuracy", "forgetting")]
+    names = ("accuracy", "forgetting")
+    by = {(short, name): metrics[f"{prefix}{name}_minus_{short}"]
+          for short in others for name in names}
+    head = [f"{name} minus that of {words}" for words in others.values() for name in names]
     return [["points", *head], ["---"] * 5] + [
         [words, *(span(rows[row], "{:+.1f}") if row in rows else "" for rows in by.values())]
         for row, words in WORDS.items() if row in metrics["forgetting"]]
 
 
-TABLES = {"five tasks in turn": table, "in pairs": compared}
+TABLES = {"five tasks in turn": table, "chosen among its own": chosen, "other text": general,
+          "in pairs": compared,
+          "chosen, in pairs": partial(compared, prefix="chosen_")}
 
 
 def shares(metrics: dict[str, Any]) -> list[list[str]]:

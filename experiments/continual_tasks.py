@@ -4,8 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+import jaxlm
 from experiments.task_texts import ASKED, SOURCES, instructions, paragraphs, shuffled, split
 from experiments.text_model import write_lines
+from jaxlm.hf.bundle import Bundle
 from jaxlm.hf.tokenizer import Tokenizer
 from jaxlm.train import Task
 
@@ -37,11 +41,39 @@ class Files:
       tasks: name -> its Task.
       others: name -> held-out texts of general ability.
       general: chats that the model learnt before any task, as `data.calibration` of the first.
+      asked: held-out instructions, as the chat template opens the reply.
     """
 
     tasks: dict[str, Task]
     others: dict[str, tuple[str, ...]]
     general: str
+    asked: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Whether instructions still get a reply in their form: some words, a closing mark, an end.
+
+    Replies are drawn greedily, up to `room` tokens; a label alone has no closing mark.
+    """
+
+    asked: tuple[str, ...]
+    room: int = 48
+
+    def __call__(self, bundle: Bundle) -> float:
+        """The share of replies that are in form."""
+        ids = [bundle.tokenizer.encode(text, False) for text in self.asked]
+        replies = jaxlm.generate(bundle, ids, max_new_tokens=self.room)
+        return float(np.mean([one.finish == "stop" and sentence(one.text) for one in replies]))
+
+
+def sentence(text: str) -> bool:
+    """Two words or more, and a closing mark.
+
+    >>> sentence("It is hot."), sentence(" Good"), sentence("")
+    (True, False, False)
+    """
+    return len(text.split()) > 1 and text.rstrip().endswith((".", "!", "?"))
 
 
 def line(
@@ -91,14 +123,16 @@ def prepare(
         files = {part: write_lines([line(tokenizer, name, one, room) for one in records],
                                    folder / f"{name}_{part}.jsonl")
                  for part, records in chosen.items()}
-        tasks[name] = Task(name, (files["train"],), (files["eval"],))
+        choices = tuple(sorted({f" {one['label']}" for one in parts.train}))
+        tasks[name] = Task(name, (files["train"],), (files["eval"],), choices)
     known, held = instructions(data)
     texts: dict[str, list[dict[str, Any]]] = {
         "wikitext": [{"text": text} for text in shuffled(paragraphs(data, "test"))],
         "instructions": short(held)}
     others = {name: (write_lines(lines[:sizes.other], folder / f"{name}.jsonl"),)
               for name, lines in texts.items()}
-    return Files(tasks, others, write_lines(short(known)[:256], folder / "general.jsonl"))
+    asked = tuple(tokenizer.render(one["messages"][:1], True) for one in short(held)[:sizes.other])
+    return Files(tasks, others, write_lines(short(known)[:256], folder / "general.jsonl"), asked)
 
 
 def short(chats: list[dict[str, Any]], most: int = 120) -> list[dict[str, Any]]:

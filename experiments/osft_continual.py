@@ -26,7 +26,7 @@ import argparse
 import fcntl
 import hashlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from jaxlm.hf.bundle import Bundle
 from jaxlm.train.tasks import backward_transfer, forgetting, forward_transfer
 
 SEEDS, TUNING_SEED = 3, 100
+FURTHER = 2  # times that rates beyond an edge are tried
 SIZES, LENGTH = Sizes(train=1000, test=80, other=30), Length(epochs=1)
 HEADLINE, OTHER = "osft importance", "olora"  # compared; chosen before any course was run
 AGAINST = {OTHER: OTHER, "matrices": "full, matrices alone"}
@@ -104,6 +105,7 @@ class Courses:
                                        self.bundle.tokenizer, self.sizes, seed, judged)
         order = (ORDERS | {"tuning": TUNING_ORDER, ANY: tuple(SOURCES)})[cell.order]
         found = course(row, self.bundle, self.files[seed], order, cell.rate, seed, self.length)
+        found["chance"] = {name: 1 / len(self.files[seed].tasks[name].choices) for name in order}
         return {name: rounded(value) for name, value in found.items()}
 
 
@@ -114,6 +116,20 @@ def rounded(value: Any, digits: int = 6) -> Any:
     if isinstance(value, list):
         return [rounded(item, digits) for item in value]
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def tuned(run: "Courses", rows: Iterable[str]) -> dict[Cell, dict[str, Any]]:
+    """Every row at its rates, and beyond an edge that is the best, at most `FURTHER` times."""
+    found = run.all(tuning_cells(rows), "rates")
+    for _ in range(FURTHER):
+        best = best_rates(found)
+        further = {row: ROWS[row].beyond(rate, [cell.rate for cell in found if cell.row == row])
+                   for row, rate in best.items()}
+        if not any(further.values()):
+            break
+        found |= run.all([Cell(row, "tuning", TUNING_SEED, rate)
+                          for row, rate in further.items() if rate], "rates beyond")
+    return found
 
 
 def tuning_cells(rows: Iterable[str]) -> list[Cell]:
@@ -129,16 +145,20 @@ def scored_cells(
             for order in (orders if ROWS[row].kind == "course" else (ANY,))]
 
 
-def average(found: dict[str, Any]) -> float:
-    """Average accuracy at the end of a course."""
-    return float(np.mean(found["accuracy"][-1]))
+def average(found: dict[str, Any], score: str = "accuracy") -> float:
+    """Average of a score over the tasks at the end of a course."""
+    return float(np.mean(found[score][-1]))
 
 
 def best_rates(tuned: dict[Cell, dict[str, Any]]) -> dict[str, float]:
-    """The rate of each row with the highest average accuracy; of equals the lowest."""
+    """The rate of each row with the best average of chosen answers; of equals the lowest.
+
+    Whole answers do not tell rates apart: of them nearly all but those of the newest task are lost.
+    """
     best: dict[str, Cell] = {}
     for cell in sorted(tuned, key=lambda cell: cell.rate):
-        if cell.row not in best or average(tuned[cell]) > average(tuned[best[cell.row]]):
+        if cell.row not in best or (
+                average(tuned[cell], "chosen") > average(tuned[best[cell.row]], "chosen")):
             best[cell.row] = cell
     return {row: cell.rate for row, cell in best.items()}
 
@@ -160,19 +180,31 @@ def summary(scored: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
     """The table: of each metric the rows' means and intervals, and what is paired."""
     rows = list(dict.fromkeys(cell.row for cell in scored))
     turns = [row for row in rows if ROWS[row].kind == "course"]
-    of = lambda row: [found for cell, found in scored.items() if cell.row == row]
-    values = {"accuracy": {row: [average(one) for one in of(row)] for row in rows}}
-    for function in (forgetting, backward_transfer, forward_transfer):
-        name = function.__name__.removesuffix("_transfer")
-        values[name] = {row: [function(one["accuracy"]) for one in of(row)] for row in turns}
-    values["learnt"] = {row: [learnt(one["accuracy"]) for one in of(row)] for row in turns}
-    values["lost_share"] = {row: [lost_share(one["accuracy"]) for one in of(row)] for row in turns}
+    values = scores(scored, rows, turns, "accuracy", "")
+    values |= scores(scored, rows, turns, "chosen", "chosen_")
     found: dict[str, Any] = {}
     for name, by in values.items():
         spread = {row: interval(x) for row, x in by.items()}
         found[name] = {row: one["mean"] for row, one in spread.items()}
         found[f"{name}_spread"] = spread
     return found | paired(values, turns) | {"general": general(scored, turns)}
+
+
+def scores(
+    scored: dict[Cell, dict[str, Any]], rows: list[str], turns: list[str], score: str, prefix: str
+) -> dict[str, dict[str, list[float]]]:
+    """What is made of one of the two scores: metric -> row -> a value a course."""
+    of = lambda row: [found for cell, found in scored.items() if cell.row == row]
+    found = {f"{prefix}accuracy": {row: [average(one, score) for one in of(row)] for row in rows}}
+    chance = lambda one: [one["chance"][task] for task in one["order"]] if prefix else ()
+    figures: dict[str, Callable[[dict[str, Any]], float]] = {
+        "forgetting": lambda one: forgetting(one[score]),
+        "backward": lambda one: backward_transfer(one[score]),
+        "forward": lambda one: forward_transfer(one[score]),
+        "learnt": lambda one: learnt(one[score]),
+        "lost_share": lambda one: lost_share(one[score], chance(one))}
+    return found | {prefix + name: {row: [figure(one) for one in of(row)] for row in turns}
+                    for name, figure in figures.items()}
 
 
 def learnt(accuracy: list[list[float]]) -> float:
@@ -184,20 +216,22 @@ def learnt(accuracy: list[list[float]]) -> float:
     return float(np.mean([accuracy[j + 1][j] for j in range(len(accuracy[0]) - 1)]))
 
 
-def lost_share(accuracy: list[list[float]]) -> float:
-    """What of `learnt` is gone at the end; 0 where nothing was learnt.
+def lost_share(accuracy: list[list[float]], chance: Sequence[float] = ()) -> float:
+    """What of `learnt`, less chance, is gone at the end; 0 where nothing was learnt.
 
     >>> lost_share([[0.0, 0.0], [0.5, 0.0], [0.25, 1.0]])
     0.5
+    >>> lost_share([[0.25, 0.25], [0.75, 0.25], [0.5, 1.0]], [0.25, 0.25])
+    0.5
     """
-    had = learnt(accuracy)
-    return -backward_transfer(accuracy) / had if had else 0.0
+    had = learnt(accuracy) - (float(np.mean(chance[:-1])) if len(chance) else 0.0)
+    return -backward_transfer(accuracy) / had if had > 0 else 0.0
 
 
 def paired(values: dict[str, dict[str, list[float]]], turns: list[str]) -> dict[str, Any]:
     """Differences of the same courses: every row and two others, in points; who forgets least."""
     found: dict[str, Any] = {}
-    for name in ("accuracy", "forgetting"):
+    for name in ("accuracy", "forgetting", "chosen_accuracy", "chosen_forgetting"):
         by = values[name]
         for short, other in AGAINST.items():
             if other not in by:
@@ -207,10 +241,12 @@ def paired(values: dict[str, dict[str, list[float]]], turns: list[str]) -> dict[
                 for row in turns if row != other}
             points = found[f"{name}_minus_{short}"][HEADLINE]
             found[f"{name}_minus_{short}_points"] = points["mean"]
-    means = {row: float(np.mean(values["forgetting"][row])) for row in turns}
-    least = min(means, key=means.__getitem__)
-    return found | {"least_forgetting": least, "headline": HEADLINE,
-                    "osft_forgets_least": least.startswith("osft")}
+    for prefix in ("", "chosen_"):
+        means = {row: float(np.mean(values[f"{prefix}forgetting"][row])) for row in turns}
+        least = min(means, key=means.__getitem__)
+        found |= {f"{prefix}least_forgetting": least,
+                  f"{prefix}osft_forgets_least": least.startswith("osft")}
+    return found | {"headline": HEADLINE}
 
 
 def general(scored: dict[Cell, dict[str, Any]], turns: list[str]) -> dict[str, Any]:
@@ -227,7 +263,11 @@ def general(scored: dict[Cell, dict[str, Any]], turns: list[str]) -> dict[str, A
                 mean = stats.gmean if what == "perplexity" else np.mean
                 before, after = map(float, mean(ends, axis=0))
                 found.setdefault(f"{text}_{what}", {})[row] = {"before": before, "after": after}
-        for name in ("protected_share", "free_share", "leak_left", "leak_right"):
+        ends = np.array([[one["format"][i] for i in (0, -1)] for one in mine]).mean(0)
+        found.setdefault("format", {})[row] = dict(zip(("before", "after"), map(float, ends),
+                                                       strict=True))
+        for name in ("protected_share", "free_share", "leak_left", "leak_right",
+                     "subspaces/protected_share"):
             seen = [note[name] for one in mine for note in one["notes"] if name in note]
             if seen:
                 worst = max if name.startswith("leak") else np.mean
@@ -244,12 +284,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     run = Courses(bundle, args)
     rows = [OTHER, HEADLINE, "joint"] if args.smoke else list(ROWS)
     orders, seeds = (["tuning"], (0,)) if args.smoke else (list(ORDERS), range(args.seeds))
-    tuned = {} if args.smoke else run.all(tuning_cells(rows), "rates")
-    rates = best_rates(tuned) if tuned else {row: ROWS[row].rates[0] for row in rows}
+    tried = {} if args.smoke else tuned(run, rows)
+    rates = best_rates(tried) if tried else {row: ROWS[row].rates[0] for row in rows}
     scored = run.all(scored_cells(rates, orders, seeds), "courses")
     return summary(scored) | {
-        "rates": rates, "rates_tried": {row: ROWS[row].rates for row in rows},
-        "tuning_accuracy": {cell.key: average(one) for cell, one in tuned.items()},
+        "rates": rates, "rates_tried": {row: sorted(cell.rate for cell in tried if cell.row == row)
+                                         or ROWS[row].rates for row in rows},
+        "tuning_chosen": {cell.key: average(one, "chosen") for cell, one in tried.items()},
+        "tuning_accuracy": {cell.key: average(one) for cell, one in tried.items()},
         "settings": run.about | {"orders": ORDERS, "tuning_order": TUNING_ORDER,
                                   "seeds": list(seeds)},
         "courses": {cell.key: one for cell, one in scored.items()}}

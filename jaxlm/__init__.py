@@ -21,6 +21,7 @@ _HOMES = {
     "jaxlm.cache.squat": ("Squat",),
     "jaxlm.hf.bundle": ("Bundle", "load", "save"),
     "jaxlm.hf.tokenizer": ("Tokenizer",),
+    "jaxlm.decode.choices": ("choice_logprobs",),
     "jaxlm.decode.contrastive": ("contrast",),
     "jaxlm.decode.samplers": ("Categorical", "Greedy", "Mirostat2", "Temperature"),
     "jaxlm.decode.state": ("DecodeState", "decode_step", "extend", "prefill"),

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import continual_table, osft_share, plots, text_model
 from experiments import osft_continual as study
-from experiments.continual_rows import ROWS
+from experiments.continual_rows import GRID, ROWS
 from experiments.continual_tasks import ORDERS, TUNING_ORDER, WINDOW, line, longest, short
 from experiments.task_texts import ASKED, SOURCES, chat, instructions, shuffled, split, unique
 from jaxlm.hf.tokenizer import Tokenizer
@@ -92,8 +92,11 @@ def test_every_row_tries_as_many_rates():
     assert {len(set(row.rates)) for row in ROWS.values()} == {3}
     forms = {row.tuning.form for row in ROWS.values() if isinstance(row.tuning, Osft)}
     assert forms == {"update", "coordinates", "factored"}
-    assert all(row.tuning.others == "freeze" for row in ROWS.values()
-               if isinstance(row.tuning, Osft))
+    assert [name for name, row in ROWS.items() if isinstance(row.tuning, Osft)
+            and row.tuning.others != "freeze"] == ["osft uniform, rest trained"]
+    for row in ROWS.values():
+        at = GRID.index(row.rates[0])
+        assert row.rates == GRID[at:at + 3]
     tunings = ROWS["osft scheduled"].tunings(5)
     assert [(one.task, one.tasks) for one in tunings] == [(i, 5) for i in range(1, 6)]
 
@@ -103,16 +106,34 @@ def test_rates_are_chosen_by_validation_alone_and_scored_cells_cover_all():
     assert {(cell.order, cell.seed) for cell in cells} == {("tuning", study.TUNING_SEED)}
     assert study.TUNING_SEED >= study.SEEDS
     good = {row: ROWS[row].rates[1] for row in ROWS}
-    made = {cell: {"accuracy": [[0.5, 0.5 + 0.1 * (cell.rate == good[cell.row])]]}
+    made = {cell: {"accuracy": [[cell.rate]],
+                   "chosen": [[0.5, 0.5 + 0.1 * (cell.rate == good[cell.row])]]}
             for cell in cells}
     assert study.best_rates(made) == good
-    level = {cell: {"accuracy": [[0.5, 0.5]]} for cell in cells}
+    level = {cell: {"accuracy": [[cell.rate]], "chosen": [[0.5, 0.5]]} for cell in cells}
     assert study.best_rates(level) == {row: min(ROWS[row].rates) for row in ROWS}
     scored = study.scored_cells(good, ORDERS, range(study.SEEDS))
     count = {row: sum(cell.row == row for cell in scored) for row in ROWS}
     assert {count[row] for row in ROWS if ROWS[row].kind == "course"} == {9}
     assert {count[row] for row in study.REFERENCES} == {3}
     assert len({cell.key for cell in scored}) == len(scored)
+
+
+@pytest.mark.parametrize(("at", "tried"), [(3, 3), (1, 5), (0, 5), (6, 5), (5, 5)])
+def test_rates_beyond_an_edge_are_tried_twice_at_most(at, tried):
+    """"full" begins with GRID[2:5]; the best of all is GRID[at]."""
+    asked = []
+
+    def all(cells, words):
+        asked.append([cell.rate for cell in cells])
+        return {cell: {"chosen": [[-abs(GRID.index(cell.rate) - at)]]} for cell in cells}
+
+    found = study.tuned(SimpleNamespace(all=all), ["full"])
+    assert len(found) == tried == len({cell.rate for cell in found})
+    assert {(cell.order, cell.seed) for cell in found} == {("tuning", study.TUNING_SEED)}
+    assert max(map(len, asked[1:]), default=1) == 1
+    nearest = min(range(2 - (at < 2) * 2, 5 + (at > 4) * 2), key=lambda i: abs(i - at))
+    assert study.best_rates(found) == {"full": GRID[nearest]}
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
@@ -127,8 +148,10 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 def fake(accuracy: list[list[float]]) -> dict:
     """A course as `continual_courses.course` gives it."""
-    return {"accuracy": accuracy, "notes": [{"free_share": 1.0, "leak_left": 1e-7}],
-            "others": {"wikitext": {"perplexity": [10.0, 12.0]}}}
+    return {"accuracy": accuracy, "chosen": [[0.5 + x / 2 for x in line] for line in accuracy],
+            "order": list("abcde")[:len(accuracy[0])], "chance": dict.fromkeys("abcde", 0.5),
+            "notes": [{"free_share": 1.0, "leak_left": 1e-7, "subspaces/protected_share": 0.6}],
+            "format": [1.0, 0.5], "others": {"wikitext": {"perplexity": [10.0, 12.0]}}}
 
 
 def test_the_summary_counts_what_it_says():
@@ -148,6 +171,11 @@ def test_the_summary_counts_what_it_says():
     assert found["learnt"]["full"] == pytest.approx(0.8)
     assert found["lost_share"] == pytest.approx({row: (0.8 - x) / 0.8 for row, x in ends.items()})
     assert found["general"]["leak_left"]["olora"] == pytest.approx(1e-7)
+    assert found["chosen_accuracy"]["full"] == pytest.approx(0.75)
+    assert found["chosen_forgetting"]["full"] == pytest.approx(0.3)
+    assert found["chosen_forgetting_minus_olora_points"] == pytest.approx(5.0)
+    assert found["chosen_lost_share"] == pytest.approx(found["lost_share"])  # both above chance
+    assert found["general"]["format"]["full"] == pytest.approx({"before": 1.0, "after": 0.5})
 
 
 def test_a_course_that_is_there_is_not_run_again(tmp_path, monkeypatch):
@@ -181,7 +209,7 @@ def metrics():
               for cell in study.scored_cells(rates, ORDERS, (0, 1))}
     for cell, one in scored.items():
         one |= {"rate": cell.rate}
-        one["others"]["instructions"] = {"token_accuracy": [0.3, 0.25]}
+        one["others"]["instructions"] = {"token_accuracy": [0.3, 0.25], "perplexity": [8.0, 9.0]}
     return study.summary(scored) | {
         "rates": rates, "rates_tried": {row: [1.0, 2.0, 3.0] for row in rates},
         "courses": {cell.key: one for cell, one in scored.items()}}
@@ -189,15 +217,15 @@ def metrics():
 
 def test_plots_and_tables_can_be_made_of_it(metrics):
     drawn = plots.draw({"name": "osft_continual", "metrics": metrics})
-    assert set(drawn) == {"tradeoff", "through"}
+    assert set(drawn) == {"tradeoff", "through", "tradeoff-chosen", "through-chosen"}
     page = "".join(f"a\n{continual_table.BEGIN.format(n)}\nold\n{continual_table.END.format(n)}\n"
                    for n in continual_table.TABLES)
     new = continual_table.filled(page, metrics)
-    assert "old" not in new and new.count("a\n<!--") == 2
+    assert "old" not in new and new.count("a\n<!--") == len(continual_table.TABLES)
     assert continual_table.filled(new, metrics) == new
     for row in metrics["rates"]:
-        assert new.count(f"| {continual_table.WORDS[row]} |") == (1 if row == "joint" else 2)
-    assert new.count("| 1 (edge) |") == 4 and new.count("| 2 |") == 1  # rates
+        assert new.count(f"| {continual_table.WORDS[row]} |") == (2 if row == "joint" else 5)
+    assert new.count("| 1 (edge) |") == 4 and new.count("| 2 | 3 |") == 1  # rates
     with pytest.raises(ValueError, match="once each"):
         continual_table.filled("nothing", metrics)
     assert set(continual_table.WORDS) == set(ROWS)

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.core.errors import CheckpointError, ConfigError
+from jaxlm.core.errors import CheckpointError, ConfigError, DataError
+from jaxlm.decode.score import score
 from jaxlm.train import Ewc, Full, OLora, Osft, Task, continual, evaluation, loop, rank_runs
 from jaxlm.train import tasks as course
 from jaxlm.train.data import open_examples
@@ -36,12 +37,13 @@ def test_the_figures_of_a_matrix():
         assert one([[0.0], [1.0]]) == 0
 
 
-def tasks(folder):
-    """Sums and products."""
+def tasks(folder, choices=0):
+    """Sums and products; so many of their answers, in order, to choose among."""
     made = []
     for name, sign in (("sums", "+"), ("products", "*")):
         files = [str(sums(folder / f"{name}{i}.jsonl", n, i, sign)) for i, n in ((0, 48), (1, 16))]
-        made.append(Task(name, (files[0],), (files[1],)))
+        answers = {f"{a + b if sign == '+' else a * b}" for a in range(10) for b in range(10)}
+        made.append(Task(name, (files[0],), (files[1],), tuple(sorted(answers)[:choices])))
     return made
 
 
@@ -72,6 +74,82 @@ def test_a_course_that_was_stopped_goes_on_to_the_same_end(bundle, tmp_path, tun
         assert found.notes[1] and not np.isnan(list(found.notes[1].values())).any()
     with pytest.raises(CheckpointError, match="of other tasks or settings"):
         continual(make("two").replace(seed=1), tasks(tmp_path), bundle=bundle, others=other)
+
+
+def test_choices_measures_and_shares_are_followed_through_a_stop(bundle, tmp_path, monkeypatch):
+    norm = lambda made: float(sum((x**2).sum() for x in jax.tree.leaves(made.params)))
+    how = {"measures": {"norm": norm}, "subspaces": Osft()}
+    make = lambda out: settings(tmp_path, steps=4, out=str(tmp_path / out), tuning=Full())
+    turns = tasks(tmp_path, choices=100)
+    whole = continual(make("one"), turns, bundle=bundle, **how)
+    assert np.shape(whole.chosen) == (3, 2)
+    assert whole.measures["norm"][0] == pytest.approx(norm(bundle))
+    assert whole.measures["norm"][2] == pytest.approx(norm(whole.bundle))
+    assert whole.measures["norm"][2] != whole.measures["norm"][0]
+    for made, row in ((bundle, 0), (whole.bundle, 2)):
+        for column, task in enumerate(turns):
+            assert whole.chosen[row][column] == chosen_by_hand(made, task)
+    stops = iter([2, *[99] * 9])
+
+    @contextmanager
+    def asked():
+        last = next(stops)
+        yield lambda step: step >= last
+
+    monkeypatch.setattr(loop, "asked_to_stop", asked)
+    for wanted in (True, False):
+        found = continual(make("two"), turns, bundle=bundle, **how)
+        assert found.stopped == wanted
+    assert (found.chosen, found.measures, found.notes) == (
+        whole.chosen, whole.measures, whole.notes)
+    with pytest.raises(CheckpointError, match="of other tasks or settings"):
+        continual(make("two"), turns, bundle=bundle, subspaces=Osft())
+    assert continual(make("three"), tasks(tmp_path), bundle=bundle).chosen == []
+
+
+def chosen_by_hand(bundle, task):
+    """The share of samples whose answer, with its end, is the likeliest whole text."""
+    end = bundle.tokenizer.id_of("eos_token")
+    right = []
+    for line in open(task.eval[0]):
+        one = json.loads(line)
+        texts = [bundle.tokenizer.encode(one["prompt"] + choice) + [end] for choice in task.choices]
+        sums = [found.logprobs.sum() for found in score(bundle, texts, batch=64)]
+        right.append(task.choices[int(np.argmax(sums))] == one["completion"])
+    return np.mean(right)
+
+
+def test_the_shares_of_a_change_are_those_of_its_singular_subspaces(bundle, tmp_path):
+    """Full fine-tuning against numpy; OSFT leaves what it protects alone."""
+    turn = tasks(tmp_path)[:1]
+    made = {name: continual(settings(tmp_path, steps=3, out=str(tmp_path / name), tuning=tuning),
+                            turn, bundle=bundle, subspaces=Osft())
+            for name, tuning in (("full", Full()), ("osft", Osft(others="freeze")))}
+    inside = total = 0.0
+    for layer in (name for name in bundle.params if name.startswith("layers_")):
+        for block, name in [("attn", x) for x in "qkvo"] + [("mlp", x) for x in
+                                                            ("gate", "up", "down")]:
+            was, now = (np.asarray(params[layer][block][name]["kernel"], np.float64)
+                        for params in (bundle.params, made["full"].bundle.params))
+            rows = was.shape[0] if name != "o" else was.shape[0] * was.shape[1]
+            was, now = was.reshape(rows, -1), now.reshape(rows, -1)
+            u, _, vt = np.linalg.svd(was, full_matrices=False)
+            k = min(was.shape) - min(was.shape) // 2
+            change = now - was
+            free = change - u[:, :k] @ (u[:, :k].T @ change)
+            free = free - (free @ vt[:k].T) @ vt[:k]
+            total += (change**2).sum()
+            inside += (change**2).sum() - (free**2).sum()
+    note = made["full"].notes[0]
+    assert note["subspaces/protected_share"] == pytest.approx(inside / total, abs=1e-4)
+    assert inside / total > 0.1
+    assert note["subspaces/free_share"] == pytest.approx(1 - inside / total, abs=1e-4)
+    assert made["osft"].notes[0]["subspaces/protected_share"] < 1e-6
+
+
+def test_an_answer_that_is_none_of_the_choices_is_named(bundle, tmp_path):
+    with pytest.raises(DataError, match=r"sums1.jsonl:\d+ has completion '\d+'; expected one of"):
+        continual(settings(tmp_path, steps=1), tasks(tmp_path, choices=2), bundle=bundle)
 
 
 @pytest.fixture(scope="module")
