@@ -158,7 +158,9 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "Llama-3.1-8B", "{:.3f}"),
         *(Row("osft_continual", f"{metric}.{row}", f"five tasks in turn, {words}: {row}", PERCENT)
           for row in ("full", "replay", "ewc", "olora", "osft importance", "osft uniform")
-          for metric, words in (("accuracy", "average accuracy"), ("forgetting", "forgetting"))),
+          for metric, words in (("accuracy", "average accuracy"), ("forgetting", "forgetting"),
+                                ("chosen_accuracy", "average accuracy among a task's own labels"),
+                                ("chosen_forgetting", "forgetting of that"))),
         *(Row("sft_recipe", f"windows.window 8.early_{name}_spearman.{end}", f"36 fine-tuning "
               f"runs, {words} of the first 8 steps: rank correlation with the final quality{which}",
               "{:+.2f}")
@@ -210,7 +212,7 @@ FOUND_TABLES = {"osft_continual": continual_table.TABLES,
                 "osft_share": {"shares": continual_table.shares}, **recipe_table.TABLES}
 # Of experiments/results, shown in docs: mkdocs serves what lies in its own folder alone.
 PLOTS = {f"{script}-{name}.png": RESULTS / script / f"cpu-{name}.png"
-         for script, names in (("osft_continual", ("tradeoff", "through")),
+         for script, names in (("osft_continual", ("tradeoff", "through", "tradeoff-chosen", "through-chosen")),
                                ("sft_recipe", ("effects", "early-loss", "early-norm")),
                                ("masked_thought", ("gain",))) for name in names}
 FIT_TABLES = {"osft_fit": {"slices": osft_fit.table}}
