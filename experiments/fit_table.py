@@ -30,8 +30,7 @@ GPU_FLAGS = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS":
              "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"}
 CARDS = ("h100", "h200", "a100", "a100-80g", "t4")
 SIZES = {"decode": (8, 8192), "prefill": (4, 2048), "train": (8, 2048)}  # rows, tokens a row
-CACHES = {"decode": ("dense", "squat8", "squat2"), "prefill": ("dense", "squat2"),
-          "train": ("dense",)}
+CACHES = {"decode": ("dense", "squat8", "squat2"), "prefill": ("dense",), "train": ("dense",)}
 MODELS = ("qwen2.5-1.5b", "llama-3.1-8b")
 TARGETS = ("v5e:1x1", "v5e:2x2", "v5p:2x2x1", "v6e:1x1", "h100", "a100", "t4")
 LIMIT_S = 1200

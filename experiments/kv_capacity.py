@@ -6,7 +6,8 @@ rows and temporaries nearly so: four small compilations (2 and 4 layers, 8 and 1
 batch; the whole model is then compiled at it, and the batch moves until it compiles and fits and
 one more step of rows would not, at the rows' own bytes, or half-way to a batch that the compiler
 refused (`refused_batch`) is no step more. A cell that was only predicted says so (`compiled` 0). A
-T4 has no bfloat16 units: its 16 bits are float16. Also the bytes of the states alone, everything
+T4 has no bfloat16 units: its 16 bits are float16. NVIDIA cards are compiled for by another Python,
+--gpu-python, whose environment `make test-gpu-targets` makes. Also the bytes of the states alone, everything
 counted, as shares of 16-bit ones, and the ratio of whole memory in the setting of SQuat's paper
 (Llama-2-7B, prompt 160, output 338; arXiv 2503.24358 states 2.17 to 2.82 times), predicted at
 several batches.
@@ -20,6 +21,11 @@ Expected: capacity_ratio 5.2 (v5e:2x4, Llama-3.1-8B, 16k; wanted: 4.6), kv_bytes
 """
 
 import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +33,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments._harness import Resumable, run, sources, versions
+from experiments._harness import ROOT, Resumable, run, sources, versions
+from experiments.fit_table import CARDS, GPU_FLAGS, GPU_PYTHON
 from jaxlm.cache.parse import parse_cache
 from jaxlm.core.errors import DeviceError
 from jaxlm.core.targets import target as open_target
@@ -143,39 +150,77 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return metrics
     kept = Resumable(Path(args.parts), {
         "layers": LAYERS, "rows": ROWS, "versions": versions(), "sources": sources(Path(__file__))})
-    cells = [(t, m, c, n) for t in args.targets for m in args.models for c in args.contexts
-             for n in args.kinds]
-    for target, model, context, name in cells:
-        cell = {"target": target, "model": model, "context": context, "kind": name}
-        whole = target in args.whole
+    by_another = another_python(args.gpu_python)
+    rows += table(args, kept, [t for t in args.targets if not (by_another and is_card(t))])
+    if by_another:
+        cards = of_cards(args)
+        rows += cards["rows"]
+        metrics |= {name: found for name, found in cards.items() if name.startswith("paper_")}
+    else:
         try:
-            cell |= largest(model, target, context, KINDS[name], whole, kept)
+            metrics["paper_setting"] = paper_ratios(kept)
         except DeviceError as error:
-            cell |= {"left_out": str(error)}
-        rows.append(cell)
-        print(cell, flush=True)
+            metrics["paper_setting_left_out"] = str(error)
     batches = {cell["kind"]: cell.get("batch", 0) for cell in rows if
                (cell["target"], cell["model"], cell["context"]) == (TARGETS[0], MODELS[0], 16384)}
     for name, metric in (("2-bit", "capacity_ratio"),
                          ("2-bit, 8-bit scales", "capacity_ratio_8bit_scales")):
         if batches.get("bf16") and batches.get(name):
             metrics[metric] = batches[name] / batches["bf16"]
-    try:
-        metrics["paper_setting"] = paper_ratios(kept)
-    except DeviceError as error:
-        metrics["paper_setting_left_out"] = str(error)
     return metrics
+
+
+def table(args: argparse.Namespace, kept: Resumable, targets: list[str]) -> list[dict[str, Any]]:
+    """The chosen cells of some targets."""
+    rows = []
+    cells = [(t, m, c, n) for t in targets for m in args.models for c in args.contexts
+             for n in args.kinds]
+    for target, model, context, name in cells:
+        cell = {"target": target, "model": model, "context": context, "kind": name}
+        whole = bool({target, f"{target},{model}"} & set(args.whole))
+        try:
+            cell |= largest(model, target, context, KINDS[name], whole, kept)
+        except DeviceError as error:
+            cell |= {"left_out": str(error)}
+        rows.append(cell)
+        print(cell, flush=True)
+    return rows
+
+
+def is_card(target: str) -> bool:
+    """Whether a target is an NVIDIA card."""
+    return target.split(":")[0] in CARDS
+
+
+def another_python(gpu_python: Path) -> bool:
+    """Whether the Python of the cards is there, and is not this one."""
+    return gpu_python.exists() and not gpu_python.parent.parent.samefile(sys.prefix)
+
+
+def of_cards(args: argparse.Namespace) -> dict[str, Any]:
+    """The metrics of this script for the cards among the targets, run by their Python."""
+    chosen = {"targets": filter(is_card, args.targets), "models": args.models,
+              "contexts": args.contexts, "kinds": args.kinds, "whole": args.whole,
+              "parts": [Path(args.parts).with_suffix(".cards.cells")]}
+    flags = [str(text) for name, values in chosen.items() for text in (f"--{name}", *values)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **GPU_FLAGS}
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "cards.json")
+        subprocess.run([str(args.gpu_python), __file__, *flags, "--out", str(out)],
+                       env=environment, check=True)
+        return json.loads(out.read_text())["metrics"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Parts of the table."""
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS))
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--whole", nargs="*", default=list(TARGETS),
-                        help="targets whose cells the whole model proves")
-    parser.add_argument("--parts", default="kv_capacity.parts.json", help="finished compilations")
+                        help="whose cells the whole model proves: TARGET, or TARGET,MODEL")
+    parser.add_argument("--parts", default="kv_capacity.cells", help="finished compilations")
+    parser.add_argument("--gpu-python", type=Path, default=GPU_PYTHON)
 
 
 if __name__ == "__main__":
