@@ -149,6 +149,41 @@ def summary(cells: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def overview(metrics: dict[str, Any]) -> str:
+    """What fits, a column a chip; then, of each model, the chips that it fits for no job here."""
+    compiled = {tuple(name.split()): cell for name, cell in metrics["cells"].items()
+                if "total_bytes" in cell}
+    memory = {name[3]: cell["device_bytes"] for name, cell in compiled.items()}
+    head = ["model", "job", "cache", *(f"{chip} ({memory[chip] / 2**30:.1f})" for chip in memory)]
+    lines = [head, ["---"] * len(head)]
+    for job in dict.fromkeys(name[:3] for name in compiled):
+        lines.append([*job, *(share(compiled.get((*job, chip))) for chip in memory)])
+    said = []
+    for model in dict.fromkeys(name[0] for name in compiled):
+        here = {name: cell for name, cell in compiled.items() if name[0] == model}
+        fit = {name[3] for name, cell in here.items() if cell["fits"]}
+        none = ", ".join(dict.fromkeys(name[3] for name in here if name[3] not in fit))
+        weights = [cell["parameter_bytes_all"] for name, cell in here.items() if name[1] != "train"]
+        said.append(f"- {model}: " + (
+            f"weights of 16 bits alone are {weights[0] / 2**30:.1f} GiB. " if weights else "") + (
+            f"It fits **{none}** for no job here." if none else "Every chip here fits some job."))
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *said])
+
+
+def share(cell: dict[str, Any] | None) -> str:
+    """GiB that a device holds, and the share of its memory.
+
+    >>> share({"total_bytes": 2**30, "device_bytes": 2**34, "fits": True})
+    '1.0 (6%)'
+    >>> share({"total_bytes": 2**35, "device_bytes": 2**34, "fits": False})
+    '**no**: 32.0 (200%)'
+    """
+    if cell is None:
+        return ""
+    part = cell["total_bytes"] / cell["device_bytes"]
+    return ("" if cell["fits"] else "**no**: ") + f"{cell['total_bytes'] / 2**30:.1f} ({part:.0%})"
+
+
 def table(metrics: dict[str, Any]) -> str:
     """One line a cell; bytes and FLOPs are those of one device and one step."""
     lines = ["| model | job | cache | chip | a device holds | fits | GFLOPs | moves | compile | "
@@ -175,7 +210,8 @@ def rewritten(page: str, result: Path) -> str:
         raise ValueError(f"the page needs {BEGIN!r} and {END!r} once each")
     made = "No result is committed yet: run the command above."
     if result.exists():
-        made = table(json.loads(result.read_text())["metrics"])
+        metrics = json.loads(result.read_text())["metrics"]
+        made = f"{overview(metrics)}\n\n{table(metrics)}"
     before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
 

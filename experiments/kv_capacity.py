@@ -7,10 +7,10 @@ batch; the whole model is then compiled at it, and the batch moves until it comp
 one more step of rows would not, at the rows' own bytes, or half-way to a batch that the compiler
 refused (`refused_batch`) is no step more. A cell that was only predicted says so (`compiled` 0). A
 T4 has no bfloat16 units: its 16 bits are float16. NVIDIA cards are compiled for by another Python,
---gpu-python, whose environment `make test-gpu-targets` makes. Also the bytes of the states alone, everything
-counted, as shares of 16-bit ones, and the ratio of whole memory in the setting of SQuat's paper
-(Llama-2-7B, prompt 160, output 338; arXiv 2503.24358 states 2.17 to 2.82 times), predicted at
-several batches.
+--gpu-python, whose environment `make test-gpu-targets` makes. Also the bytes of the states alone,
+everything counted, as shares of 16-bit ones, and the ratio of whole memory in the setting of
+SQuat's paper (Llama-2-7B, prompt 160, output 338; arXiv 2503.24358 states 2.17 to 2.82 times),
+predicted at several batches.
 
 Command: python experiments/kv_capacity.py --out experiments/results/kv_capacity/cpu.json
 Hardware: any CPU, 8 GB of memory; libtpu for v5e, the jax CUDA wheels for T4 and H100
