@@ -41,13 +41,15 @@ from jaxlm.core.targets import target as open_target
 from jaxlm.core.tree import nbytes
 from jaxlm.eval.fit import RESERVE, fit
 from jaxlm.models.config import AttentionSpec, Rope
+from jaxlm.models.lm import LM
 from jaxlm.models.presets import preset
 
 TARGETS = ("v5e:2x4", "v5e:1x1", "h100", "t4")
 MODELS = ("llama-3.1-8b", "llama-3.2-3b", "qwen2.5-1.5b")
 KINDS = {"bf16": "dense", "2-bit": "squat2", "4-bit": "squat4", "int8": "kivi8",
          "2-bit, 8-bit scales": "squat2:scales=int8"}
-CONTEXTS = (16384, 4096)
+WHOLE = ("v5e:2x4,llama-3.1-8b",)
+CONTEXT = 16384
 LAYERS, ROWS = (2, 4), (8, 16)  # of the small compilations
 PAPER = ("h100", "llama-2-7b", 498, (32, 64, 128))  # prompt 160 and output 338
 
@@ -58,12 +60,24 @@ def compiled(model: str, target: str, context: int, cache: str, rows: int,
     config = preset(model)
     config = config if layers is None else config.replace(
         num_layers=layers, windows=config.windows[:layers])
-    dtype = jnp.float16 if target.startswith("t4") else jnp.bfloat16
     found = fit(config, "decode", target, batch=rows, context=context, cache=parse_cache(cache),
-                dtype=dtype)
+                dtype=sixteen(target))
     return {"total": found.program.total, "temporaries": found.program.temporaries,
             "refused": found.program.refused, "step": found.mesh["data"],
             "cache": found.cache_bytes}
+
+
+def sixteen(target: str) -> Any:
+    """A chip's type of 16 bits."""
+    return jnp.float16 if target.startswith("t4") else jnp.bfloat16
+
+
+def least(model: str, target: str, context: int, cache: str) -> int:
+    """Bytes of the weights and of one row's caches: what all devices hold together at the least."""
+    config, dtype = preset(model), sixteen(target)
+    one = lambda layer: parse_cache(cache).init(config.attention(layer), 1, context, dtype)
+    row = jax.eval_shape(lambda: [one(layer) for layer in range(config.num_layers)])
+    return nbytes(LM(config).shapes(dtype)) + nbytes(row)
 
 
 def predicted(corners: dict[tuple[int, int], dict], layers: int, rows: float) -> float:
@@ -83,12 +97,15 @@ def predicted(corners: dict[tuple[int, int], dict], layers: int, rows: float) ->
 def largest(model: str, target: str, context: int, cache: str, whole: bool,
             kept: Resumable) -> dict[str, Any]:
     """The largest batch that fits: predicted, and where asked for proved by the whole model."""
+    chip = open_target(target)
+    usable, held = int((1 - RESERVE) * chip.bytes_per_device), least(model, target, context, cache)
+    if held > usable * len(chip.devices):  # no need to compile anything
+        return {"usable": usable, "compiled": 0, "batch": 0, "bytes": held // len(chip.devices)}
     look = lambda rows, layers=None: kept(
         f"{target} {model} {context} {cache} {rows} rows {layers or 'all'} layers",
         partial(compiled, model, target, context, cache, rows, layers))
     corners = {(n, rows): look(rows, n) for n in LAYERS for rows in ROWS}
     layers, step = preset(model).num_layers, corners[LAYERS[0], ROWS[0]]["step"]
-    usable = int((1 - RESERVE) * open_target(target).bytes_per_device)
     memory = partial(predicted, corners, layers)
     row = memory(1) - memory(0)
     floor = lambda rows: max(int(rows // step) * step, 0)
@@ -215,9 +232,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Parts of the table."""
     parser.add_argument("--targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--whole", nargs="*", default=list(TARGETS),
+    parser.add_argument("--contexts", nargs="+", type=int, default=[CONTEXT])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS)[:4], choices=list(KINDS))
+    parser.add_argument("--whole", nargs="*", default=list(WHOLE),
                         help="whose cells the whole model proves: TARGET, or TARGET,MODEL")
     parser.add_argument("--parts", default="kv_capacity.cells", help="finished compilations")
     parser.add_argument("--gpu-python", type=Path, default=GPU_PYTHON)

@@ -138,8 +138,9 @@ def capacity(metrics: dict[str, Any]) -> list[list[str]]:
         groups.setdefault((row["target"], row["model"], row["context"]), {})[row["kind"]] = row
     for (target, model, context), found in groups.items():
         batches = {kind: row["batch"] for kind, row in found.items() if "batch" in row}
-        mark = lambda kind, found=found: "" if found[kind]["compiled"] else "*"
-        counts = [f"{batches[kind]}{mark(kind)}" if kind in batches else "" for kind in kinds]
+        written = {kind: f"{batch}{'' if found[kind]['compiled'] or not batch else '*'}"
+                   for kind, batch in batches.items()}
+        counts = [written.get(kind, "") for kind in kinds]
         full = batches.get("bf16", 0)
         times = [f"{batches[kind] / full:.1f}" if full and kind in batches else ""
                  for kind in kinds[1:]]

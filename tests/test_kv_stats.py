@@ -50,7 +50,7 @@ def test_a_line_of_capacity_says_what_was_only_predicted_and_what_is_missing():
     head, _, one, other = capacity({"rows": rows})
     assert head == ["chip", "model", "context", "16-bit", "2-bit", "2-bit over 16-bit"]
     assert one == ["t4", "m", "16,384", "10", "30*", "3.0"]
-    assert other == ["v5e:1x1", "m", "16,384", "0*", "", ""]
+    assert other == ["v5e:1x1", "m", "16,384", "0", "", ""]
 
 
 def test_memory_in_the_paper_s_setting():
