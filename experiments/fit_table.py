@@ -7,8 +7,9 @@ whose environment `make test-gpu-targets` makes; where it is absent the cells sa
 
 Command: python experiments/fit_table.py --out experiments/results/fit_table/cpu.json
 Hardware: a CPU; libtpu for TPUs, the CUDA compiler (jax[cuda13]) for NVIDIA cards
-Minutes: 60 to 90 on 2 quiet cores for all cells; --models, --targets, --jobs and --caches choose
-Expected: failed 0; compile_s_max, the longest compile, with the load of the machine beside each
+Minutes: 60 on one busy core, 42 of them processor time, for all 70 cells; --models, --targets,
+  --jobs and --caches choose
+Expected: failed 0, fit 54; compile_s_max, the longest compile, with the machine's load beside each
 """
 
 import argparse
@@ -162,11 +163,13 @@ def overview(metrics: dict[str, Any]) -> str:
     for model in dict.fromkeys(name[0] for name in compiled):
         here = {name: cell for name, cell in compiled.items() if name[0] == model}
         fit = {name[3] for name, cell in here.items() if cell["fits"]}
-        none = ", ".join(dict.fromkeys(name[3] for name in here if name[3] not in fit))
+        none = " or ".join(dict.fromkeys(
+            f"**{name[3]}** ({memory[name[3]] / 2**30:.1f} GiB)" for name in here
+            if name[3] not in fit))
         weights = [cell["parameter_bytes_all"] for name, cell in here.items() if name[1] != "train"]
         said.append(f"- {model}: " + (
             f"weights of 16 bits alone are {weights[0] / 2**30:.1f} GiB. " if weights else "") + (
-            f"It fits **{none}** for no job here." if none else "Every chip here fits some job."))
+            f"No job here fits {none}." if none else "Every chip here fits some job."))
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *said])
 
 

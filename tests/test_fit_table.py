@@ -52,7 +52,7 @@ def test_the_overview_says_what_fits_and_which_chips_fit_nothing():
     assert "| model | job | cache | v5e:1x1 (16.0) | t4 (16.0) |" in made
     assert "| m | decode | dense | **no**: 32.0 (200%) | 1.0 (6%) |" in made
     assert "| m | decode | squat2 | **no**: 32.0 (200%) |  |" in made
-    assert "- m: weights of 16 bits alone are 0.5 GiB. It fits **v5e:1x1** for no job here." in made
+    assert "- m: weights of 16 bits alone are 0.5 GiB. No job here fits **v5e:1x1** (16.0" in made
     assert "- small: weights of 16 bits alone are 0.5 GiB. Every chip here fits some job." in made
 
 
