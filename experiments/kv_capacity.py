@@ -26,6 +26,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,20 @@ TARGETS = ("v5e:2x4", "v5e:1x1", "h100", "t4")
 MODELS = ("llama-3.1-8b", "llama-3.2-3b", "qwen2.5-1.5b")
 KINDS = {"bf16": "dense", "2-bit": "squat2", "4-bit": "squat4", "int8": "kivi8",
          "2-bit, 8-bit scales": "squat2:scales=int8"}
-WHOLE = ("v5e:2x4,llama-3.1-8b",)
+WHOLE = ("v5e:2x4,llama-3.1-8b,bf16", "v5e:2x4,llama-3.1-8b,2-bit")
 CONTEXT = 16384
 LAYERS, ROWS = (2, 4), (8, 16)  # of the small compilations
 PAPER = ("h100", "llama-2-7b", 498, (32, 64, 128))  # prompt 160 and output 338
+
+
+class Stored(Resumable):
+    """Finished compilations alone: a cell that needs another is left out."""
+
+    def __call__(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The stored value. Raises: DeviceError where there is none."""
+        if key not in self.parts:
+            raise DeviceError(f"not compiled: {key}")
+        return super().__call__(key, compute)
 
 
 def compiled(model: str, target: str, context: int, cache: str, rows: int,
@@ -165,7 +176,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     metrics["rows"] = rows = []
     if args.smoke:
         return metrics
-    kept = Resumable(Path(args.parts), {
+    kept = (Stored if args.stored else Resumable)(Path(args.parts), {
         "layers": LAYERS, "rows": ROWS, "versions": versions(), "sources": sources(Path(__file__))})
     by_another = another_python(args.gpu_python)
     rows += table(args, kept, [t for t in args.targets if not (by_another and is_card(t))])
@@ -194,7 +205,8 @@ def table(args: argparse.Namespace, kept: Resumable, targets: list[str]) -> list
              for n in args.kinds]
     for target, model, context, name in cells:
         cell = {"target": target, "model": model, "context": context, "kind": name}
-        whole = bool({target, f"{target},{model}"} & set(args.whole))
+        whole = any(",".join(part) in args.whole for part in (
+            (target,), (target, model), (target, model, name)))
         try:
             cell |= largest(model, target, context, KINDS[name], whole, kept)
         except DeviceError as error:
@@ -220,6 +232,7 @@ def of_cards(args: argparse.Namespace) -> dict[str, Any]:
               "contexts": args.contexts, "kinds": args.kinds, "whole": args.whole,
               "parts": [Path(args.parts).with_suffix(".cards.cells")]}
     flags = [str(text) for name, values in chosen.items() for text in (f"--{name}", *values)]
+    flags += ["--stored"] if args.stored else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **GPU_FLAGS}
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "cards.json")
@@ -235,8 +248,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", nargs="+", type=int, default=[CONTEXT])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS)[:4], choices=list(KINDS))
     parser.add_argument("--whole", nargs="*", default=list(WHOLE),
-                        help="whose cells the whole model proves: TARGET, or TARGET,MODEL")
+                        help="what the whole model proves: TARGET, or TARGET,MODEL, or TARGET,MODEL,KIND")
     parser.add_argument("--parts", default="kv_capacity.cells", help="finished compilations")
+    parser.add_argument("--stored", action="store_true",
+                        help="compile nothing: cells that lack a compilation are left out")
     parser.add_argument("--gpu-python", type=Path, default=GPU_PYTHON)
 
 

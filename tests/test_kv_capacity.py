@@ -55,9 +55,18 @@ def test_cards_are_asked_of_their_own_python(monkeypatch, tmp_path):
     assert not kv_capacity.another_python(Path(sys.prefix, "bin", "python"))
     args = argparse.Namespace(
         targets=["v5e:1x1", "t4", "h100:2"], models=["m"], contexts=[1024], kinds=["bf16"],
-        whole=[], parts=tmp_path / "a.cells", gpu_python=other)
+        whole=[], parts=tmp_path / "a.cells", gpu_python=other, stored=False)
     assert kv_capacity.of_cards(args)["paper_setting"] == [2]
     (command,) = asked
     text = " ".join(map(str, command))
     assert text.startswith(f"{other} {kv_capacity.__file__} --targets t4 h100:2 --models m ")
     assert f"--whole --parts {tmp_path}/a.cards.cells --out" in text
+
+
+def test_of_stored_compilations_alone_a_cell_that_lacks_one_is_left_out(monkeypatch, tmp_path):
+    chip = argparse.Namespace(bytes_per_device=80 * 2**30, devices=(0,))
+    monkeypatch.setattr(kv_capacity, "open_target", lambda name: chip)
+    kept = kv_capacity.Stored(tmp_path / "x.cells", {})
+    args = argparse.Namespace(models=["llama-3.1-8b"], contexts=[4096], kinds=["bf16"], whole=[])
+    (cell,) = kv_capacity.table(args, kept, ["h100"])
+    assert "not compiled" in cell["left_out"] and "batch" not in cell
