@@ -248,7 +248,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", nargs="+", type=int, default=[CONTEXT])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS)[:4], choices=list(KINDS))
     parser.add_argument("--whole", nargs="*", default=list(WHOLE),
-                        help="what the whole model proves: TARGET, or TARGET,MODEL, or TARGET,MODEL,KIND")
+                        help="what the whole model proves: TARGET, or with ,MODEL or ,MODEL,KIND")
     parser.add_argument("--parts", default="kv_capacity.cells", help="finished compilations")
     parser.add_argument("--stored", action="store_true",
                         help="compile nothing: cells that lack a compilation are left out")
