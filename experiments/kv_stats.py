@@ -138,6 +138,8 @@ def capacity(metrics: dict[str, Any]) -> list[list[str]]:
         groups.setdefault((row["target"], row["model"], row["context"]), {})[row["kind"]] = row
     for (target, model, context), found in groups.items():
         batches = {kind: row["batch"] for kind, row in found.items() if "batch" in row}
+        if not batches:
+            continue  # nothing of it was compiled
         written = {kind: f"{batch}{'' if found[kind]['compiled'] or not batch else '*'}"
                    for kind, batch in batches.items()}
         counts = [written.get(kind, "") for kind in kinds]

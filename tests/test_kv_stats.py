@@ -46,7 +46,8 @@ def test_a_line_of_capacity_says_what_was_only_predicted_and_what_is_missing():
     rows = [at | {"kind": "2-bit", "batch": 30, "compiled": 0},
             at | {"kind": "bf16", "batch": 10, "compiled": 2},
             at | {"kind": "bf16", "batch": 0, "compiled": 0, "target": "v5e:1x1"},
-            at | {"kind": "2-bit", "left_out": "no compiler", "target": "v5e:1x1"}]
+            at | {"kind": "2-bit", "left_out": "no compiler", "target": "v5e:1x1"},
+            at | {"kind": "2-bit", "left_out": "no compiler", "target": "h100"}]
     head, _, one, other = capacity({"rows": rows})
     assert head == ["chip", "model", "context", "16-bit", "2-bit", "2-bit over 16-bit"]
     assert one == ["t4", "m", "16,384", "10", "30*", "3.0"]
