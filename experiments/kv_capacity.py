@@ -6,20 +6,27 @@ rows and temporaries nearly so: four small compilations (2 and 4 layers, 8 and 1
 batch; the whole model is then compiled at it, and the batch moves until it compiles and fits and
 one more step of rows would not, at the rows' own bytes, or half-way to a batch that the compiler
 refused (`refused_batch`) is no step more. A cell that was only predicted says so (`compiled` 0). A
-T4 has no bfloat16 units: its 16 bits are float16. Also the bytes of the states alone, everything
-counted, as shares of 16-bit ones, and the ratio of whole memory in the setting of SQuat's paper
-(Llama-2-7B, prompt 160, output 338; arXiv 2503.24358 states 2.17 to 2.82 times), predicted at
-several batches.
+T4 has no bfloat16 units: its 16 bits are float16. NVIDIA cards are compiled for by another Python,
+--gpu-python, whose environment `make test-gpu-targets` makes. Also the bytes of the states alone,
+everything counted, as shares of 16-bit ones, and the ratio of whole memory in the setting of
+SQuat's paper (Llama-2-7B, prompt 160, output 338; arXiv 2503.24358 states 2.17 to 2.82 times), of
+the whole model at two batches.
 
 Command: python experiments/kv_capacity.py --out experiments/results/kv_capacity/cpu.json
 Hardware: any CPU, 8 GB of memory; libtpu for v5e, the jax CUDA wheels for T4 and H100
 Minutes: 180 on 2 idle cores, reckoned; goes on where it was stopped (`--whole` alone predicts
-  only). The committed run is the one setting of `capacity_ratio`, 13 minutes of a busy core
+  only). The committed table is `--stored`, of what 40 minutes of one busy core had compiled
 Expected: capacity_ratio 5.2 (v5e:2x4, Llama-3.1-8B, 16k; wanted: 4.6), kv_bytes_fraction_4k 0.201
-  (wanted: at most 0.204)
+  (wanted: at most 0.204), paper_setting 1.6 at 32 rows and 2.3 at 128
 """
 
 import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,22 +34,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments._harness import Resumable, run, sources, versions
+from experiments._harness import ROOT, Resumable, run, sources, versions
+from experiments.fit_table import CARDS, GPU_FLAGS, GPU_PYTHON
 from jaxlm.cache.parse import parse_cache
 from jaxlm.core.errors import DeviceError
 from jaxlm.core.targets import target as open_target
 from jaxlm.core.tree import nbytes
 from jaxlm.eval.fit import RESERVE, fit
 from jaxlm.models.config import AttentionSpec, Rope
+from jaxlm.models.lm import LM
 from jaxlm.models.presets import preset
 
 TARGETS = ("v5e:2x4", "v5e:1x1", "h100", "t4")
 MODELS = ("llama-3.1-8b", "llama-3.2-3b", "qwen2.5-1.5b")
 KINDS = {"bf16": "dense", "2-bit": "squat2", "4-bit": "squat4", "int8": "kivi8",
          "2-bit, 8-bit scales": "squat2:scales=int8"}
-CONTEXTS = (16384, 4096)
+WHOLE = ("v5e:2x4,llama-3.1-8b,bf16", "v5e:2x4,llama-3.1-8b,2-bit",
+         *(f"{card},{model},bf16" for card in ("h100", "t4") for model in MODELS))
+CONTEXT = 16384
 LAYERS, ROWS = (2, 4), (8, 16)  # of the small compilations
-PAPER = ("h100", "llama-2-7b", 498, (32, 64, 128))  # prompt 160 and output 338
+PAPER = ("h100", "llama-2-7b", 498, (32, 128))  # prompt 160 and output 338
+
+
+class Stored(Resumable):
+    """Finished compilations alone: a cell that needs another is left out."""
+
+    def __call__(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The stored value. Raises: DeviceError where there is none."""
+        if key not in self.parts:
+            raise DeviceError(f"not compiled: {key}")
+        return super().__call__(key, compute)
 
 
 def compiled(model: str, target: str, context: int, cache: str, rows: int,
@@ -51,12 +72,24 @@ def compiled(model: str, target: str, context: int, cache: str, rows: int,
     config = preset(model)
     config = config if layers is None else config.replace(
         num_layers=layers, windows=config.windows[:layers])
-    dtype = jnp.float16 if target.startswith("t4") else jnp.bfloat16
     found = fit(config, "decode", target, batch=rows, context=context, cache=parse_cache(cache),
-                dtype=dtype)
+                dtype=sixteen(target))
     return {"total": found.program.total, "temporaries": found.program.temporaries,
             "refused": found.program.refused, "step": found.mesh["data"],
             "cache": found.cache_bytes}
+
+
+def sixteen(target: str) -> Any:
+    """A chip's type of 16 bits."""
+    return jnp.float16 if target.startswith("t4") else jnp.bfloat16
+
+
+def least(model: str, target: str, context: int, cache: str) -> int:
+    """Bytes of the weights and of one row's caches: what all devices hold together at the least."""
+    config, dtype = preset(model), sixteen(target)
+    one = lambda layer: parse_cache(cache).init(config.attention(layer), 1, context, dtype)
+    row = jax.eval_shape(lambda: [one(layer) for layer in range(config.num_layers)])
+    return nbytes(LM(config).shapes(dtype)) + nbytes(row)
 
 
 def predicted(corners: dict[tuple[int, int], dict], layers: int, rows: float) -> float:
@@ -76,12 +109,15 @@ def predicted(corners: dict[tuple[int, int], dict], layers: int, rows: float) ->
 def largest(model: str, target: str, context: int, cache: str, whole: bool,
             kept: Resumable) -> dict[str, Any]:
     """The largest batch that fits: predicted, and where asked for proved by the whole model."""
+    chip = open_target(target)
+    usable, held = int((1 - RESERVE) * chip.bytes_per_device), least(model, target, context, cache)
+    if held > usable * len(chip.devices):  # no need to compile anything
+        return {"usable": usable, "compiled": 0, "batch": 0, "bytes": held // len(chip.devices)}
     look = lambda rows, layers=None: kept(
         f"{target} {model} {context} {cache} {rows} rows {layers or 'all'} layers",
         partial(compiled, model, target, context, cache, rows, layers))
     corners = {(n, rows): look(rows, n) for n in LAYERS for rows in ROWS}
     layers, step = preset(model).num_layers, corners[LAYERS[0], ROWS[0]]["step"]
-    usable = int((1 - RESERVE) * open_target(target).bytes_per_device)
     memory = partial(predicted, corners, layers)
     row = memory(1) - memory(0)
     floor = lambda rows: max(int(rows // step) * step, 0)
@@ -117,16 +153,12 @@ def fraction(cache: str, slots: int, head_dim: int = 128) -> float:
 def paper_ratios(kept: Resumable) -> list[dict[str, Any]]:
     """Whole memory with 16-bit caches over that with 2-bit ones, in the paper's setting."""
     target, model, context, batches = PAPER
-    corners = {}
-    for cache in ("dense", "squat2"):
-        corners[cache] = {(n, rows): kept(
-            f"{target} {model} {context} {cache} {rows} rows {n} layers",
-            partial(compiled, model, target, context, cache, rows, n))
-            for n in LAYERS for rows in ROWS}
-    memory = lambda cache, rows: predicted(corners[cache], preset(model).num_layers, rows)
-    return [{"rows": rows, "bf16_bytes": int(memory("dense", rows)),
-             "2-bit_bytes": int(memory("squat2", rows)),
-             "ratio": memory("dense", rows) / memory("squat2", rows)} for rows in batches]
+    memory = lambda cache, rows: kept(
+        f"{target} {model} {context} {cache} {rows} rows all layers",
+        partial(compiled, model, target, context, cache, rows))["total"]
+    held = [(rows, memory("dense", rows), memory("squat2", rows)) for rows in batches]
+    return [{"rows": rows, "bf16_bytes": full, "2-bit_bytes": less, "ratio": full / less}
+            for rows, full, less in held]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,41 +173,84 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     metrics["rows"] = rows = []
     if args.smoke:
         return metrics
-    kept = Resumable(Path(args.parts), {
-        "layers": LAYERS, "rows": ROWS, "versions": versions(), "sources": sources(Path(__file__))})
-    cells = [(t, m, c, n) for t in args.targets for m in args.models for c in args.contexts
-             for n in args.kinds]
-    for target, model, context, name in cells:
-        cell = {"target": target, "model": model, "context": context, "kind": name}
-        whole = target in args.whole
+    kept = (Stored if args.stored else Resumable)(Path(args.parts), {
+        "layers": LAYERS, "rows": ROWS, "versions": versions(),
+        "sources": sources(ROOT / "jaxlm" / "eval" / "fit.py")})  # of what is compiled
+    by_another = another_python(args.gpu_python)
+    rows += table(args, kept, [t for t in args.targets if not (by_another and is_card(t))])
+    if by_another:
+        cards = of_cards(args)
+        rows += cards["rows"]
+        metrics |= {name: found for name, found in cards.items() if name.startswith("paper_")}
+    else:
         try:
-            cell |= largest(model, target, context, KINDS[name], whole, kept)
+            metrics["paper_setting"] = paper_ratios(kept)
         except DeviceError as error:
-            cell |= {"left_out": str(error)}
-        rows.append(cell)
-        print(cell, flush=True)
+            metrics["paper_setting_left_out"] = str(error)
     batches = {cell["kind"]: cell.get("batch", 0) for cell in rows if
                (cell["target"], cell["model"], cell["context"]) == (TARGETS[0], MODELS[0], 16384)}
     for name, metric in (("2-bit", "capacity_ratio"),
                          ("2-bit, 8-bit scales", "capacity_ratio_8bit_scales")):
         if batches.get("bf16") and batches.get(name):
             metrics[metric] = batches[name] / batches["bf16"]
-    try:
-        metrics["paper_setting"] = paper_ratios(kept)
-    except DeviceError as error:
-        metrics["paper_setting_left_out"] = str(error)
     return metrics
+
+
+def table(args: argparse.Namespace, kept: Resumable, targets: list[str]) -> list[dict[str, Any]]:
+    """The chosen cells of some targets."""
+    rows = []
+    cells = [(t, m, c, n) for t in targets for m in args.models for c in args.contexts
+             for n in args.kinds]
+    for target, model, context, name in cells:
+        cell = {"target": target, "model": model, "context": context, "kind": name}
+        whole = any(",".join(part) in args.whole for part in (
+            (target,), (target, model), (target, model, name)))
+        try:
+            cell |= largest(model, target, context, KINDS[name], whole, kept)
+        except DeviceError as error:
+            cell |= {"left_out": str(error)}
+        rows.append(cell)
+        print(cell, flush=True)
+    return rows
+
+
+def is_card(target: str) -> bool:
+    """Whether a target is an NVIDIA card."""
+    return target.split(":")[0] in CARDS
+
+
+def another_python(gpu_python: Path) -> bool:
+    """Whether the Python of the cards is there, and is not this one."""
+    return gpu_python.exists() and not gpu_python.parent.parent.samefile(sys.prefix)
+
+
+def of_cards(args: argparse.Namespace) -> dict[str, Any]:
+    """The metrics of this script for the cards among the targets, run by their Python."""
+    chosen = {"targets": filter(is_card, args.targets), "models": args.models,
+              "contexts": args.contexts, "kinds": args.kinds, "whole": args.whole,
+              "parts": [Path(args.parts).with_suffix(".cards.cells")]}
+    flags = [str(text) for name, values in chosen.items() for text in (f"--{name}", *values)]
+    flags += ["--stored"] if args.stored else []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **GPU_FLAGS}
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "cards.json")
+        subprocess.run([str(args.gpu_python), __file__, *flags, "--out", str(out)],
+                       env=environment, check=True)
+        return json.loads(out.read_text())["metrics"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Parts of the table."""
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS))
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--whole", nargs="*", default=list(TARGETS),
-                        help="targets whose cells the whole model proves")
-    parser.add_argument("--parts", default="kv_capacity.parts.json", help="finished compilations")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[CONTEXT])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS)[:4], choices=list(KINDS))
+    parser.add_argument("--whole", nargs="*", default=list(WHOLE),
+                        help="what the whole model proves: TARGET, or with ,MODEL or ,MODEL,KIND")
+    parser.add_argument("--parts", default="kv_capacity.cells", help="finished compilations")
+    parser.add_argument("--stored", action="store_true",
+                        help="compile nothing: cells that lack a compilation are left out")
+    parser.add_argument("--gpu-python", type=Path, default=GPU_PYTHON)
 
 
 if __name__ == "__main__":

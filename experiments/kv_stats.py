@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 ORIGINS = ("c", "real", "tiny")  # how the names of quant_ablation's cases begin
+CAPACITY = {"bf16": "16-bit", "int8": "int8", "4-bit": "4-bit", "2-bit": "2-bit",
+            "2-bit, 8-bit scales": "2-bit, 8-bit scales"}  # kv_capacity's kinds, as columns
 
 def drop(exact: Sequence[Sequence[bool]], rough: Sequence[Sequence[bool]],
          resamplings: int = 2000) -> dict[str, Any]:
@@ -126,3 +128,34 @@ def beside(metrics: dict[str, Any]) -> list[list[str]]:
                       ", ".join(rivals), ", ".join(f"{cell['over_best_rival']:.2f}"
                                                    for cell in found)])
     return cells
+
+
+def capacity(metrics: dict[str, Any]) -> list[list[str]]:
+    """The largest batch that fits, a line a chip, model and context, a column a kind."""
+    kinds = [kind for kind in CAPACITY if any(row["kind"] == kind for row in metrics["rows"])]
+    cells = [["chip", "model", "context", *(CAPACITY[kind] for kind in kinds),
+              *(f"{CAPACITY[kind]} over 16-bit" for kind in kinds[1:])]]
+    cells.append(["---"] * len(cells[0]))
+    groups: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in metrics["rows"]:
+        groups.setdefault((row["target"], row["model"], row["context"]), {})[row["kind"]] = row
+    for (target, model, context), found in groups.items():
+        batches = {kind: row["batch"] for kind, row in found.items() if "batch" in row}
+        if not batches:
+            continue  # nothing of it was compiled
+        written = {kind: f"{batch}{'' if found[kind]['compiled'] or not batch else '*'}"
+                   for kind, batch in batches.items()}
+        counts = [written.get(kind, "") for kind in kinds]
+        full = batches.get("bf16", 0)
+        times = [f"{batches[kind] / full:.1f}" if full and kind in batches else ""
+                 for kind in kinds[1:]]
+        cells.append([target, model, f"{context:,}", *counts, *times])
+    return cells
+
+
+def whole_memory(metrics: dict[str, Any]) -> list[list[str]]:
+    """Memory in the setting of SQuat's paper, weights and all, by the rows of a batch."""
+    gib = lambda value: f"{value / 2**30:.1f} GiB"
+    return [["rows", "16-bit cache", "2-bit cache", "ratio"], ["---"] * 4,
+            *([str(row["rows"]), gib(row["bf16_bytes"]), gib(row["2-bit_bytes"]),
+               f"{row['ratio']:.2f}"] for row in metrics.get("paper_setting", ()))]

@@ -217,7 +217,8 @@ PLOTS = {f"{script}-{name}.png": RESULTS / script / f"cpu-{name}.png"
                                ("masked_thought", ("gain",))) for name in names}
 FIT_TABLES = {"osft_fit": {"slices": osft_fit.table}}
 KV_TABLES = {"quant_ablation": {"ablation": kv_stats.ablation, "later": kv_stats.later},
-             "kv_quality": {"lost": kv_stats.lost, "beside": kv_stats.beside}}
+             "kv_quality": {"lost": kv_stats.lost, "beside": kv_stats.beside},
+             "kv_capacity": {"capacity": kv_stats.capacity, "paper": kv_stats.whole_memory}}
 
 
 def results(folder: Path) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ import pytest
 
 from experiments import _harness, fit_table
 
-CELL = {"total_bytes": 2**30, "device_bytes": 2**34, "fits": True, "refused": None, "flops": 2e9,
-        "flops_source": "compiler", "bytes_accessed": 2**31,
+CELL = {"total_bytes": 2**30, "parameter_bytes_all": 2**29, "device_bytes": 2**34, "fits": True,
+        "refused": None, "flops": 2e9, "flops_source": "compiler", "bytes_accessed": 2**31,
         "compile_seconds": 3.2, "cpu_seconds": 5.0, "load": 1.0}
 
 
@@ -37,10 +37,23 @@ def test_a_line_for_every_cell(tmp_path):
     assert start + "1.0 of 16.0 GiB | yes | 2 | 2.0 GiB | 3 s | 5 s | 1 |" in fresh
     assert "| 1.0 of 16.0 GiB | **no** | 2* | 2.0* GiB | 3 s | 5 s | 1 |" in fresh
     assert "no CUDA compiler here" in fresh and "it broke" in fresh
-    widths = {line.count("|") for line in fresh.splitlines() if line.startswith("|")}
-    assert len(widths) == 1
+    for part in fit_table.overview(metrics), fit_table.table(metrics):
+        widths = {line.count("|") for line in part.splitlines() if line.startswith("|")}
+        assert len(widths) == 1
     with pytest.raises(ValueError, match="once each"):
         fit_table.rewritten("no marks", path)
+
+
+def test_the_overview_says_what_fits_and_which_chips_fit_nothing():
+    no = CELL | {"total_bytes": 2**35, "fits": False}
+    made = fit_table.overview({"cells": {
+        "m decode dense v5e:1x1": no, "m decode squat2 v5e:1x1": no, "m decode dense t4": CELL,
+        "m decode squat2 t4": {"not_compiled": "it broke"}, "small decode dense v5e:1x1": CELL}})
+    assert "| model | job | cache | v5e:1x1 (16.0) | t4 (16.0) |" in made
+    assert "| m | decode | dense | **no**: 32.0 (200%) | 1.0 (6%) |" in made
+    assert "| m | decode | squat2 | **no**: 32.0 (200%) |  |" in made
+    assert "- m: weights of 16 bits alone are 0.5 GiB. No job here fits **v5e:1x1** (16.0" in made
+    assert "- small: weights of 16 bits alone are 0.5 GiB. Every chip here fits some job." in made
 
 
 def test_a_stopped_run_goes_on_and_what_failed_is_tried_again(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.kv_stats import best_share, drop, mcnemar, reached
+from experiments.kv_stats import best_share, capacity, drop, mcnemar, reached, whole_memory
 
 
 def test_a_drop_is_paired_and_its_interval_holds_it():
@@ -48,3 +48,22 @@ def test_only_squat_makes_headlines():
             for task in ("recall", "arithmetic") for kind in ("squat2", "squat4", "kivi2")]
     assert set(reached(rows)) == {f"{task}_drop_points{tail}" for task in ("recall", "arithmetic")
                                   for tail in ("", "_4bit")}
+
+
+def test_a_line_of_capacity_says_what_was_only_predicted_and_what_is_missing():
+    at = {"target": "t4", "model": "m", "context": 16384}
+    rows = [at | {"kind": "2-bit", "batch": 30, "compiled": 0},
+            at | {"kind": "bf16", "batch": 10, "compiled": 2},
+            at | {"kind": "bf16", "batch": 0, "compiled": 0, "target": "v5e:1x1"},
+            at | {"kind": "2-bit", "left_out": "no compiler", "target": "v5e:1x1"},
+            at | {"kind": "2-bit", "left_out": "no compiler", "target": "h100"}]
+    head, _, one, other = capacity({"rows": rows})
+    assert head == ["chip", "model", "context", "16-bit", "2-bit", "2-bit over 16-bit"]
+    assert one == ["t4", "m", "16,384", "10", "30*", "3.0"]
+    assert other == ["v5e:1x1", "m", "16,384", "0", "", ""]
+
+
+def test_memory_in_the_paper_s_setting():
+    row = {"rows": 64, "bf16_bytes": 3 * 2**30, "2-bit_bytes": 2**30, "ratio": 3.0}
+    assert whole_memory({"paper_setting": [row]})[2:] == [["64", "3.0 GiB", "1.0 GiB", "3.00"]]
+    assert whole_memory({})[2:] == []

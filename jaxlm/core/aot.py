@@ -125,9 +125,15 @@ def argument_bytes(tree: Any) -> int:
 
 
 def _needed(message: str, held: int) -> int:
-    """What the compiler says it would use beyond the arguments, where it says so."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message)
+    """What the compiler says it would use beyond the arguments, where it says so.
+
+    >>> _needed("Ran out of memory in memory space hbm. Used 3.00G of 1.00G hbm.", 2**31) == 2**30
+    True
+    >>> _needed("total memory required for HLO temporaries (3.00G) exceeds (1.00G)", 2**31) == 2**30
+    True
+    """
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
     if not found:
         return 0
-    used = float(found.group(1)) * {"K": 2**10, "M": 2**20, "G": 2**30}[found.group(2)]
-    return max(int(used) - held, 0)
+    size, unit = found.group(1) or found.group(3), found.group(2) or found.group(4)
+    return max(int(float(size) * 2 ** (10 * ("KMGT".index(unit) + 1))) - held, 0)
