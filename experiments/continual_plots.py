@@ -6,9 +6,9 @@ import numpy as np
 
 from jaxlm.eval.plots import LIGHT, Draw
 
-SHOWN = ("full", "replay", "olora", "osft importance")
+SHOWN = ("full", "replay", "ewc", "olora", "osft importance")
 COLOURS = (*LIGHT["series"], "#c92a2a", "#868e96", "#364fc7", "#f06595",
-           "#000000", "#99711b", "#66d9e8")
+           "#000000", "#99711b", "#66d9e8", "#5c940d", "#e8590c", "#862e9c")
 
 
 def tradeoff(metrics: dict[str, Any], prefix: str = "") -> Draw:
@@ -35,7 +35,7 @@ def tradeoff(metrics: dict[str, Any], prefix: str = "") -> Draw:
 
 
 def through(metrics: dict[str, Any], score: str = "accuracy") -> Draw:
-    """Accuracy on the task learnt first, second, ... after each; a block for each of four rows."""
+    """Accuracy on the task learnt first, second, ... after each; a block for each of some rows."""
     rows = [row for row in SHOWN if row in metrics["forgetting"]]
 
     def drawing(axes, colours):
@@ -65,7 +65,7 @@ def osft_continual(metrics: dict[str, Any]) -> dict[str, tuple[str, Draw, tuple[
     return {"tradeoff": ("Forgetting against accuracy, five tasks in turn", tradeoff(metrics),
                          (7.2, 4.0)),
             "through": ("Each task from when it was learnt", through(metrics), (8.0, 3.6)),
-            "tradeoff-chosen": ("The same, the likeliest among a task's own labels",
+            "tradeoff-chosen": ("Forgetting against accuracy, among a task's own labels",
                                 tradeoff(metrics, "chosen_"), (7.2, 4.0)),
             "through-chosen": ("Each task from when it was learnt, among its own labels",
                                through(metrics, "chosen"), (8.0, 3.6))}

@@ -212,7 +212,8 @@ FOUND_TABLES = {"osft_continual": continual_table.TABLES,
                 "osft_share": {"shares": continual_table.shares}, **recipe_table.TABLES}
 # Of experiments/results, shown in docs: mkdocs serves what lies in its own folder alone.
 PLOTS = {f"{script}-{name}.png": RESULTS / script / f"cpu-{name}.png"
-         for script, names in (("osft_continual", ("tradeoff", "through", "tradeoff-chosen", "through-chosen")),
+         for script, names in (("osft_continual", ("tradeoff", "through", "tradeoff-chosen",
+                                                   "through-chosen")),
                                ("sft_recipe", ("effects", "early-loss", "early-norm")),
                                ("masked_thought", ("gain",))) for name in names}
 FIT_TABLES = {"osft_fit": {"slices": osft_fit.table}}

@@ -57,9 +57,17 @@ def test_figures_in_the_prose_of_what_we_found_are_those_of_the_results():
                 right.get(task, []).append(one["accuracy"][i + 1][i])
     means = [f"{100 * sum(x) / len(x):.0f} %" for x in right.values()]
     assert "right on {} of AG News and {} of DBpedia".format(*means) in page
-    minus = [one["mean"] for row, one in turns["forgetting_minus_matrices"].items()
-             if row.startswith("osft") and row != "osft uniform"]
-    assert (round(-max(minus)), round(-min(minus))) == (2, 7) and "two to seven points" in page
+    minus = {row: one for row, one in turns["chosen_forgetting_minus_matrices"].items()
+             if row.startswith("osft")}
+    means = [one["mean"] for one in minus.values()]
+    assert f"{-min(means):.1f} points less and {max(means):.1f} points more (chosen)" in page
+    assert all(one["low"] < 0 < one["high"] for one in minus.values()) and len(minus) == 6
+    lost = turns["chosen_lost_share"]
+    assert 0.3 < lost["ewc"] < 0.4 and 0.55 < lost["replay"] < 0.65
+    assert min(x for row, x in lost.items() if row not in ("ewc", "replay")) > 0.75
+    moved = turns["general"]["subspaces/protected_share"]["full"]
+    assert f"{100 * moved:.0f} % of its change lies" in page
+    assert f"any direction has {100 * half['update_protected_random']:.0f} %" in page
 
 
 def test_plots_of_the_docs_are_those_of_the_results():
