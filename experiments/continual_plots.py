@@ -8,7 +8,7 @@ from jaxlm.eval.plots import LIGHT, Draw
 
 SHOWN = ("full", "replay", "ewc", "olora", "osft importance")
 COLOURS = (*LIGHT["series"], "#c92a2a", "#868e96", "#364fc7", "#f06595",
-           "#000000", "#99711b", "#66d9e8", "#5c940d", "#e8590c", "#862e9c")
+           "#000000", "#99711b", "#66d9e8", "#1b4332", "#e8590c", "#862e9c")
 
 
 def tradeoff(metrics: dict[str, Any], prefix: str = "") -> Draw:
