@@ -35,7 +35,8 @@ def run(
       model: a model folder, a hub id such as org/name, or "tiny", the bundled model.
       data: a file of JSON lines with fields prompt, problem or question, and answer; or
         easy, medium or hard (sums for the bundled model), math500 or gsm8k (from JAXLM_DATA).
-      out: JSON lines, a record a problem, written as each is done; plot beside it as .png.
+      out: JSON lines, a record a problem, written as each is done; plot beside it as .png. A
+        problem whose text or right answer has changed since its record is solved anew.
       method: greedy, particle-filter, best-of-n, self-consistency, ...; several for a comparison.
       particles: answers a problem; several for a curve.
       prm: the reward: arithmetic, the exact checker of the sums (arithmetic:0.1 errs in a tenth of
@@ -78,10 +79,7 @@ def run(
         results = solving.Results(out, settings)
         stack.callback(results.close)
         solve_all(found.problems, request, jobs, results, seed, batch, retry_failed)
-    names = {problem.id for problem in found.problems}
-    asked = [record for (name, count, _), record in results.records.items()
-             if record["id"] in names and solving.Job(name, count) in jobs]
-    show(asked, results, out)
+    show(solving.records_of(results, found.problems), jobs, out)
 
 
 def jobs_of(names: tuple[str, ...], particles: tuple[int, ...], prm: str | None
@@ -133,18 +131,19 @@ def solve_all(
                           retry_failed=retry_failed, tick=bar.update)
 
 
-def show(records: list[dict[str, Any]], results: solving.Results, out: Path) -> None:
-    """The table on stdout, and the plot of everything in the file."""
-    rows = solving.summary(records)
+def show(records: list[solving.Record], jobs: list[solving.Job], out: Path) -> None:
+    """The table of these jobs on stdout, and the plot of all that the file holds of the problems."""
+    asked = [r for r in records if solving.Job(r["method"], r["particles"]) in jobs]
+    rows = solving.summary(asked)
     percent = lambda share: "-" if share is None else (
         f"{100 * share.value:.1f} ± {100 * share.error:.1f} %")
     print(columns([HEAD, *([r.method, r.particles, r.problems, r.failed, r.unanswered,
                             percent(r.accuracy), round(r.tokens), round(r.seconds, 2)]
                            for r in rows)]))
-    for record in records:
+    for record in asked:
         if "failed" in record:
             note(f"problem {record['id']} failed: {record['failed']}")
-    drawn = solving.budget_plot(solving.summary(list(results.records.values())))
+    drawn = solving.budget_plot(solving.summary(records))
     if drawn is not None:
         picture = out.with_suffix(".png")
         temporary = picture.with_name(f".{picture.name}.{os.getpid()}")

@@ -2,8 +2,10 @@
 
 The file of results is JSON lines: first what the run depends on, then a record a problem, method
 and budget. A stopped run, killed too, goes on where it was: a last line that was cut is dropped.
+A record counts for the problem it was made of alone, not for another that has its id since.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -94,6 +96,20 @@ def key_of(record: Record) -> tuple[str, int, str]:
     return record["method"], record["particles"], record["id"]
 
 
+def digest(problem: Problem) -> str:
+    """What stands for a problem's texts, its right answer too: an id may be no more than a line's
+    number."""
+    texts = [problem.prompt, problem.question, problem.gold, problem.chat]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def records_of(results: Results, problems: Sequence[Problem]) -> list[Record]:
+    """The records of these problems, as their texts are now."""
+    now = {problem.id: digest(problem) for problem in problems}
+    return [record for record in results.records.values()
+            if now.get(record["id"]) == record.get("problem", "")]
+
+
 def key_for(seed: int, problem: Problem) -> jax.Array:
     """A problem's own random key: neither its place nor its batch matters."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(problem.id.encode()))
@@ -103,7 +119,7 @@ def solve(
     problems: Sequence[Problem], request: Request, job: Job, results: Results, *, seed: int = 0,
     batch: int = 8, retry_failed: bool = False, tick: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Solve what `results` does not hold yet.
+    """Solve what `results` does not hold yet, and what it holds of another text under the same id.
 
     Args:
       batch: problems together; one that is done makes room for the next. They may be fewer when the
@@ -115,7 +131,7 @@ def solve(
     """
     made = method(job.method, request.reward)
     request = replace(request, particles=job.particles)
-    done = {key for key, record in results.records.items()
+    done = {key_of(record) for record in records_of(results, problems)
             if not (retry_failed and record.get("failed"))}
     left = [p for p in problems if (job.method, job.particles, p.id) not in done]
     tick(len(problems) - len(left))
@@ -179,8 +195,8 @@ def record_of(
 ) -> Record:
     """One line of the results; `seconds` since the line before, so that their mean is a problem's
     share of the time."""
-    head = {"id": problem.id, "method": job.method, "particles": job.particles, "seed": seed,
-            "seconds": round(spent, 4)}
+    head = {"id": problem.id, "problem": digest(problem), "method": job.method,
+            "particles": job.particles, "seed": seed, "seconds": round(spent, 4)}
     if isinstance(found, str):
         return {**head, "failed": found}
     if found.failed is not None:

@@ -17,7 +17,7 @@ import jaxlm
 from jaxlm.cli.solve import jobs_of
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.eval.arithmetic_reward import arithmetic_reward
-from jaxlm.eval.solve import Job, Results, key_for, solve, summary
+from jaxlm.eval.solve import Job, Results, key_for, records_of, solve, summary
 from jaxlm.eval.tasks import ANSWER_LINE, Problem, held_out, read
 from jaxlm.rewards.answers import extract
 from jaxlm.rewards.base import RewardError, Stateless
@@ -99,6 +99,27 @@ def test_a_torn_last_line_is_dropped_and_done_again(tmp_path, faked, torn):
     found = run(path, problems("a1", "b2"))
     assert list(found) == ["id a1", "id b2"] and path.read_bytes().startswith(whole)
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
+
+
+def test_a_problem_that_has_changed_under_its_id_is_solved_anew(tmp_path, faked):
+    """Lines without an id have their number for one: it changes hands when a line is put in."""
+    data, path = tmp_path / "data.jsonl", tmp_path / "r.jsonl"
+
+    def solved(*lines):
+        data.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in lines))
+        before, found = len(faked), read(data).problems
+        run(path, found)
+        results = Results(path, SETTINGS)
+        results.close()
+        return faked[before:], [(r["text"], r["correct"]) for r in records_of(results, found)]
+
+    assert solved(("a1", 1), ("b2", 2)) == ([["a1", "b2"]], [("a1", True), ("b2", True)])
+    assert solved(("a1", 1), ("b2", 2)) == ([], [("a1", True), ("b2", True)])
+    assert solved(("c3", 3), ("a1", 1), ("b2", 2)) == (
+        [["c3", "a1", "b2"]], [("c3", True), ("a1", True), ("b2", True)])
+    assert solved(("c3", 3), ("a1", 7), ("b2", 2)) == (  # the right answer was mended
+        [["a1"]], [("c3", True), ("a1", False), ("b2", True)])
+    assert solved(("c3", 3)) == ([], [("c3", True)])  # what was taken out is no result any more
 
 
 def test_other_settings_and_other_files_are_refused(tmp_path, faked):
