@@ -132,7 +132,7 @@ def solve_all(
 
 
 def show(records: list[solving.Record], jobs: list[solving.Job], out: Path) -> None:
-    """The table of these jobs on stdout, and the plot of all that the file holds of the problems."""
+    """The table of these jobs on stdout, and the plot of all that the file has of the problems."""
     asked = [r for r in records if solving.Job(r["method"], r["particles"]) in jobs]
     rows = solving.summary(asked)
     percent = lambda share: "-" if share is None else (
