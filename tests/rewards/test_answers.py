@@ -28,6 +28,11 @@ def test_boxed(text, found):
     ("so it is 1,234.50.", "auto", "1234.50"), ("nothing", "auto", None),
     ("#### ", "####", None), ("#### 1\n#### 2\nx", "####", "2"),
     ("1+1=2\nA:2\n", r"(?m)^A:([0-9]+)$", "2"), ("x=3 x=4", "x=.", "x=4"), ("", "a", None),
+    ("The answer is 1/2", "auto", "1/2"), ("x=5-3", "auto", "3"), ("x = -3.", "auto", "-3"),
+    ("so 5 - -3", "auto", "-3"), ("2 1/2 hours", "auto", "2 1/2"), ("f(x)-3", "auto", "3"),
+    (r"is $2 \frac{1}{2}$.", "auto", r"2 \frac{1}{2}"), (r"is $-\frac{1}{2}$", "auto",
+    r"-\frac{1}{2}"), ("on 11/26/2026", "auto", "2026"), ("3/4.5", "auto", "4.5"),
+    ("0.5/2", "auto", "0.5/2"), ("1,200/7 of it", "auto", "1200/7"), ("$5/hour", "auto", "5"),
 ])
 def test_extract(text, how, found):
     assert extract(text, how) == found
@@ -49,7 +54,16 @@ def test_an_expression_that_does_not_compile_is_named():
     (r"\frac{1}{2}\mathrm{~cm}", "0.5", True), (r"18\text{ dollars}", "19", False),
     (r"3\text{ p.m.}", r"3\text{ a.m.}", False), (r"18\%", "0.18", False),
     (r"\text{Ann}", r"\text{Bob}", False), (r"2\text{ or }3", "2", False),
-    ("2x", "2", False),
+    ("2x", "2", False), ("1 2", "12", False), ("1 1/2", "11/2", False), ("1 1/2", "1.5", True),
+    (r"1\frac{1}{2}", r"\frac{11}{2}", False), (r"2\frac{3}{4}", "23/4", False),
+    (r"2\frac{3}{4}", "2.75", True), (r"-1\ \dfrac{1}{2}", "-3/2", True), ("3 5/4", "17/4", False),
+    (r"1\frac{1}{2}\text{ hours}", "1.5", True), (r"\frac{1}{2} 3", "1/23", False),
+    (r"\frac{1}{2}\frac{3}{4}", "1/23/4", False), (r"3^\frac{1}{2}", "3^1/2", False),
+    (r"x2\frac{1}{2}", "x5/2", False), (r"(1\frac{1}{2}, 2)", "(3/2,2)", True),
+    (r"(\frac{3}{5},2\frac{2}{3}]", "(3/5, 2 2/3]", True), (r"1,200\frac{1}{2}", "1,401/2", False),
+    (r"10\,000", "10000", True), (r"11,\! 111,\! 100", "11111100", True), (r"1\,2", "12", False),
+    ("100, 200", "100200", False), ("100, 200", "100,200", False), ("1 .5", "1.5", False),
+    ("3 - 5", "3-5", True), (" $ 4 $ . ", "4", True), (r"\frac{1}{2}x", r"\frac{1}{2} x", True),
 ])
 def test_same(one, other, equal):
     assert same(one, other) is equal and same(other, one) is equal
