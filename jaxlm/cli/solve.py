@@ -16,7 +16,8 @@ from jaxlm.hf.bundle import Bundle, load
 from jaxlm.search.base import Steps
 from jaxlm.search.methods import METHODS, Request, method
 
-HEAD = ["method", "budget", "problems", "failed", "unanswered", "accuracy", "tokens", "seconds"]
+HEAD = ["method", "budget", "problems", "failed", "unanswered", "unjudged", "accuracy", "tokens",
+        "seconds"]
 DataSource = Annotated[str, tyro.conf.arg(metavar="FILE.jsonl")]
 Out = Annotated[Path, tyro.conf.arg(metavar="RESULTS.jsonl")]
 
@@ -54,7 +55,7 @@ def run(
       max_new_tokens: of an answer; default 112 for the sums, else 1024.
       cache: how keys and values are kept, as in `jaxlm generate`.
       seed: of the sampling; with a problem's id it fixes its answer.
-      retry_failed: solve again what failed in an earlier run.
+      retry_failed: solve again what failed in an earlier run, or could not be judged.
       device: where to run; default what jax finds.
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
     """
@@ -113,7 +114,13 @@ def reading(kind: Task, stack: ExitStack) -> dict[str, Any]:
     from jaxlm.rewards.answers import Judge, extract, same
 
     take = lambda text: extract(text, kind.how)
-    return {"extract": take, "equal": stack.enter_context(Judge()) if kind.symbolic else same}
+    if not kind.symbolic:
+        return {"extract": take, "equal": same}
+    judge = stack.enter_context(Judge())
+    stack.callback(lambda: judge.timeouts and note(
+        f"{judge.timeouts} comparisons of answers, those of votes too, were given up after "
+        f"{judge.timeout:g} s: they count as different"))
+    return {"extract": take, "equal": judge}
 
 
 def solve_all(
@@ -137,7 +144,7 @@ def show(records: list[solving.Record], jobs: list[solving.Job], out: Path) -> N
     rows = solving.summary(asked)
     percent = lambda share: "-" if share is None else (
         f"{100 * share.value:.1f} ± {100 * share.error:.1f} %")
-    print(columns([HEAD, *([r.method, r.particles, r.problems, r.failed, r.unanswered,
+    print(columns([HEAD, *([r.method, r.particles, r.problems, r.failed, r.unanswered, r.unjudged,
                             percent(r.accuracy), round(r.tokens), round(r.seconds, 2)]
                            for r in rows)]))
     for record in asked:

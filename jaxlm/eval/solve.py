@@ -27,6 +27,7 @@ from jaxlm.rewards.base import RewardError
 from jaxlm.search.methods import Request, Solution, method
 
 ONE_PROBLEM_S = (RewardError, NumericsError, ShapeError, TokenizerError)  # not all problems' fault
+UNJUDGED = "unjudged"  # flag: the comparison with the right answer was given up
 Record = dict[str, Any]
 
 
@@ -124,7 +125,7 @@ def solve(
     Args:
       batch: problems together; one that is done makes room for the next. They may be fewer when the
         rest is.
-      retry_failed: solve again what failed before.
+      retry_failed: solve again what failed before, or could not be judged.
       tick: called with the number of problems that were done.
     Raises: ConfigError, DeviceError: what is wrong for every problem. A problem whose reward fails,
       that does not fit the model, or that gives NaN, is recorded as failed.
@@ -132,7 +133,7 @@ def solve(
     made = method(job.method, request.reward)
     request = replace(request, particles=job.particles)
     done = {key_of(record) for record in records_of(results, problems)
-            if not (retry_failed and record.get("failed"))}
+            if not (retry_failed and ("failed" in record or UNJUDGED in record["flags"]))}
     left = [p for p in problems if (job.method, job.particles, p.id) not in done]
     tick(len(problems) - len(left))
     last = time.perf_counter()
@@ -202,24 +203,28 @@ def record_of(
     if found.failed is not None:
         return {**head, "failed": f"the reward failed: {found.failed}"}
     number = lambda x: x if math.isfinite(x) else None
-    right = None if problem.gold is None else (
-        found.answer is not None and request.equal(problem.gold, found.answer))
+    judged = problem.gold is not None and found.answer is not None
+    verdict = request.equal(problem.gold, found.answer) if judged else False
+    flags = [*found.flags, *([UNJUDGED] if verdict is None else [])]
+    right = None if problem.gold is None else bool(verdict)
     return {**head, "answer": found.answer, "gold": problem.gold, "correct": right,
             "score": number(found.score), "log_evidence": number(found.log_evidence),
             "ess": [round(size, 3) for size in found.ess], "tokens": found.tokens,
-            "flags": list(found.flags), "text": found.text}
+            "flags": flags, "text": found.text}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the summary. accuracy: None where no problem has a known answer; a failed problem
-    counts as wrong."""
+    """A line of the summary. unjudged: whose comparison with the right answer was given up.
+    accuracy: None where no problem has a known answer; a failed problem counts as wrong, as does
+    one that could not be judged."""
 
     method: str
     particles: int
     problems: int
     failed: int
     unanswered: int
+    unjudged: int
     accuracy: Share | None
     tokens: float
     seconds: float
@@ -240,6 +245,7 @@ def summary(records: Sequence[Record]) -> list[Row]:
         rows.append(Row(
             name, particles, len(group), len(group) - len(fine),
             sum(record["answer"] is None for record in fine),
+            sum(UNJUDGED in record["flags"] for record in fine),
             share(right, judged) if known else None, mean("tokens", fine), mean("seconds", group)))
     return rows
 

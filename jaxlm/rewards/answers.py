@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxlm.core.errors import ConfigError
 
-Same = Callable[[str, str], bool]
+Same = Callable[[str, str], bool | None]  # None: it could not be told, which counts as different
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _LATEX = r"\\[dt]?frac\{[0-9]{1,60}\}\{[0-9]{1,60}\}"
 _NUMBER = re.compile(  # a minus behind a digit, a letter or a bracket is no sign
@@ -206,12 +206,13 @@ def classes(answers: Sequence[str | None], equal: Same = same) -> np.ndarray:
 class Judge:
     """Equality by math-verify in a process of its own; a comparison that hangs is given up.
 
-    Use it as `same`: `classes(answers, judge)`. What `same` can tell needs no process. `timeouts`
-    counts comparisons that were given up, which count as different. Threads may share one.
+    Use it as `same`: `classes(answers, judge)`. What `same` can tell needs no process. A comparison
+    that was given up is None, and counted by `timeouts`. Threads may share one.
 
     Args:
       timeout: seconds for one comparison, after which the process is killed and, for the next one,
-        started anew. start_timeout: seconds for it to import math-verify.
+        started anew. start_timeout: seconds for it to import math-verify and to compare once,
+        for the first comparison takes longest.
       command: of the process; for tests.
     Raises: ConfigError when math-verify is not installed, or its process does not start.
 
@@ -232,13 +233,12 @@ class Judge:
         self._process: subprocess.Popen | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, gold: str, answer: str) -> bool:
-        """Whether `answer` means what `gold` does."""
+    def __call__(self, gold: str, answer: str) -> bool | None:
+        """Whether `answer` means what `gold` does; None when the comparison was given up."""
         if same(gold, answer):
             return True
         with self._lock:
-            found = self._ask({"gold": gold, "answer": answer})
-        return bool(found)
+            return self._ask({"gold": gold, "answer": answer})
 
     def _ask(self, question: dict[str, str]) -> bool | None:
         """One comparison; None when it was given up."""

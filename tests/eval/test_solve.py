@@ -80,6 +80,29 @@ def test_a_problem_that_fails_takes_no_other_with_it(tmp_path, faked):
     assert faked[again:] == [["bad2"]]
 
 
+def test_what_could_not_be_judged_is_said_and_judged_again_when_asked(tmp_path, faked):
+    path, some, able = tmp_path / "r.jsonl", problems("a1", "b2"), False
+
+    def equal(gold, answer):
+        return True if able or gold == "1" else None
+
+    def solved(**options):
+        results = Results(path, SETTINGS)
+        solve(some, Request(None, equal=equal), Job("fake", 4), results, **options)
+        results.close()
+        return list(results.records.values())
+
+    found = solved()
+    assert [(r["correct"], r["flags"]) for r in found] == [(True, []), (False, ["unjudged"])]
+    row = summary(found)[0]
+    assert (row.unjudged, row.accuracy.value) == (1, 0.5)
+    able, again = True, len(faked)
+    assert solved() == found and len(faked) == again
+    found = solved(retry_failed=True)
+    assert faked[again:] == [["b2"]] and all(r["correct"] for r in found)
+    assert summary(found)[0].unjudged == 0
+
+
 def test_order_and_batch_do_not_matter(tmp_path, faked):
     some = problems("a1", "b2", "c3", "d4", "e5")
     one = run(tmp_path / "a.jsonl", some, batch=1)

@@ -3,6 +3,7 @@
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -114,11 +115,11 @@ for line in sys.stdin:
 
 def test_a_judge_that_hangs_or_dies_is_started_anew():
     with Judge(timeout=0.5, command=[sys.executable, "-c", FAKE]) as judge:
-        assert judge("gold", "yes") and not judge("gold", "no")
+        assert judge("gold", "yes") is True and judge("gold", "no") is False
         first = judge._process
-        assert not judge("gold", "hang") and judge.timeouts == 1 and first.poll() is not None
+        assert judge("gold", "hang") is None and judge.timeouts == 1 and first.poll() is not None
         judge.timeout = 30  # a busy machine starts slowly
-        assert judge("gold", "yes") and not judge("gold", "die") and judge("gold", "yes")
+        assert judge("gold", "yes") and judge("gold", "die") is None and judge("gold", "yes")
         last = judge._process
     assert last.poll() is not None
 
@@ -126,6 +127,26 @@ def test_a_judge_that_hangs_or_dies_is_started_anew():
 def test_a_judge_that_does_not_start_says_so():
     with pytest.raises(ConfigError, match="did not start"):
         Judge(command=[sys.executable, "-c", "pass"])("1", "x")
+
+
+SLOW = """
+import time
+seen = []
+def parse(text, parsing_timeout): return text
+def verify(gold, answer, timeout_seconds):
+    seen.append(answer)
+    time.sleep(4 if len(seen) == 1 else 0)
+    return "yes" in answer
+"""
+
+
+def test_the_first_comparison_of_a_process_has_the_time_of_its_start(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = Path(answers.__file__).with_name("math_worker.py")
+    with Judge(timeout=2, command=[sys.executable, "-P", str(worker)]) as judge:
+        assert judge("gold", "yes") is True and judge("gold", "no") is False
+    assert judge.timeouts == 0
 
 
 def test_without_math_verify_the_error_names_the_extra(monkeypatch):
