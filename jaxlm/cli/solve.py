@@ -27,7 +27,7 @@ def run(
     particles: tuple[int, ...] = (32,), prm: str | None = None, aggregate: str = "last",
     task: str | None = None, limit: int | None = None, batch: int = 8, rows: int | None = None,
     temperature: float = 0.8, max_steps: int = 40, max_new_tokens: int | None = None,
-    cache: str = "dense", seed: int = 0, retry_failed: bool = False,
+    cache: str = "dense", seed: int = 0, data_seed: int = 0, retry_failed: bool = False,
     device: Device | None = None, dtype: Dtype | None = None,
 ) -> None:
     """Answer the problems of a file, and say how many are right; a stopped run goes on.
@@ -55,28 +55,32 @@ def run(
       max_new_tokens: of an answer; default 112 for the sums, else 1024.
       cache: how keys and values are kept, as in `jaxlm generate`.
       seed: of the sampling; with a problem's id it fixes its answer.
+      data_seed: of the problems that easy, medium and hard draw.
       retry_failed: solve again what failed in an earlier run, or could not be judged.
       device: where to run; default what jax finds.
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
     """
     jobs = jobs_of(method, particles, prm)
-    for name, number in (("batch", batch), ("rows", rows)):
+    for name, number in (("limit", limit), ("batch", batch), ("rows", rows),
+                         ("max_steps", max_steps), ("max_new_tokens", max_new_tokens)):
         if number is not None:
             whole(name, number)
     bundle = open_model(model, device, dtype)
-    found = open_data(data, bundle.tokenizer, task, limit, seed)
+    found = open_data(data, bundle.tokenizer, task, limit, data_seed)
     for line, reason in found.wrong:
         note(f"{data} line {line} is left out: {reason}")
     kind = TASKS[found.task]
-    most = max_new_tokens or (112 if found.task == "arithmetic" else 1024)
+    if max_new_tokens is None:
+        max_new_tokens = 112 if found.task == "arithmetic" else 1024
     settings = {"model": model, "data": data, "task": found.task, "prm": prm, "seed": seed,
-                "aggregate": aggregate, "temperature": temperature, "max_steps": max_steps,
-                "max_new_tokens": most, "cache": cache, "dtype": dtype}
+                "data_seed": data_seed, "aggregate": aggregate, "temperature": temperature,
+                "max_steps": max_steps, "max_new_tokens": max_new_tokens, "cache": cache,
+                "dtype": dtype}
     with ExitStack() as stack:
         request = Request(
             bundle, reward_of(prm, bundle, found.task, aggregate), temperature=temperature,
-            steps=Steps(kind.delimiters, max_steps=max_steps, max_new_tokens=most), cache=cache,
-            rows=rows, **reading(kind, stack))
+            steps=Steps(kind.delimiters, max_steps=max_steps, max_new_tokens=max_new_tokens),
+            cache=cache, rows=rows, **reading(kind, stack))
         results = solving.Results(out, settings)
         stack.callback(results.close)
         solve_all(found.problems, request, jobs, results, seed, batch, retry_failed)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.cli import main
 from jaxlm.cli.solve import jobs_of
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.eval.arithmetic_reward import arithmetic_reward
@@ -283,6 +284,33 @@ def test_a_reward_that_raises_is_that_problem_s_alone(tmp_path, request_, name):
     failed = [results.records[name, 4, problem.id].get("failed") for problem in PROBLEMS]
     assert failed[0] is None and "no such problem" in failed[1] and failed[2] is None
     assert len(set().union(*calls)) == 3 and sum(bad in asked for asked in calls) <= 8
+
+
+def command(tmp_path, capsys, *more):
+    """The settings and the records of `jaxlm solve`, or its refusal."""
+    path = tmp_path / "r.jsonl"
+    path.unlink(missing_ok=True)
+    argv = ["--model", "tiny", "--data", "easy", "--method", "fake", "--particles", "2"]
+    if main(["solve", *argv, "--out", str(path), *more]):
+        return capsys.readouterr().err
+    head, *records = map(json.loads, path.read_text().splitlines())
+    return head["settings"], records
+
+
+def test_a_seed_draws_answers_and_another_one_problems(tmp_path, faked, capsys):
+    texts = lambda *more: [record["text"] for record in command(
+        tmp_path, capsys, "--limit", "2", *more)[1]]
+    assert texts() == texts("--seed", "1") != texts("--data-seed", "1")
+    assert texts() == [problem.prompt for problem in PROBLEMS[:2]]
+    assert command(tmp_path, capsys, "--limit", "1", "--data-seed", "3")[0]["data_seed"] == 3
+
+
+@pytest.mark.parametrize("option", ["--limit", "--max-new-tokens", "--max-steps"])
+def test_a_bound_of_nothing_is_refused_before_a_model_is_read(tmp_path, faked, capsys, option):
+    for number in ("0", "-1"):
+        name = option[2:].replace("-", "_")
+        told = command(tmp_path, capsys, option, number, "--model", "absent")
+        assert told.startswith(f"jaxlm: {name} is {number}; expected a whole number")
 
 
 @pytest.mark.slow
