@@ -2,6 +2,7 @@
 
 import os
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +28,10 @@ def run(
     particles: tuple[int, ...] = (32,), prm: str | None = None, aggregate: str = "last",
     task: str | None = None, limit: int | None = None, batch: int = 8, rows: int | None = None,
     temperature: float = 0.8, max_steps: int = 40, max_new_tokens: int | None = None,
-    cache: str = "dense", seed: int = 0, data_seed: int = 0, retry_failed: bool = False,
-    device: Device | None = None, dtype: Dtype | None = None,
+    delimiter: tuple[str, ...] | None = None, step_tokens: int | None = None,
+    stop: tuple[str, ...] = (), cache: str = "dense", memory_mb: int | None = None, seed: int = 0,
+    data_seed: int = 0, retry_failed: bool = False, device: Device | None = None,
+    dtype: Dtype | None = None,
 ) -> None:
     """Answer the problems of a file, and say how many are right; a stopped run goes on.
 
@@ -53,7 +56,13 @@ def run(
       temperature: of the sampling.
       max_steps: of an answer.
       max_new_tokens: of an answer; default 112 for the sums, else 1024.
+      delimiter: texts that end a step, as $'\\n\\n' in bash; default an empty line, for prompts and
+        sums a line's end; given without any, --step-tokens alone ends steps.
+      step_tokens: the most tokens of a step; default no bound but the answer's.
+      stop: texts that end an answer, beside the model's own stop tokens; they are cut off.
       cache: how keys and values are kept, as in `jaxlm generate`.
+      memory_mb: that model, reward and answers may take; more is refused before any compute.
+        Default what the device has, of a CPU what its host has left.
       seed: of the sampling; with a problem's id it fixes its answer.
       data_seed: of the problems that easy, medium and hard draw.
       retry_failed: solve again what failed in an earlier run, or could not be judged.
@@ -62,25 +71,23 @@ def run(
     """
     jobs = jobs_of(method, particles, prm)
     for name, number in (("limit", limit), ("batch", batch), ("rows", rows),
-                         ("max_steps", max_steps), ("max_new_tokens", max_new_tokens)):
+                         ("max_steps", max_steps), ("max_new_tokens", max_new_tokens),
+                         ("step_tokens", step_tokens), ("memory_mb", memory_mb)):
         if number is not None:
             whole(name, number)
     bundle = open_model(model, device, dtype)
     found = open_data(data, bundle.tokenizer, task, limit, data_seed)
     for line, reason in found.wrong:
         note(f"{data} line {line} is left out: {reason}")
-    kind = TASKS[found.task]
-    if max_new_tokens is None:
-        max_new_tokens = 112 if found.task == "arithmetic" else 1024
+    steps = steps_of(found.task, delimiter, step_tokens, max_steps, max_new_tokens, stop)
     settings = {"model": model, "data": data, "task": found.task, "prm": prm, "seed": seed,
                 "data_seed": data_seed, "aggregate": aggregate, "temperature": temperature,
-                "max_steps": max_steps, "max_new_tokens": max_new_tokens, "cache": cache,
-                "dtype": dtype}
+                "steps": asdict(steps), "cache": cache, "dtype": dtype}
     with ExitStack() as stack:
         request = Request(
             bundle, reward_of(prm, bundle, found.task, aggregate), temperature=temperature,
-            steps=Steps(kind.delimiters, max_steps=max_steps, max_new_tokens=max_new_tokens),
-            cache=cache, rows=rows, **reading(kind, stack))
+            steps=steps, cache=cache, rows=rows, **reading(TASKS[found.task], stack),
+            memory=None if memory_mb is None else memory_mb << 20)
         results = solving.Results(out, settings)
         stack.callback(results.close)
         solve_all(found.problems, request, jobs, results, seed, batch, retry_failed)
@@ -101,6 +108,17 @@ def jobs_of(names: tuple[str, ...], particles: tuple[int, ...], prm: str | None
     if not jobs:
         raise ConfigError(f"nothing to do; --method takes some of {', '.join(METHODS)}")
     return list(dict.fromkeys(jobs))
+
+
+def steps_of(
+    task: str, delimiter: tuple[str, ...] | None, step_tokens: int | None, max_steps: int,
+    max_new_tokens: int | None, stop: tuple[str, ...],
+) -> Steps:
+    """Where steps and answers end; what is not given is the task's."""
+    if max_new_tokens is None:
+        max_new_tokens = 112 if task == "arithmetic" else 1024
+    return Steps(TASKS[task].delimiters if delimiter is None else delimiter, step_tokens,
+                 max_steps, max_new_tokens, stop)
 
 
 def reward_of(prm: str | None, bundle: Bundle, task: str, aggregate: str) -> Any:

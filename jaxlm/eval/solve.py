@@ -49,6 +49,7 @@ class Results:
     def __init__(self, path: str | os.PathLike, settings: Record):
         """Open the file, or begin it."""
         self.path, self.records = Path(path), dict[tuple, Record]()
+        settings = json.loads(json.dumps(settings))  # as a file gives them back
         held = self.path.read_bytes() if self.path.exists() else b""
         whole = held[:held.rfind(b"\n") + 1]
         if held and not whole and not held.startswith(b'{"settings"'):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -286,10 +287,11 @@ def test_a_reward_that_raises_is_that_problem_s_alone(tmp_path, request_, name):
     assert len(set().union(*calls)) == 3 and sum(bad in asked for asked in calls) <= 8
 
 
-def command(tmp_path, capsys, *more):
+def command(tmp_path, capsys, *more, anew=True):
     """The settings and the records of `jaxlm solve`, or its refusal."""
     path = tmp_path / "r.jsonl"
-    path.unlink(missing_ok=True)
+    if anew:
+        path.unlink(missing_ok=True)
     argv = ["--model", "tiny", "--data", "easy", "--method", "fake", "--particles", "2"]
     if main(["solve", *argv, "--out", str(path), *more]):
         return capsys.readouterr().err
@@ -305,12 +307,36 @@ def test_a_seed_draws_answers_and_another_one_problems(tmp_path, faked, capsys):
     assert command(tmp_path, capsys, "--limit", "1", "--data-seed", "3")[0]["data_seed"] == 3
 
 
-@pytest.mark.parametrize("option", ["--limit", "--max-new-tokens", "--max-steps"])
+@pytest.mark.parametrize("option", [
+    "--limit", "--max-new-tokens", "--max-steps", "--step-tokens", "--memory-mb"])
 def test_a_bound_of_nothing_is_refused_before_a_model_is_read(tmp_path, faked, capsys, option):
     for number in ("0", "-1"):
         name = option[2:].replace("-", "_")
         told = command(tmp_path, capsys, option, number, "--model", "absent")
         assert told.startswith(f"jaxlm: {name} is {number}; expected a whole number")
+
+
+def test_steps_and_stops_are_as_asked_and_part_of_what_a_file_was_made_with(
+        tmp_path, faked, capsys):
+    default = command(tmp_path, capsys, "--limit", "1")[0]["steps"]
+    assert (default["delimiters"], default["tokens"], default["stop"]) == (["\n"], None, [])
+    assert (default["max_steps"], default["max_new_tokens"]) == (40, 112)
+    asked = ["--limit", "1", "--delimiter", "\n\n", "Step", "--step-tokens", "5", "--stop", "B:"]
+    found = command(tmp_path, capsys, *asked)[0]["steps"]
+    assert (found["delimiters"], found["tokens"], found["stop"]) == (["\n\n", "Step"], 5, ["B:"])
+    assert command(tmp_path, capsys, *asked, anew=False)[0]["steps"] == found  # goes on
+    assert "was made with" in command(tmp_path, capsys, *asked, "C:", anew=False)
+    by_count = command(tmp_path, capsys, "--limit", "1", "--step-tokens", "5", "--delimiter")
+    assert by_count[0]["steps"]["delimiters"] == []
+    assert "a step has no end" in command(tmp_path, capsys, "--limit", "1", "--delimiter")
+
+
+def test_more_answers_than_memory_are_refused_on_a_cpu_too(tmp_path, capsys, monkeypatch):
+    asked = ["--limit", "1", "--method", "self-consistency"]
+    says = r"2 particles for each of 1 prompts need .*; 0 particles fit"
+    assert re.search(says, command(tmp_path, capsys, *asked, "--memory-mb", "1"))
+    monkeypatch.setattr("jaxlm.search.memory.host_memory_left", lambda: 2**16)
+    assert re.search(says, command(tmp_path, capsys, *asked))
 
 
 @pytest.mark.slow
