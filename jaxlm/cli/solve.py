@@ -139,10 +139,15 @@ def reading(kind: Task, stack: ExitStack) -> dict[str, Any]:
     if not kind.symbolic:
         return {"extract": take, "equal": same}
     judge = stack.enter_context(Judge())
-    stack.callback(lambda: judge.timeouts and note(
-        f"{judge.timeouts} comparisons of answers, those of votes too, were given up after "
-        f"{judge.timeout:g} s: they count as different"))
+    stack.callback(lambda: tell_given_up(judge))
     return {"extract": take, "equal": judge}
+
+
+def tell_given_up(judge: Any) -> None:
+    """How many comparisons took too long, if any: in votes they leave no other trace."""
+    if judge.timeouts:
+        note(f"{judge.timeouts} comparisons of answers, those of votes too, were given up after "
+             f"{judge.timeout:g} s: they count as different")
 
 
 def solve_all(

@@ -204,11 +204,11 @@ def record_of(
     if found.failed is not None:
         return {**head, "failed": f"the reward failed: {found.failed}"}
     number = lambda x: x if math.isfinite(x) else None
-    judged = problem.gold is not None and found.answer is not None
-    verdict = request.equal(problem.gold, found.answer) if judged else False
+    gold, answer = problem.gold, found.answer
+    verdict = False if gold is None or answer is None else request.equal(gold, answer)
     flags = [*found.flags, *([UNJUDGED] if verdict is None else [])]
-    right = None if problem.gold is None else bool(verdict)
-    return {**head, "answer": found.answer, "gold": problem.gold, "correct": right,
+    right = None if gold is None else bool(verdict)
+    return {**head, "answer": answer, "gold": gold, "correct": right,
             "score": number(found.score), "log_evidence": number(found.log_evidence),
             "ess": [round(size, 3) for size in found.ess], "tokens": found.tokens,
             "flags": flags, "text": found.text}

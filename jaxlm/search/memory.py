@@ -137,4 +137,5 @@ def device_limit(bundle: Bundle) -> int | None:
     if all(device.platform == "cpu" for device in here):  # all of them share one memory
         left = host_memory_left()
         limits = [None if left is None else left + placed_bytes(jax.live_arrays("cpu"))]
-    return int((1 - RESERVE) * sum(limits)) if all(limits) else None
+    known = [limit for limit in limits if limit]
+    return int((1 - RESERVE) * sum(known)) if len(known) == len(limits) else None

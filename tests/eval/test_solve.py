@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import jax
@@ -16,12 +17,12 @@ import pytest
 
 import jaxlm
 from jaxlm.cli import main
-from jaxlm.cli.solve import jobs_of
+from jaxlm.cli.solve import jobs_of, reading
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.eval.arithmetic_reward import arithmetic_reward
 from jaxlm.eval.solve import Job, Results, key_for, records_of, solve, summary
-from jaxlm.eval.tasks import ANSWER_LINE, Problem, held_out, read
-from jaxlm.rewards.answers import extract
+from jaxlm.eval.tasks import ANSWER_LINE, TASKS, Problem, held_out, read
+from jaxlm.rewards.answers import Judge, extract
 from jaxlm.rewards.base import RewardError, Stateless
 from jaxlm.rewards.call import TextReward
 from jaxlm.search.base import Steps
@@ -103,6 +104,20 @@ def test_what_could_not_be_judged_is_said_and_judged_again_when_asked(tmp_path, 
     found = solved(retry_failed=True)
     assert faked[again:] == [["b2"]] and all(r["correct"] for r in found)
     assert summary(found)[0].unjudged == 0
+
+
+def test_comparisons_given_up_in_votes_are_told(monkeypatch, capsys):
+    class Slow(Judge):
+        def __init__(self):
+            super().__init__(timeout=3, command=["absent"])
+            self.timeouts = 2
+
+    monkeypatch.setattr("jaxlm.rewards.answers.Judge", Slow)
+    for task, told in (("math", "2 comparisons"), ("gsm8k", "")):
+        with ExitStack() as stack:
+            reading(TASKS[task], stack)
+        err = capsys.readouterr().err
+        assert err.startswith(told) if told else not err
 
 
 def test_order_and_batch_do_not_matter(tmp_path, faked):
