@@ -347,10 +347,10 @@ def test_steps_and_stops_are_as_asked_and_part_of_what_a_file_was_made_with(
 
 
 def test_more_answers_than_memory_are_refused_on_a_cpu_too(tmp_path, capsys, monkeypatch):
-    asked = ["--limit", "1", "--method", "self-consistency"]
-    says = r"2 particles for each of 1 prompts need .*; 0 particles fit"
+    asked = ["--limit", "1", "--method", "self-consistency", "--particles", "100000"]
+    says = r"100000 particles for each of 1 prompts need .*; \d+ particles fit"
     assert re.search(says, command(tmp_path, capsys, *asked, "--memory-mb", "1"))
-    monkeypatch.setattr("jaxlm.search.memory.host_memory_left", lambda: 2**16)
+    monkeypatch.setattr("jaxlm.search.memory.host_memory_left", lambda: 2**20)
     assert re.search(says, command(tmp_path, capsys, *asked))
 
 
