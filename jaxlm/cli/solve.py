@@ -2,6 +2,7 @@
 
 import os
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,8 @@ from jaxlm.hf.bundle import Bundle, load
 from jaxlm.search.base import Steps
 from jaxlm.search.methods import METHODS, Request, method
 
-HEAD = ["method", "budget", "problems", "failed", "unanswered", "accuracy", "tokens", "seconds"]
+HEAD = ["method", "budget", "problems", "failed", "unanswered", "unjudged", "accuracy", "tokens",
+        "seconds"]
 DataSource = Annotated[str, tyro.conf.arg(metavar="FILE.jsonl")]
 Out = Annotated[Path, tyro.conf.arg(metavar="RESULTS.jsonl")]
 
@@ -26,8 +28,10 @@ def run(
     particles: tuple[int, ...] = (32,), prm: str | None = None, aggregate: str = "last",
     task: str | None = None, limit: int | None = None, batch: int = 8, rows: int | None = None,
     temperature: float = 0.8, max_steps: int = 40, max_new_tokens: int | None = None,
-    cache: str = "dense", seed: int = 0, retry_failed: bool = False,
-    device: Device | None = None, dtype: Dtype | None = None,
+    delimiter: tuple[str, ...] | None = None, step_tokens: int | None = None,
+    stop: tuple[str, ...] = (), cache: str = "dense", memory_mb: int | None = None, seed: int = 0,
+    data_seed: int = 0, retry_failed: bool = False, device: Device | None = None,
+    dtype: Dtype | None = None,
 ) -> None:
     """Answer the problems of a file, and say how many are right; a stopped run goes on.
 
@@ -35,7 +39,8 @@ def run(
       model: a model folder, a hub id such as org/name, or "tiny", the bundled model.
       data: a file of JSON lines with fields prompt, problem or question, and answer; or
         easy, medium or hard (sums for the bundled model), math500 or gsm8k (from JAXLM_DATA).
-      out: JSON lines, a record a problem, written as each is done; plot beside it as .png.
+      out: JSON lines, a record a problem, written as each is done; plot beside it as .png. A
+        problem whose text or right answer has changed since its record is solved anew.
       method: greedy, particle-filter, best-of-n, self-consistency, ...; several for a comparison.
       particles: answers a problem; several for a curve.
       prm: the reward: arithmetic, the exact checker of the sums (arithmetic:0.1 errs in a tenth of
@@ -51,37 +56,42 @@ def run(
       temperature: of the sampling.
       max_steps: of an answer.
       max_new_tokens: of an answer; default 112 for the sums, else 1024.
+      delimiter: texts that end a step, as $'\\n\\n' in bash; default an empty line, for prompts and
+        sums a line's end; given without any, --step-tokens alone ends steps.
+      step_tokens: the most tokens of a step; default no bound but the answer's.
+      stop: texts that end an answer, beside the model's own stop tokens; they are cut off.
       cache: how keys and values are kept, as in `jaxlm generate`.
+      memory_mb: that model, reward and answers may take; more is refused before any compute.
+        Default what the device has, of a CPU what its host has left.
       seed: of the sampling; with a problem's id it fixes its answer.
-      retry_failed: solve again what failed in an earlier run.
+      data_seed: of the problems that easy, medium and hard draw.
+      retry_failed: solve again what failed in an earlier run, or could not be judged.
       device: where to run; default what jax finds.
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
     """
     jobs = jobs_of(method, particles, prm)
-    for name, number in (("batch", batch), ("rows", rows)):
+    for name, number in (("limit", limit), ("batch", batch), ("rows", rows),
+                         ("max_steps", max_steps), ("max_new_tokens", max_new_tokens),
+                         ("step_tokens", step_tokens), ("memory_mb", memory_mb)):
         if number is not None:
             whole(name, number)
     bundle = open_model(model, device, dtype)
-    found = open_data(data, bundle.tokenizer, task, limit, seed)
+    found = open_data(data, bundle.tokenizer, task, limit, data_seed)
     for line, reason in found.wrong:
         note(f"{data} line {line} is left out: {reason}")
-    kind = TASKS[found.task]
-    most = max_new_tokens or (112 if found.task == "arithmetic" else 1024)
+    steps = steps_of(found.task, delimiter, step_tokens, max_steps, max_new_tokens, stop)
     settings = {"model": model, "data": data, "task": found.task, "prm": prm, "seed": seed,
-                "aggregate": aggregate, "temperature": temperature, "max_steps": max_steps,
-                "max_new_tokens": most, "cache": cache, "dtype": dtype}
+                "data_seed": data_seed, "aggregate": aggregate, "temperature": temperature,
+                "steps": asdict(steps), "cache": cache, "dtype": dtype}
     with ExitStack() as stack:
         request = Request(
             bundle, reward_of(prm, bundle, found.task, aggregate), temperature=temperature,
-            steps=Steps(kind.delimiters, max_steps=max_steps, max_new_tokens=most), cache=cache,
-            rows=rows, **reading(kind, stack))
+            steps=steps, cache=cache, rows=rows, **reading(TASKS[found.task], stack),
+            memory=None if memory_mb is None else memory_mb << 20)
         results = solving.Results(out, settings)
         stack.callback(results.close)
         solve_all(found.problems, request, jobs, results, seed, batch, retry_failed)
-    names = {problem.id for problem in found.problems}
-    asked = [record for (name, count, _), record in results.records.items()
-             if record["id"] in names and solving.Job(name, count) in jobs]
-    show(asked, results, out)
+    show(solving.records_of(results, found.problems), jobs, out)
 
 
 def jobs_of(names: tuple[str, ...], particles: tuple[int, ...], prm: str | None
@@ -100,6 +110,17 @@ def jobs_of(names: tuple[str, ...], particles: tuple[int, ...], prm: str | None
     return list(dict.fromkeys(jobs))
 
 
+def steps_of(
+    task: str, delimiter: tuple[str, ...] | None, step_tokens: int | None, max_steps: int,
+    max_new_tokens: int | None, stop: tuple[str, ...],
+) -> Steps:
+    """Where steps and answers end; what is not given is the task's."""
+    if max_new_tokens is None:
+        max_new_tokens = 112 if task == "arithmetic" else 1024
+    return Steps(TASKS[task].delimiters if delimiter is None else delimiter, step_tokens,
+                 max_steps, max_new_tokens, stop)
+
+
 def reward_of(prm: str | None, bundle: Bundle, task: str, aggregate: str) -> Any:
     """The reward that --prm names."""
     if prm is None:
@@ -115,7 +136,18 @@ def reading(kind: Task, stack: ExitStack) -> dict[str, Any]:
     from jaxlm.rewards.answers import Judge, extract, same
 
     take = lambda text: extract(text, kind.how)
-    return {"extract": take, "equal": stack.enter_context(Judge()) if kind.symbolic else same}
+    if not kind.symbolic:
+        return {"extract": take, "equal": same}
+    judge = stack.enter_context(Judge())
+    stack.callback(lambda: tell_given_up(judge))
+    return {"extract": take, "equal": judge}
+
+
+def tell_given_up(judge: Any) -> None:
+    """How many comparisons took too long, if any: in votes they leave no other trace."""
+    if judge.timeouts:
+        note(f"{judge.timeouts} comparisons of answers, those of votes too, were given up after "
+             f"{judge.timeout:g} s: they count as different")
 
 
 def solve_all(
@@ -133,18 +165,19 @@ def solve_all(
                           retry_failed=retry_failed, tick=bar.update)
 
 
-def show(records: list[dict[str, Any]], results: solving.Results, out: Path) -> None:
-    """The table on stdout, and the plot of everything in the file."""
-    rows = solving.summary(records)
+def show(records: list[solving.Record], jobs: list[solving.Job], out: Path) -> None:
+    """The table of these jobs on stdout, and the plot of all that the file has of the problems."""
+    asked = [r for r in records if solving.Job(r["method"], r["particles"]) in jobs]
+    rows = solving.summary(asked)
     percent = lambda share: "-" if share is None else (
         f"{100 * share.value:.1f} ± {100 * share.error:.1f} %")
-    print(columns([HEAD, *([r.method, r.particles, r.problems, r.failed, r.unanswered,
+    print(columns([HEAD, *([r.method, r.particles, r.problems, r.failed, r.unanswered, r.unjudged,
                             percent(r.accuracy), round(r.tokens), round(r.seconds, 2)]
                            for r in rows)]))
-    for record in records:
+    for record in asked:
         if "failed" in record:
             note(f"problem {record['id']} failed: {record['failed']}")
-    drawn = solving.budget_plot(solving.summary(list(results.records.values())))
+    drawn = solving.budget_plot(solving.summary(records))
     if drawn is not None:
         picture = out.with_suffix(".png")
         temporary = picture.with_name(f".{picture.name}.{os.getpid()}")

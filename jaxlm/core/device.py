@@ -124,6 +124,26 @@ def host_memory() -> int | None:
         return None
 
 
+def host_memory_left(root: str | os.PathLike = "/") -> int | None:
+    """Bytes of the host that are free or freed at need, no more than a container's limit leaves.
+
+    Where the system does not tell, all that the host has.
+    """
+    def pairs(name: str) -> dict[str, int]:
+        lines = (pathlib.Path(root) / name).read_text().replace(":", " ").splitlines()
+        return {line.split()[0]: int(line.split()[1]) for line in lines}
+
+    try:
+        left = pairs("proc/meminfo")["MemAvailable"] << 10
+    except (OSError, KeyError, ValueError):
+        return host_memory()
+    try:  # cached files count as a container's too, but are let go at need
+        limit = int((pathlib.Path(root) / "sys/fs/cgroup/memory.max").read_text())
+        return min(left, max(limit - pairs("sys/fs/cgroup/memory.stat")["anon"], 0))
+    except (OSError, KeyError, ValueError):  # no container, or one without a limit ("max")
+        return left
+
+
 def enable_compilation_cache(folder: str | os.PathLike | None = None) -> pathlib.Path:
     """Keep compiled programs on disk, so that the second start is quick.
 

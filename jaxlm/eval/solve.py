@@ -2,8 +2,10 @@
 
 The file of results is JSON lines: first what the run depends on, then a record a problem, method
 and budget. A stopped run, killed too, goes on where it was: a last line that was cut is dropped.
+A record counts for the problem it was made of alone, not for another that has its id since.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,6 +27,7 @@ from jaxlm.rewards.base import RewardError
 from jaxlm.search.methods import Request, Solution, method
 
 ONE_PROBLEM_S = (RewardError, NumericsError, ShapeError, TokenizerError)  # not all problems' fault
+UNJUDGED = "unjudged"  # flag: the comparison with the right answer was given up
 Record = dict[str, Any]
 
 
@@ -46,6 +49,7 @@ class Results:
     def __init__(self, path: str | os.PathLike, settings: Record):
         """Open the file, or begin it."""
         self.path, self.records = Path(path), dict[tuple, Record]()
+        settings = json.loads(json.dumps(settings))  # as a file gives them back
         held = self.path.read_bytes() if self.path.exists() else b""
         whole = held[:held.rfind(b"\n") + 1]
         if held and not whole and not held.startswith(b'{"settings"'):
@@ -94,6 +98,20 @@ def key_of(record: Record) -> tuple[str, int, str]:
     return record["method"], record["particles"], record["id"]
 
 
+def digest(problem: Problem) -> str:
+    """What stands for a problem's texts, its right answer too: an id may be no more than a line's
+    number."""
+    texts = [problem.prompt, problem.question, problem.gold, problem.chat]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def records_of(results: Results, problems: Sequence[Problem]) -> list[Record]:
+    """The records of these problems, as their texts are now."""
+    now = {problem.id: digest(problem) for problem in problems}
+    return [record for record in results.records.values()
+            if now.get(record["id"]) == record.get("problem", "")]
+
+
 def key_for(seed: int, problem: Problem) -> jax.Array:
     """A problem's own random key: neither its place nor its batch matters."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(problem.id.encode()))
@@ -103,20 +121,20 @@ def solve(
     problems: Sequence[Problem], request: Request, job: Job, results: Results, *, seed: int = 0,
     batch: int = 8, retry_failed: bool = False, tick: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Solve what `results` does not hold yet.
+    """Solve what `results` does not hold yet, and what it holds of another text under the same id.
 
     Args:
       batch: problems together; one that is done makes room for the next. They may be fewer when the
         rest is.
-      retry_failed: solve again what failed before.
+      retry_failed: solve again what failed before, or could not be judged.
       tick: called with the number of problems that were done.
     Raises: ConfigError, DeviceError: what is wrong for every problem. A problem whose reward fails,
       that does not fit the model, or that gives NaN, is recorded as failed.
     """
     made = method(job.method, request.reward)
     request = replace(request, particles=job.particles)
-    done = {key for key, record in results.records.items()
-            if not (retry_failed and record.get("failed"))}
+    done = {key_of(record) for record in records_of(results, problems)
+            if not (retry_failed and ("failed" in record or UNJUDGED in record["flags"]))}
     left = [p for p in problems if (job.method, job.particles, p.id) not in done]
     tick(len(problems) - len(left))
     last = time.perf_counter()
@@ -179,31 +197,35 @@ def record_of(
 ) -> Record:
     """One line of the results; `seconds` since the line before, so that their mean is a problem's
     share of the time."""
-    head = {"id": problem.id, "method": job.method, "particles": job.particles, "seed": seed,
-            "seconds": round(spent, 4)}
+    head = {"id": problem.id, "problem": digest(problem), "method": job.method,
+            "particles": job.particles, "seed": seed, "seconds": round(spent, 4)}
     if isinstance(found, str):
         return {**head, "failed": found}
     if found.failed is not None:
         return {**head, "failed": f"the reward failed: {found.failed}"}
     number = lambda x: x if math.isfinite(x) else None
-    right = None if problem.gold is None else (
-        found.answer is not None and request.equal(problem.gold, found.answer))
-    return {**head, "answer": found.answer, "gold": problem.gold, "correct": right,
+    gold, answer = problem.gold, found.answer
+    verdict = False if gold is None or answer is None else request.equal(gold, answer)
+    flags = [*found.flags, *([UNJUDGED] if verdict is None else [])]
+    right = None if gold is None else bool(verdict)
+    return {**head, "answer": answer, "gold": gold, "correct": right,
             "score": number(found.score), "log_evidence": number(found.log_evidence),
             "ess": [round(size, 3) for size in found.ess], "tokens": found.tokens,
-            "flags": list(found.flags), "text": found.text}
+            "flags": flags, "text": found.text}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the summary. accuracy: None where no problem has a known answer; a failed problem
-    counts as wrong."""
+    """A line of the summary. unjudged: whose comparison with the right answer was given up.
+    accuracy: None where no problem has a known answer; a failed problem counts as wrong, as does
+    one that could not be judged."""
 
     method: str
     particles: int
     problems: int
     failed: int
     unanswered: int
+    unjudged: int
     accuracy: Share | None
     tokens: float
     seconds: float
@@ -224,6 +246,7 @@ def summary(records: Sequence[Record]) -> list[Row]:
         rows.append(Row(
             name, particles, len(group), len(group) - len(fine),
             sum(record["answer"] is None for record in fine),
+            sum(UNJUDGED in record["flags"] for record in fine),
             share(right, judged) if known else None, mean("tokens", fine), mean("seconds", group)))
     return rows
 

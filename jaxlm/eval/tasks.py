@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, whole
 from jaxlm.eval import arithmetic
 from jaxlm.hf.tokenizer import Tokenizer
 from jaxlm.rewards.answers import extract
@@ -93,8 +93,11 @@ def read(
       tokenizer: its chat template, where it has one, wraps the user's words.
       task: a name in `TASKS`; default by the fields of the first good line.
       limit: the first so many problems.
-    Raises: ConfigError for a file that cannot be read, an unknown task, or without any good line.
+    Raises: ConfigError for a file that cannot be read, an unknown task, a limit below 1, or without
+      any good line.
     """
+    if limit is not None:
+        whole("limit", limit)
     if task is not None and task not in TASKS:
         raise ConfigError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
     problems: list[Problem] = []
@@ -169,7 +172,7 @@ def ask(words: str, tokenizer: Tokenizer | None) -> tuple[str, bool]:
 
 
 def held_out(level: str, count: int, seed: int = 0) -> Data:
-    """Sums that the bundled model never saw, of one of `arithmetic.LEVELS`.
+    """Sums that the bundled model never saw, of one of `arithmetic.LEVELS`; `seed` draws them.
 
     >>> held_out("easy", 2).problems[0].id
     'easy-0-0'
@@ -186,11 +189,12 @@ def open_data(
     source: str, tokenizer: Tokenizer | None = None, task: str | None = None,
     limit: int | None = None, seed: int = 0,
 ) -> Data:
-    """A file; or a name: a level of the sums, "math500" or "gsm8k" under `JAXLM_DATA`."""
+    """A file; or a name: a level of the sums, drawn by `seed`, "math500" or "gsm8k" under
+    `JAXLM_DATA`."""
     known = {"math500": "math/math500_from_tora.jsonl.xz", "gsm8k": "gsm8k/test.jsonl.xz"}
     if not Path(source).exists():
         if source in arithmetic.LEVELS:
-            return held_out(source, 100 if limit is None else limit, seed)
+            return held_out(source, 100 if limit is None else whole("limit", limit), seed)
         if source in known:
             root = os.environ.get("JAXLM_DATA")
             if not root:

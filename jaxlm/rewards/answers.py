@@ -21,12 +21,23 @@ import numpy as np
 
 from jaxlm.core.errors import ConfigError
 
-Same = Callable[[str, str], bool]
-_NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|-?\.[0-9]+")
+Same = Callable[[str, str], bool | None]  # None: it could not be told, which counts as different
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
+_LATEX = r"\\[dt]?frac\{[0-9]{1,60}\}\{[0-9]{1,60}\}"
+_NUMBER = re.compile(  # a minus behind a digit, a letter or a bracket is no sign
+    rf"(?:(?<![\w)}}\]])-)?(?:(?:{_DIGITS} ?)?{_LATEX}|{_DIGITS} [0-9]+/[0-9]+(?!\.?[0-9])"
+    rf"|(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+(?!\.?[0-9]))?)")
 _THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _PLAIN = re.compile(r"[-+]?[0-9]{0,60}(?:\.[0-9]{0,60})?(?:/[0-9]{1,60})?")
-_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?[0-9]{1,60})\}\{([0-9]{1,60})\}")
-_NOISE = re.compile(r"\\(?:left|right|[!,;: ])|\\(?:text|mathrm|mbox)\{\s*\}|\\?\$|\s")
+_ALONE = r"(?<![\w./^)}\]])"  # nothing stands before it that it would be multiplied with
+_FRACTION = re.compile(  # nor behind it
+    _ALONE + r"(-?)\\[dt]?frac\{(-?[0-9]{1,60})\}\{([0-9]{1,60})\}(?![\w.(^]|\\[dt]?frac)")
+_MIXED = re.compile(  # nor a comma, where it could be of thousands
+    _ALONE + r"(?!(?<=[0-9],)[0-9]{3}(?![0-9]))(-?)([0-9]{1,60})(?: ([0-9]{1,60})/([0-9]{1,60})"
+    r"|\\[dt]?frac\{([0-9]{1,60})\}\{([0-9]{1,60})\})(?![\w./(^]|\\[dt]?frac)")
+_NONE = re.compile(r"\\!\s*|(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))")  # of no width, or of thousands
+_NOISE = re.compile(r"\\(?:left|right|[,;: ])|\\(?:text|mathrm|mbox)\{\s*\}|\\?\$|\s")
+_GAP = re.compile(r"(?<![0-9.]) | (?![0-9.])")
 _UNIT = re.compile(
     r"(?<=[0-9])(?:\\?%|\\(?:text|textrm|mathrm|mbox)\{~*[a-zA-Z][^{}]*\}(?:\^\{?[23]\}?)?)$")
 
@@ -61,10 +72,10 @@ def after_mark(text: str, mark: str = "####") -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number, without its commas.
+    r"""The last number, fraction or mixed number, without its commas.
 
-    >>> last_number("about 1,200 of 3,400.5 kg.")
-    '3400.5'
+    >>> last_number("about 1,200 of 3,400.5 kg."), last_number("x = 5-3"), last_number("is 1 1/2.")
+    ('3400.5', '3', '1 1/2')
     """
     found = _NUMBER.findall(text)
     return found[-1].replace(",", "") if found else None
@@ -99,15 +110,28 @@ def extract(text: str, how: str = "auto") -> str | None:
 
 def normal(answer: str) -> str:
     r"""An answer without what changes no meaning: spaces, dollars, also as `\$`, a final point,
-    commas of thousands, `\left`; a fraction of two numbers as `a/b`.
+    commas of thousands, `\left`; a fraction of two numbers as `a/b`, a mixed number too.
 
-    >>> normal(r"$ 1{,}234. $"), normal(r"\dfrac{3}{4}")
-    ('1234', '3/4')
+    A space between two numbers stays, for "1 2" is not 12.
+
+    >>> normal(r"$ 1{,}234. $"), normal(r"\dfrac{3}{4}"), normal(r"1\frac{1}{2}"), normal("1 1/2")
+    ('1234', '3/4', '3/2', '3/2')
     """
-    text = _NOISE.sub("", answer).rstrip(".").replace("{,}", ",")
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
-    return _FRACTION.sub(r"\1\2/\3", text) if text.count("\\frac") <= 8 else text
+    spaced = " ".join(_NOISE.sub(" ", _NONE.sub("", answer)).rstrip(" .").split())
+    spaced = spaced.replace("{,}", ",")
+    text = _GAP.sub("", spaced)
+    if _THOUSANDS.fullmatch(text):  # "100, 200" are two numbers
+        return spaced if ", " in spaced else text.replace(",", "")
+    if text.count("\\frac") > 8:
+        return text
+    return _FRACTION.sub(r"\1\2/\3", _MIXED.sub(improper, text))
+
+
+def improper(found: re.Match[str]) -> str:
+    """A mixed number as one fraction; what is none, for its fraction is above 1, as it is."""
+    sign, ones, *parts = found.groups()
+    top, bottom = (int(part) for part in parts if part is not None)
+    return f"{sign}{int(ones) * bottom + top}/{bottom}" if top < bottom else found[0]
 
 
 def apart(answer: str) -> tuple[str, str]:
@@ -182,12 +206,13 @@ def classes(answers: Sequence[str | None], equal: Same = same) -> np.ndarray:
 class Judge:
     """Equality by math-verify in a process of its own; a comparison that hangs is given up.
 
-    Use it as `same`: `classes(answers, judge)`. What `same` can tell needs no process. `timeouts`
-    counts comparisons that were given up, which count as different. Threads may share one.
+    Use it as `same`: `classes(answers, judge)`. What `same` can tell needs no process. A comparison
+    that was given up is None, and counted by `timeouts`. Threads may share one.
 
     Args:
       timeout: seconds for one comparison, after which the process is killed and, for the next one,
-        started anew. start_timeout: seconds for it to import math-verify.
+        started anew. start_timeout: seconds for it to import math-verify and to compare once,
+        for the first comparison takes longest.
       command: of the process; for tests.
     Raises: ConfigError when math-verify is not installed, or its process does not start.
 
@@ -208,13 +233,12 @@ class Judge:
         self._process: subprocess.Popen | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, gold: str, answer: str) -> bool:
-        """Whether `answer` means what `gold` does."""
+    def __call__(self, gold: str, answer: str) -> bool | None:
+        """Whether `answer` means what `gold` does; None when the comparison was given up."""
         if same(gold, answer):
             return True
         with self._lock:
-            found = self._ask({"gold": gold, "answer": answer})
-        return bool(found)
+            return self._ask({"gold": gold, "answer": answer})
 
     def _ask(self, question: dict[str, str]) -> bool | None:
         """One comparison; None when it was given up."""

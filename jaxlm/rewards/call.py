@@ -91,8 +91,15 @@ class TextReward(HostReward):
 
 
 def checked(values: Any, count: int) -> np.ndarray:
-    """The numbers of a call, one a text."""
-    found = np.asarray(values, np.float64)
+    """The numbers of a call, one a text.
+
+    >>> checked([0.5, np.float32(1)], 2)
+    array([0.5, 1. ])
+    """
+    given = np.asarray(values, object).reshape(-1)
+    if wrong := [value for value in given if value is None or isinstance(value, str | bytes)]:
+        raise ValueError(f"got {wrong[0]!r} among the scores; expected a number a text")
+    found = np.asarray(values, np.float64)  # which would take None for NaN, and read texts
     if found.shape != (count,):
         raise ValueError(f"got values of shape {found.shape} for {count} texts; expected one each")
     return found

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.device import host_memory_left
 from jaxlm.core.errors import DeviceError
 from jaxlm.core.tree import nbytes
 from jaxlm.decode.rows import fork
@@ -48,17 +50,20 @@ def estimate(
     The reward's own is counted by `reward_bytes`, a step's activations are not; logits are counted
     twice.
     """
-    def forked(params):
-        keys = jax.random.split(jax.random.key(0), prompts)
-        state = prefill(lm, params, Greedy(), jnp.zeros((prompts, width), jnp.int32),
-                        jnp.ones(prompts, jnp.int32), kinds, width, keys)
-        return fork(lm, params, state, particles, slots)
-
-    state = jax.eval_shape(forked, params)
+    state = forked.eval_shape(lm, params, kinds, prompts, width, particles, slots)
     own = [nbytes(cache.own) for cache in state.caches if cache != ()]
     shared = sum(nbytes(cache.prompt) for cache in state.caches if cache != ())
     texts = nbytes((state.tokens_BS, state.logprob_BS, state.logits_BV, state.logits_BV))
     return Memory(placed_bytes(params), shared, sum(own), texts, max(own, default=0))
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3, 4, 5, 6))  # never run: each size is traced once
+def forked(lm: LM, params, kinds: Kinds, prompts: int, width: int, particles: int, slots: int):
+    """The state in which a search takes its first step."""
+    keys = jax.random.split(jax.random.key(0), prompts)
+    state = prefill(lm, params, Greedy(), jnp.zeros((prompts, width), jnp.int32),
+                    jnp.ones(prompts, jnp.int32), kinds, width, keys)
+    return fork(lm, params, state, particles, slots)
 
 
 def placed_bytes(tree: Any) -> int:
@@ -119,10 +124,18 @@ def check_memory(
 
 
 def device_limit(bundle: Bundle) -> int | None:
-    """Bytes of the devices that hold the parameters, less a reserve; None where none says."""
+    """Bytes of the devices that hold the parameters, less a reserve; None where none says.
+
+    A CPU's are what the host has left, with what jax holds of it already.
+    """
     leaf = jax.tree.leaves(bundle.params)[0]
     devices = list(leaf.devices()) if isinstance(leaf, jax.Array) else []
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices
-              if device.process_index == jax.process_index()]
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    if not here or len(here) < len(devices):
+        return None
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in here]
+    if all(device.platform == "cpu" for device in here):  # all of them share one memory
+        left = host_memory_left()
+        limits = [None if left is None else left + placed_bytes(jax.live_arrays("cpu"))]
     known = [limit for limit in limits if limit]
-    return int((1 - RESERVE) * sum(known)) if known and len(known) == len(devices) else None
+    return int((1 - RESERVE) * sum(known)) if len(known) == len(limits) else None

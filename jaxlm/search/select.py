@@ -98,7 +98,8 @@ def self_consistency(drawn: Rollouts, confidence: float | None = None) -> Choice
     """`argmax_y sum_i 1[y_i = y]`, the vote of the majority.
 
     With a `confidence`, rollouts are looked at one after another until `settled` says that more of
-    them would not change the winner. Source: arXiv 2203.11171; the stop, arXiv 2305.11860.
+    them would not change the winner: `used` is then how many a caller who draws in turn had needed.
+    Source: arXiv 2203.11171; the stop, arXiv 2305.11860.
 
     >>> self_consistency(rollouts(list("abc"), ["1", "2", "2"])).index
     1
@@ -147,8 +148,8 @@ def multi_temperature_vote(drawn: Rollouts) -> Choice:
 
 
 def agreed(drawn: Rollouts, within: float, across: float) -> bool:
-    """Whether a question may stop early: at every temperature the majority has a share of at least
-    `within`, and a share of at least `across` of the temperatures have the same majority.
+    """Whether a caller who draws in turn may stop: at every temperature the majority has a share of
+    at least `within`, and a share of at least `across` of the temperatures have the same majority.
 
     Source: arXiv 2510.02611, whose values of the two are not given here.
     """

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import jax
@@ -14,12 +16,13 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.cli.solve import jobs_of
+from jaxlm.cli import main
+from jaxlm.cli.solve import jobs_of, reading
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.eval.arithmetic_reward import arithmetic_reward
-from jaxlm.eval.solve import Job, Results, key_for, solve, summary
-from jaxlm.eval.tasks import ANSWER_LINE, Problem, held_out, read
-from jaxlm.rewards.answers import extract
+from jaxlm.eval.solve import Job, Results, key_for, records_of, solve, summary
+from jaxlm.eval.tasks import ANSWER_LINE, TASKS, Problem, held_out, read
+from jaxlm.rewards.answers import Judge, extract
 from jaxlm.rewards.base import RewardError, Stateless
 from jaxlm.rewards.call import TextReward
 from jaxlm.search.base import Steps
@@ -80,6 +83,43 @@ def test_a_problem_that_fails_takes_no_other_with_it(tmp_path, faked):
     assert faked[again:] == [["bad2"]]
 
 
+def test_what_could_not_be_judged_is_said_and_judged_again_when_asked(tmp_path, faked):
+    path, some, able = tmp_path / "r.jsonl", problems("a1", "b2"), False
+
+    def equal(gold, answer):
+        return True if able or gold == "1" else None
+
+    def solved(**options):
+        results = Results(path, SETTINGS)
+        solve(some, Request(None, equal=equal), Job("fake", 4), results, **options)
+        results.close()
+        return list(results.records.values())
+
+    found = solved()
+    assert [(r["correct"], r["flags"]) for r in found] == [(True, []), (False, ["unjudged"])]
+    row = summary(found)[0]
+    assert (row.unjudged, row.accuracy.value) == (1, 0.5)
+    able, again = True, len(faked)
+    assert solved() == found and len(faked) == again
+    found = solved(retry_failed=True)
+    assert faked[again:] == [["b2"]] and all(r["correct"] for r in found)
+    assert summary(found)[0].unjudged == 0
+
+
+def test_comparisons_given_up_in_votes_are_told(monkeypatch, capsys):
+    class Slow(Judge):
+        def __init__(self):
+            super().__init__(timeout=3, command=["absent"])
+            self.timeouts = 2
+
+    monkeypatch.setattr("jaxlm.rewards.answers.Judge", Slow)
+    for task, told in (("math", "2 comparisons"), ("gsm8k", "")):
+        with ExitStack() as stack:
+            reading(TASKS[task], stack)
+        err = capsys.readouterr().err
+        assert err.startswith(told) if told else not err
+
+
 def test_order_and_batch_do_not_matter(tmp_path, faked):
     some = problems("a1", "b2", "c3", "d4", "e5")
     one = run(tmp_path / "a.jsonl", some, batch=1)
@@ -99,6 +139,27 @@ def test_a_torn_last_line_is_dropped_and_done_again(tmp_path, faked, torn):
     found = run(path, problems("a1", "b2"))
     assert list(found) == ["id a1", "id b2"] and path.read_bytes().startswith(whole)
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
+
+
+def test_a_problem_that_has_changed_under_its_id_is_solved_anew(tmp_path, faked):
+    """Lines without an id have their number for one: it changes hands when a line is put in."""
+    data, path = tmp_path / "data.jsonl", tmp_path / "r.jsonl"
+
+    def solved(*lines):
+        data.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in lines))
+        before, found = len(faked), read(data).problems
+        run(path, found)
+        results = Results(path, SETTINGS)
+        results.close()
+        return faked[before:], [(r["text"], r["correct"]) for r in records_of(results, found)]
+
+    assert solved(("a1", 1), ("b2", 2)) == ([["a1", "b2"]], [("a1", True), ("b2", True)])
+    assert solved(("a1", 1), ("b2", 2)) == ([], [("a1", True), ("b2", True)])
+    assert solved(("c3", 3), ("a1", 1), ("b2", 2)) == (
+        [["c3", "a1", "b2"]], [("c3", True), ("a1", True), ("b2", True)])
+    assert solved(("c3", 3), ("a1", 7), ("b2", 2)) == (  # the right answer was mended
+        [["a1"]], [("c3", True), ("a1", False), ("b2", True)])
+    assert solved(("c3", 3)) == ([], [("c3", True)])  # what was taken out is no result any more
 
 
 def test_other_settings_and_other_files_are_refused(tmp_path, faked):
@@ -239,6 +300,58 @@ def test_a_reward_that_raises_is_that_problem_s_alone(tmp_path, request_, name):
     failed = [results.records[name, 4, problem.id].get("failed") for problem in PROBLEMS]
     assert failed[0] is None and "no such problem" in failed[1] and failed[2] is None
     assert len(set().union(*calls)) == 3 and sum(bad in asked for asked in calls) <= 8
+
+
+def command(tmp_path, capsys, *more, anew=True):
+    """The settings and the records of `jaxlm solve`, or its refusal."""
+    path = tmp_path / "r.jsonl"
+    if anew:
+        path.unlink(missing_ok=True)
+    argv = ["--model", "tiny", "--data", "easy", "--method", "fake", "--particles", "2"]
+    if main(["solve", *argv, "--out", str(path), *more]):
+        return capsys.readouterr().err
+    head, *records = map(json.loads, path.read_text().splitlines())
+    return head["settings"], records
+
+
+def test_a_seed_draws_answers_and_another_one_problems(tmp_path, faked, capsys):
+    texts = lambda *more: [record["text"] for record in command(
+        tmp_path, capsys, "--limit", "2", *more)[1]]
+    assert texts() == texts("--seed", "1") != texts("--data-seed", "1")
+    assert texts() == [problem.prompt for problem in PROBLEMS[:2]]
+    assert command(tmp_path, capsys, "--limit", "1", "--data-seed", "3")[0]["data_seed"] == 3
+
+
+@pytest.mark.parametrize("option", [
+    "--limit", "--max-new-tokens", "--max-steps", "--step-tokens", "--memory-mb"])
+def test_a_bound_of_nothing_is_refused_before_a_model_is_read(tmp_path, faked, capsys, option):
+    for number in ("0", "-1"):
+        name = option[2:].replace("-", "_")
+        told = command(tmp_path, capsys, option, number, "--model", "absent")
+        assert told.startswith(f"jaxlm: {name} is {number}; expected a whole number")
+
+
+def test_steps_and_stops_are_as_asked_and_part_of_what_a_file_was_made_with(
+        tmp_path, faked, capsys):
+    default = command(tmp_path, capsys, "--limit", "1")[0]["steps"]
+    assert (default["delimiters"], default["tokens"], default["stop"]) == (["\n"], None, [])
+    assert (default["max_steps"], default["max_new_tokens"]) == (40, 112)
+    asked = ["--limit", "1", "--delimiter", "\n\n", "Step", "--step-tokens", "5", "--stop", "B:"]
+    found = command(tmp_path, capsys, *asked)[0]["steps"]
+    assert (found["delimiters"], found["tokens"], found["stop"]) == (["\n\n", "Step"], 5, ["B:"])
+    assert command(tmp_path, capsys, *asked, anew=False)[0]["steps"] == found  # goes on
+    assert "was made with" in command(tmp_path, capsys, *asked, "C:", anew=False)
+    by_count = command(tmp_path, capsys, "--limit", "1", "--step-tokens", "5", "--delimiter")
+    assert by_count[0]["steps"]["delimiters"] == []
+    assert "a step has no end" in command(tmp_path, capsys, "--limit", "1", "--delimiter")
+
+
+def test_more_answers_than_memory_are_refused_on_a_cpu_too(tmp_path, capsys, monkeypatch):
+    asked = ["--limit", "1", "--method", "self-consistency", "--particles", "100000"]
+    says = r"100000 particles for each of 1 prompts need .*; \d+ particles fit"
+    assert re.search(says, command(tmp_path, capsys, *asked, "--memory-mb", "1"))
+    monkeypatch.setattr("jaxlm.search.memory.host_memory_left", lambda: 2**20)
+    assert re.search(says, command(tmp_path, capsys, *asked))
 
 
 @pytest.mark.slow

@@ -71,6 +71,13 @@ def test_a_level_is_a_source_and_the_same_every_time(tmp_path, monkeypatch):
         open_data("math500")
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_1_is_refused(tmp_path, limit):
+    for source in ("easy", write(tmp_path / "x.jsonl", {"prompt": "a"})):
+        with pytest.raises(ConfigError, match=f"limit is {limit}"):
+            open_data(source, limit=limit)
+
+
 def test_public_sets(tmp_path, monkeypatch):
     folder = tmp_path / "gsm8k"
     folder.mkdir()

@@ -3,6 +3,7 @@
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -28,6 +29,11 @@ def test_boxed(text, found):
     ("so it is 1,234.50.", "auto", "1234.50"), ("nothing", "auto", None),
     ("#### ", "####", None), ("#### 1\n#### 2\nx", "####", "2"),
     ("1+1=2\nA:2\n", r"(?m)^A:([0-9]+)$", "2"), ("x=3 x=4", "x=.", "x=4"), ("", "a", None),
+    ("The answer is 1/2", "auto", "1/2"), ("x=5-3", "auto", "3"), ("x = -3.", "auto", "-3"),
+    ("so 5 - -3", "auto", "-3"), ("2 1/2 hours", "auto", "2 1/2"), ("f(x)-3", "auto", "3"),
+    (r"is $2 \frac{1}{2}$.", "auto", r"2 \frac{1}{2}"), (r"is $-\frac{1}{2}$", "auto",
+    r"-\frac{1}{2}"), ("on 11/26/2026", "auto", "2026"), ("3/4.5", "auto", "4.5"),
+    ("0.5/2", "auto", "0.5/2"), ("1,200/7 of it", "auto", "1200/7"), ("$5/hour", "auto", "5"),
 ])
 def test_extract(text, how, found):
     assert extract(text, how) == found
@@ -49,7 +55,16 @@ def test_an_expression_that_does_not_compile_is_named():
     (r"\frac{1}{2}\mathrm{~cm}", "0.5", True), (r"18\text{ dollars}", "19", False),
     (r"3\text{ p.m.}", r"3\text{ a.m.}", False), (r"18\%", "0.18", False),
     (r"\text{Ann}", r"\text{Bob}", False), (r"2\text{ or }3", "2", False),
-    ("2x", "2", False),
+    ("2x", "2", False), ("1 2", "12", False), ("1 1/2", "11/2", False), ("1 1/2", "1.5", True),
+    (r"1\frac{1}{2}", r"\frac{11}{2}", False), (r"2\frac{3}{4}", "23/4", False),
+    (r"2\frac{3}{4}", "2.75", True), (r"-1\ \dfrac{1}{2}", "-3/2", True), ("3 5/4", "17/4", False),
+    (r"1\frac{1}{2}\text{ hours}", "1.5", True), (r"\frac{1}{2} 3", "1/23", False),
+    (r"\frac{1}{2}\frac{3}{4}", "1/23/4", False), (r"3^\frac{1}{2}", "3^1/2", False),
+    (r"x2\frac{1}{2}", "x5/2", False), (r"(1\frac{1}{2}, 2)", "(3/2,2)", True),
+    (r"(\frac{3}{5},2\frac{2}{3}]", "(3/5, 2 2/3]", True), (r"1,200\frac{1}{2}", "1,401/2", False),
+    (r"10\,000", "10000", True), (r"11,\! 111,\! 100", "11111100", True), (r"1\,2", "12", False),
+    ("100, 200", "100200", False), ("100, 200", "100,200", False), ("1 .5", "1.5", False),
+    ("3 - 5", "3-5", True), (" $ 4 $ . ", "4", True), (r"\frac{1}{2}x", r"\frac{1}{2} x", True),
 ])
 def test_same(one, other, equal):
     assert same(one, other) is equal and same(other, one) is equal
@@ -100,11 +115,11 @@ for line in sys.stdin:
 
 def test_a_judge_that_hangs_or_dies_is_started_anew():
     with Judge(timeout=0.5, command=[sys.executable, "-c", FAKE]) as judge:
-        assert judge("gold", "yes") and not judge("gold", "no")
+        assert judge("gold", "yes") is True and judge("gold", "no") is False
         first = judge._process
-        assert not judge("gold", "hang") and judge.timeouts == 1 and first.poll() is not None
+        assert judge("gold", "hang") is None and judge.timeouts == 1 and first.poll() is not None
         judge.timeout = 30  # a busy machine starts slowly
-        assert judge("gold", "yes") and not judge("gold", "die") and judge("gold", "yes")
+        assert judge("gold", "yes") and judge("gold", "die") is None and judge("gold", "yes")
         last = judge._process
     assert last.poll() is not None
 
@@ -112,6 +127,26 @@ def test_a_judge_that_hangs_or_dies_is_started_anew():
 def test_a_judge_that_does_not_start_says_so():
     with pytest.raises(ConfigError, match="did not start"):
         Judge(command=[sys.executable, "-c", "pass"])("1", "x")
+
+
+SLOW = """
+import time
+seen = []
+def parse(text, parsing_timeout): return text
+def verify(gold, answer, timeout_seconds):
+    seen.append(answer)
+    time.sleep(4 if len(seen) == 1 else 0)
+    return "yes" in answer
+"""
+
+
+def test_the_first_comparison_of_a_process_has_the_time_of_its_start(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = Path(answers.__file__).with_name("math_worker.py")
+    with Judge(timeout=2, command=[sys.executable, "-P", str(worker)]) as judge:
+        assert judge("gold", "yes") is True and judge("gold", "no") is False
+    assert judge.timeouts == 0
 
 
 def test_without_math_verify_the_error_names_the_extra(monkeypatch):

@@ -94,6 +94,13 @@ def test_a_call_is_repeated():
     assert np.diff(tries)[0] >= 0.05 and np.diff(tries)[1] >= 0.1
 
 
+def test_a_call_that_gives_no_number_is_repeated():
+    given = [[None], ["0.5"], np.float32([0.5])]
+    reward = TextReward(lambda p, a: given.pop(0), retries=2, wait_s=0)
+    scores, _ = reward.score(reward.init(asked("p"), 1, 8), answered("a"))
+    assert scores.tolist() == [0.5] and not given
+
+
 def broken(prompts, answers):
     if "bad" in prompts:
         raise KeyError("nothing known")
@@ -131,7 +138,8 @@ def test_a_call_that_hangs_does_not_hang_the_search():
 
 @pytest.mark.parametrize("wrong", [
     lambda p, a: [0.5], lambda p, a: 0.5, lambda p, a: [[0.5], [0.5]], lambda p, a: ["x", "y"],
-    lambda p, a: None])
+    lambda p, a: None, lambda p, a: [None, None], lambda p, a: [0.5, None],
+    lambda p, a: ["0.5", "0.5"], lambda p, a: np.array(["0.5", "0.5"])])
 def test_what_is_not_a_number_a_text_is_a_failure(wrong):
     reward = TextReward(wrong, retries=0)
     with pytest.raises(RewardError):

@@ -1,9 +1,12 @@
 """What is counted before a search begins: a reward model too, and every copy on a mesh."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
+from jaxlm.core.device import host_memory, host_memory_left
 from jaxlm.core.errors import DeviceError
 from jaxlm.core.mesh import make_mesh, shardings
 from jaxlm.core.tree import nbytes
@@ -12,7 +15,7 @@ from jaxlm.decode.state import layer_kinds
 from jaxlm.rewards import PLAIN, process_reward
 from jaxlm.rewards.base import Stateless
 from jaxlm.search.base import Steps
-from jaxlm.search.memory import estimate, reward_bytes
+from jaxlm.search.memory import RESERVE, device_limit, estimate, placed_bytes, reward_bytes
 from jaxlm.search.particles import filter_of
 from jaxlm.search.run import make_task, prompts_of, start
 from tests.rewards.twins import PROBLEMS, twin
@@ -75,6 +78,41 @@ def test_a_reward_of_the_host_is_not_asked_and_one_without_shapes_counts_its_par
     made = jax.tree_util.register_pytree_node(
         Reading, lambda reward: ((jax.numpy.asarray(table),), None), lambda _, leaves: Reading())
     assert made is None and reward_bytes(Reading(), None, 2, 8) == table.nbytes
+
+
+def test_a_cpu_has_what_its_host_has_left_once_for_all_its_devices(models, monkeypatch):
+    policy, judge = models
+    monkeypatch.setattr("jaxlm.search.memory.host_memory_left", lambda: 2**20)
+    held = placed_bytes(jax.live_arrays("cpu"))
+    assert held >= nbytes(policy.params) + nbytes(judge.params)
+    model, mesh = toy.bundle(), make_mesh(data=8)
+    spread = replace(model, params=jax.device_put(
+        model.params, shardings(model.lm.axes(), model.lm.shapes(), mesh)))
+    for some in (policy, spread):
+        limit = device_limit(some)
+        assert limit == int((1 - RESERVE) * (2**20 + placed_bytes(jax.live_arrays("cpu"))))
+    monkeypatch.setattr("jaxlm.search.memory.host_memory_left", lambda: 2**40)
+    ask(policy, Stateless(lambda rows: rows.length_B), 100_000)
+    monkeypatch.setattr("jaxlm.search.memory.host_memory_left", lambda: 2**26)
+    with pytest.raises(DeviceError, match="particles fit"):
+        ask(policy, Stateless(lambda rows: rows.length_B), 100_000)
+    monkeypatch.setattr("jaxlm.search.memory.host_memory_left", lambda: None)
+    assert device_limit(policy) is None
+
+
+def test_what_a_host_has_left_is_less_in_a_container(tmp_path):
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    assert host_memory_left(tmp_path) == host_memory()  # it does not say: all that there is
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:   900 kB\nMemAvailable:    500 kB\n")
+    assert host_memory_left(tmp_path) == 500 << 10
+    (group / "memory.stat").write_text("anon 1024\nfile 400000\n")
+    for limit, left in (("max", 500 << 10), (str(101 << 10), 100 << 10), (str(9**9), 500 << 10),
+                        ("100", 0)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        assert host_memory_left(tmp_path) == left
+    assert 0 < host_memory_left() <= host_memory()
 
 
 def test_a_parameter_counts_as_often_as_a_mesh_holds_it():
