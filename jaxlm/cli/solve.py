@@ -72,7 +72,8 @@ def run(
                 "max_new_tokens": most, "cache": cache, "dtype": dtype}
     with ExitStack() as stack:
         request = Request(
-            bundle, reward_of(prm, bundle, found.task, aggregate), temperature=temperature,
+            bundle, reward_of(prm, bundle, found.task, aggregate, max_steps),
+            temperature=temperature,
             steps=Steps(kind.delimiters, max_steps=max_steps, max_new_tokens=most), cache=cache,
             rows=rows, **reading(kind, stack))
         results = solving.Results(out, settings)
@@ -100,14 +101,16 @@ def jobs_of(names: tuple[str, ...], particles: tuple[int, ...], prm: str | None
     return list(dict.fromkeys(jobs))
 
 
-def reward_of(prm: str | None, bundle: Bundle, task: str, aggregate: str) -> Any:
+def reward_of(
+    prm: str | None, bundle: Bundle, task: str, aggregate: str, max_steps: int
+) -> Any:
     """The reward that --prm names."""
     if prm is None:
         return None
     if prm.partition(":")[0] == "arithmetic" and task != "arithmetic":
         raise ConfigError(f"--prm arithmetic knows the sums alone, and the task is {task}; name a "
                           "process reward model, or a function as module:function")
-    return open_reward(prm, bundle, load, aggregate)
+    return open_reward(prm, bundle, load, aggregate, max_steps)
 
 
 def reading(kind: Task, stack: ExitStack) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class ProcessReward(struct.PyTreeNode):
     """A process reward model on the device, for a policy whose token ids it shares.
 
     Made by `process_reward`. Before the first step a score is 1; a row without new tokens (a stop
-    id alone is none) keeps its score; one that outgrows its room, and a NaN in the parameters, give
-    NaN for good.
+    id alone is none) keeps its score; one that outgrows its room or the length that the model was
+    made for, and a NaN in the parameters, give NaN for good.
 
     params: the model's. trim_V: bool, tokens that end no step: stop ids, and white space where the
     layout strips. lead_2L: int32, what precedes the first and every later step, padded; lead_2 its
@@ -197,12 +197,14 @@ def probability(logits_BV: jax.Array, pair: tuple[int, int] | None) -> jax.Array
 def read_problems(
     lm: LM, params: Params, tokens_RT: Any, length_R: Any, particles: int, room: int
 ) -> DecodeState:
-    """The problems, each read once and shared by `particles` rows with `room` tokens of their own.
+    """The problems, each read once and shared by `particles` rows with `room` tokens of their own,
+    or fewer: as many as leave a row no longer than the model was made for.
     """
     R, T = tokens_RT.shape
     keys_R = jax.random.split(jax.random.key(0), R)  # nothing is drawn
     state = prefill_jit(lm, params, Greedy(), tokens_RT, length_R, Dense(), T, keys_R)
-    return fork_jit(lm, params, state, particles, room)
+    state = fork_jit(lm, params, state, particles, room)
+    return state.replace(limit_B=jnp.minimum(state.limit_B, lm.config.max_len))
 
 
 def problem_ids(
@@ -235,7 +237,8 @@ def process_reward(
       policy: the model that answers, for its tokenizer and its stop ids.
       layout: default by the checkpoint's head and tokenizer, `layout_of`.
       aggregate: 'prod', 'min', 'last' or 'model'.
-      steps: room for separators: steps a row can take. More tokens than there is room for: NaN.
+      steps: room for separators: steps a row can take. More tokens than there is room for, or than
+        the model was made for (its `max_len`): NaN.
       chunk: tokens of a row that are read at once, on the device.
       on_device: whether scores are computed inside the search's program. That needs a policy whose
         token ids all mean the same here; else every step makes a hop over the host, where its text

@@ -1,5 +1,7 @@
 """A process reward model that reads step by step scores as one that reads from scratch."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -237,6 +239,23 @@ def test_without_room_a_row_is_nan_for_good(labelled, on_device):
 
 
 @pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_beyond_the_length_that_the_model_was_made_for_a_row_is_nan(labelled, on_device):
+    growing = Growing(labelled.tokenizer, PROBLEMS[:1], 2)
+    rng = np.random.default_rng(0)
+    growing.steps = [[random_step(rng, 8, end="\n")], [random_step(rng, 9, end="\n")]]
+    bound = len(growing.prompts[0]) + 9
+    config = replace(labelled.lm.config, max_len=bound)
+    small = labelled.replace(lm=replace(labelled.lm, config=config))
+    found = []
+    for judge in (labelled, small):
+        reward = process_reward(judge, labelled, layout=PLAIN, on_device=on_device)
+        args = (reward.init(growing.given(), 2, 32), growing.rows(not on_device))
+        found.append((SCORE(reward, *args) if on_device else reward.score(*args))[0])
+    assert np.isfinite(found[0]).all() and np.isnan(found[1]).tolist() == [False, True]
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-6)
+
+
 @pytest.mark.parametrize("aggregate", ["prod", "min", "last"])
 def test_nan_parameters_are_nan_scores(labelled, aggregate, on_device):
     params = jax.tree.map(lambda x: x * np.nan, labelled.params)
