@@ -1,19 +1,20 @@
 """Accuracy against the budget of answers: particles, beams, trees and votes over one model.
 
-Command: python experiments/inference_scaling.py --out FILE; the runs are in docs/experiments.md
+Command: python experiments/inference_scaling.py --quick --budgets 1 4 8 16 32 --out FILE
 Hardware: 2 CPU cores.
-Minutes: 25 to 35 with --quick, about 430 for everything without --prm (both reckoned from a few
-  batches of the cells); a stopped run goes on where it was (--parts)
-Expected: with --quick, `budget_ratio_vs_bon` 2 by the exact checker and at least 2 by the one with
-  wrong verdicts, `budget_ratio_vs_dvts` 1 and at least 2 (wanted: above 1); of 16 answers the
-  particle filter 95.5 %, DVTS 95.5 % and best-of-n 94.5 % by the one, 92.5, 90.5 and 84.0 % by the
-  other
+Minutes: 58; about 430 without --quick, --budgets and --prm (reckoned from a few batches of the
+  cells); a stopped run goes on where it was (--parts)
+Expected: of 16 answers the particle filter 95.5 %, DVTS 95.5 % and best-of-n 94.5 % by the exact
+  checker, 92.5, 90.5 and 84.0 % by the one with wrong verdicts; by that one best-of-n needs 8 times
+  the filter's budget of 4, and never reaches that of 8 (docs/search.md)
 
 Held-out hard sums, the bundled model at temperature 0.8. Rewards: the exact checker of steps, the
 same with some of its verdicts turned round, and with --prm FOLDER a learned process reward model
 (`train_prm.py`).
 Methods that only select share one set of rollouts; the smaller budgets take their first ones. Bands
-are 95 % of problems drawn anew (a bootstrap over problems, seeds averaged).
+are 95 % of problems drawn anew (a bootstrap over problems, seeds averaged). `budget_ratios`: at
+each budget of the filter, how many times that another method needs to be right as often, with such
+a band; no ratio is above the other's largest budget over the filter's, and `at_least` says so.
 With --larger FOLDER, a larger sibling (`make_models.py`): `budget_to_match_larger`, the answers a
 problem with which each method is right as often as the sibling is greedily, and by one sample.
 """
@@ -30,6 +31,7 @@ import numpy as np
 
 import jaxlm
 from experiments import _harness
+from experiments.scaling_table import ratios, reach
 from jaxlm.core.errors import ConfigError
 from jaxlm.eval.arithmetic_reward import arithmetic_reward
 from jaxlm.eval.solve import key_for
@@ -53,6 +55,7 @@ SELECTIONS: dict[str, Callable] = {
 UNREWARDED = ("self-consistency", "perplexity-consistency", "rpc")
 NOISES = (0.1, 0.3)
 NOISY = ("particle-filter", "beam", "dvts")  # beside the selections
+KEPT = 50_000  # characters of which problems were right, in all; beyond, they are left out
 
 
 def problems_of(args: argparse.Namespace) -> list[Problem]:
@@ -216,7 +219,8 @@ def searches(reward: str, args: argparse.Namespace) -> tuple[str, ...]:
 
 def table(cells: dict[str, dict[str, list]], count: int, args: argparse.Namespace
           ) -> dict[str, Any]:
-    """Accuracy with its band, tokens, and the ratios of budgets."""
+    """Accuracy with its band, tokens, which problems were right, where that is short, and the
+    ratios of budgets."""
     rng = np.random.default_rng(args.seed)
     again = rng.integers(0, count, (2000, count))  # the same problems for every cell
     accuracy: dict[str, dict[str, Any]] = {}
@@ -226,26 +230,15 @@ def table(cells: dict[str, dict[str, list]], count: int, args: argparse.Namespac
             low, high = np.quantile(each[again].mean(1), (0.025, 0.975))
             accuracy.setdefault(line, {})[budget] = {
                 "value": each.mean(), "low": low, "high": high,
-                "tokens": np.mean([cell["tokens"] for cell in seeds]), "seeds": len(seeds)}
-    ratios = {f"budget_ratio_vs_{short}": {
-        line.split("|")[1]: found for line in accuracy if line.startswith("particle-filter|")
-        if (found := ratio(accuracy, line.split("|")[1], other)) is not None}
-        for short, other in (("dvts", "dvts"), ("bon", "best-of-n"))}
-    return {"problems": count, "seeds": args.seeds, "accuracy": accuracy, **ratios}
-
-
-def ratio(accuracy: dict[str, dict[str, Any]], reward: str, other: str, at: str = "16"
-          ) -> dict[str, Any] | None:
-    """How many times the filter's budget of 16 (or its smallest from 4) another method needs to
-    reach the filter's accuracy, between budgets by their logarithms; a lower bound where it never
-    does."""
-    mine = accuracy.get(f"particle-filter|{reward}", {})
-    theirs = accuracy.get(f"{other}|{reward}", {})
-    at = at if at in mine else "4"
-    if at not in mine or not theirs:
-        return None
-    need, at_least = budget_for(theirs, mine[at]["value"])
-    return {"ratio": need / int(at), "at_least": at_least, "filter_budget": int(at)}
+                "tokens": np.mean([cell["tokens"] for cell in seeds]), "seeds": len(seeds),
+                "right": ["".join(str(int(one)) for one in cell["right"]) for cell in seeds]}
+    found = ratios(accuracy, again)
+    if sum(len(text) for by in accuracy.values() for cell in by.values()
+           for text in cell["right"]) > KEPT:
+        for by in accuracy.values():
+            for cell in by.values():
+                del cell["right"]
+    return {"problems": count, "seeds": args.seeds, "accuracy": accuracy, "budget_ratios": found}
 
 
 def matching(accuracy: dict[str, dict[str, Any]], sibling: dict[str, Any]) -> dict[str, Any]:
@@ -254,24 +247,11 @@ def matching(accuracy: dict[str, dict[str, Any]], sibling: dict[str, Any]) -> di
     found: dict[str, Any] = {}
     for what in ("greedy", "one_sample"):
         for line, by_budget in accuracy.items() if what in sibling else ():
-            need, at_least = budget_for(by_budget, sibling[what])
+            budgets = sorted(map(int, by_budget))
+            values = [by_budget[str(budget)]["value"] for budget in budgets]
+            need, at_least = reach(budgets, values, sibling[what])
             found.setdefault(what, {})[line] = {"budget": need, "at_least": at_least}
     return found
-
-
-def budget_for(by_budget: dict[str, Any], wanted: float) -> tuple[float, bool]:
-    """The budget that reaches an accuracy, between budgets by their logarithms; the largest, and
-    true, where none does. No less than the smallest."""
-    budgets = sorted(map(int, by_budget))
-    x = np.log2(budgets)
-    y = np.maximum.accumulate([by_budget[str(budget)]["value"] for budget in budgets])
-    if y[-1] < wanted:
-        return float(budgets[-1]), True
-    i = int(np.argmax(y >= wanted))
-    if i == 0:
-        return float(budgets[0]), False
-    share = (wanted - y[i - 1]) / (y[i] - y[i - 1])
-    return float(2 ** (x[i - 1] + share * (x[i] - x[i - 1]))), False
 
 
 def larger(args: argparse.Namespace, parts: _harness.Resumable, problems: list[Problem],

@@ -1,4 +1,5 @@
-"""Rewrite results in README.md and docs (results, performance, serve, found, fit), between markers.
+"""Rewrite results in README.md and docs (results, performance, serve, found, fit, search), between
+markers.
 
 Command: python experiments/readme_tables.py
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import continual_table, kv_stats, osft_fit, recipe_table
+from experiments import continual_table, kv_stats, osft_fit, recipe_table, scaling_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -23,6 +24,7 @@ SERVE = ROOT / "docs" / "serve.md"
 FOUND = ROOT / "docs" / "found.md"
 FIT = ROOT / "docs" / "fit.md"
 KV = ROOT / "docs" / "kv_cache.md"
+SEARCH = ROOT / "docs" / "search.md"
 BEGIN, END = "<!-- results: experiments/readme_tables.py -->", "<!-- end of results -->"
 NOTHING = "No results are committed yet."
 
@@ -220,6 +222,7 @@ FIT_TABLES = {"osft_fit": {"slices": osft_fit.table}}
 KV_TABLES = {"quant_ablation": {"ablation": kv_stats.ablation, "later": kv_stats.later},
              "kv_quality": {"lost": kv_stats.lost, "beside": kv_stats.beside},
              "kv_capacity": {"capacity": kv_stats.capacity, "paper": kv_stats.whole_memory}}
+SEARCH_TABLES = {"inference_scaling": scaling_table.TABLES}
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -314,8 +317,8 @@ def targets(bench: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Rewrite the README and docs/results.md, performance.md, serve.md, found.md, fit.md and
-    kv_cache.md."""
+    """Rewrite the README and docs/results.md, performance.md, serve.md, found.md, fit.md,
+    kv_cache.md and search.md."""
     found = results(RESULTS)
     README.write_text(rewritten(README.read_text(), found))
     PAGE.write_text(between(PAGE.read_text(), block(found)))
@@ -324,6 +327,7 @@ def main() -> int:
     FOUND.write_text(filled(FOUND.read_text(), FOUND_TABLES))
     FIT.write_text(filled(FIT.read_text(), FIT_TABLES))
     KV.write_text(filled(KV.read_text(), KV_TABLES))
+    SEARCH.write_text(filled(SEARCH.read_text(), SEARCH_TABLES))
     for name, plot in PLOTS.items():
         (FOUND.parent / "plots").mkdir(exist_ok=True)
         (FOUND.parent / "plots" / name).write_bytes(plot.read_bytes())

@@ -2,9 +2,11 @@
 
 import argparse
 
+import numpy as np
 import pytest
 
 from experiments import inference_scaling as scaling
+from experiments import scaling_table
 from jaxlm.core.errors import ConfigError
 
 CELLS = {"1": 0.5, "4": 0.6, "16": 0.6, "64": 0.8}
@@ -16,8 +18,7 @@ ACCURACY = {name: {n: {"value": value + more} for n, value in CELLS.items()}
     (0.4, 1, False), (0.5, 1, False), (0.55, 2, False), (0.6, 4, False), (0.7, 32, False),
     (0.8, 64, False), (0.9, 64, True)])
 def test_a_budget_lies_between_those_that_were_measured(wanted, budget, at_least):
-    by_budget = {name: {"value": value} for name, value in CELLS.items()}
-    found = scaling.budget_for(by_budget, wanted)
+    found = scaling_table.reach([int(name) for name in CELLS], list(CELLS.values()), wanted)
     assert found == (pytest.approx(budget), at_least)
 
 
@@ -30,9 +31,58 @@ def test_every_method_is_matched_with_the_larger_sibling():
     assert scaling.matching(ACCURACY, {}) == {}
 
 
-def test_the_ratio_is_that_of_two_budgets():
-    found = scaling.ratio(ACCURACY, "checker", "dvts")
-    assert found == {"ratio": pytest.approx(32 / 16), "at_least": False, "filter_budget": 16}
+def test_ratios_are_those_of_two_budgets_at_every_one_of_the_filter_s():
+    found = scaling_table.ratios(ACCURACY)
+    assert found == {"best-of-n": {}, "dvts": {"checker": {
+        "4": {"ratio": pytest.approx(32 / 4), "at_least": False},
+        "16": {"ratio": pytest.approx(32 / 16), "at_least": False},
+        "64": {"ratio": 1.0, "at_least": True}}}}
+    assert scaling_table.ratio_table({"accuracy": ACCURACY}) == [
+        ["reward", "against", "4", "16", "64"], ["---"] * 5,
+        ["checker", "dvts", "8.0", "2.0", "at least 1.0"]]
+
+
+def cells(problems, shares, seeds=2):
+    """Cells whose answers are right at random, line -> budget -> one a seed."""
+    rng = np.random.default_rng(0)
+    return {line: {budget: [{"right": (rng.random(problems) < share).tolist(), "tokens": 1.0}
+                            for _ in range(seeds)] for budget, share in by.items()}
+            for line, by in shares.items()}
+
+
+def test_a_ratio_s_band_is_of_problems_drawn_anew():
+    """Where a rival reaches the filter in some draws and not in others, the upper end is a bound;
+    where it clearly does, both ends are numbers. All can be made again of what is kept."""
+    made = cells(400, {"particle-filter|checker": {"1": 0.3, "4": 0.6, "8": 0.9},
+                       "dvts|checker": {"1": 0.3, "4": 0.5, "16": 0.7},
+                       "best-of-n|checker": {"1": 0.3, "16": 0.55, "32": 0.6}})
+    args = argparse.Namespace(seed=0, seeds=2)
+    found = scaling.table(made, 400, args)
+    told = found["budget_ratios"]
+    four, eight = told["dvts"]["checker"]["4"], told["dvts"]["checker"]["8"]
+    assert 1 < four["low"]["ratio"] < four["ratio"] < four["high"]["ratio"] <= 4
+    assert not (four["low"]["at_least"] or four["high"]["at_least"])
+    never = {"ratio": 2.0, "at_least": True}
+    assert eight == {**never, "low": never, "high": never}
+    unsure = told["best-of-n"]["checker"]["4"]
+    assert not unsure["low"]["at_least"] and unsure["high"] == {"ratio": 8.0, "at_least": True}
+    again = np.random.default_rng(0).integers(0, 400, (2000, 400))
+    assert scaling_table.ratios(found["accuracy"], again) == told
+    for line, by in made.items():
+        for budget, seeds in by.items():
+            cell = found["accuracy"][line][budget]
+            assert scaling_table.each(cell).mean() == pytest.approx(cell["value"])
+            assert [[c == "1" for c in text] for text in cell["right"]] == [
+                one["right"] for one in seeds]
+
+
+def test_which_problems_were_right_is_kept_where_it_is_short(monkeypatch):
+    made = cells(10, {"particle-filter|checker": {"1": 0.3}, "dvts|checker": {"1": 0.5}})
+    args = argparse.Namespace(seed=0, seeds=2)
+    for kept, bound in ((True, 40), (False, 39)):
+        monkeypatch.setattr(scaling, "KEPT", bound)
+        found = scaling.table(made, 10, args)["accuracy"]
+        assert all(("right" in cell) == kept for by in found.values() for cell in by.values())
 
 
 def test_only_budgets_that_cannot_be_shared_are_left_out(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from experiments import readme_tables as tables
+from experiments import scaling_table
 from jaxlm.cli import COMMANDS
 from tests.source_tree import ROOT
 
@@ -34,8 +35,24 @@ def test_results_are_up_to_date():
     assert tables.filled(page, tables.FIT_TABLES) == page, "run experiments/readme_tables.py"
     page = tables.KV.read_text()
     assert tables.filled(page, tables.KV_TABLES) == page, "run experiments/readme_tables.py"
+    page = tables.SEARCH.read_text()
+    assert tables.filled(page, tables.SEARCH_TABLES) == page, "run experiments/readme_tables.py"
     page = tables.SERVE.read_text()
     assert tables.between(page, tables.serve_tables()) == page, "run experiments/readme_tables.py"
+
+
+def test_figures_in_the_prose_about_budgets_are_those_of_the_result():
+    page = " ".join(tables.SEARCH.read_text().split())
+    found = json.loads((tables.RESULTS / "inference_scaling" / "cpu.json").read_text())["metrics"]
+    noisy = "checker, noise 0.1"
+    share = lambda method, n: "{:.1f} %".format(
+        100 * found["accuracy"][f"{method}|{noisy}"][n]["value"])
+    assert (f"in {share('particle-filter', '32')}, less often than with 16 ("
+            f"{share('particle-filter', '16')}) and than beams with 32 ({share('beam', '32')})"
+            ) in page
+    ratios = scaling_table.ratios(found["accuracy"])["best-of-n"][noisy]
+    four, eight = (scaling_table.said(ratios[n]) for n in ("4", "8"))
+    assert f"needs {four} times the filter's budget of 4 and {eight} times that of 8" in page
 
 
 def test_figures_in_the_prose_of_what_we_found_are_those_of_the_results():

@@ -85,8 +85,8 @@ def run(
                 "steps": asdict(steps), "cache": cache, "dtype": dtype}
     with ExitStack() as stack:
         request = Request(
-            bundle, reward_of(prm, bundle, found.task, aggregate), temperature=temperature,
-            steps=steps, cache=cache, rows=rows, **reading(TASKS[found.task], stack),
+            bundle, reward_of(prm, bundle, found.task, aggregate, max_steps),
+            temperature=temperature, steps=steps, cache=cache, rows=rows, **reading(TASKS[found.task], stack),
             memory=None if memory_mb is None else memory_mb << 20)
         results = solving.Results(out, settings)
         stack.callback(results.close)
@@ -121,14 +121,16 @@ def steps_of(
                  max_steps, max_new_tokens, stop)
 
 
-def reward_of(prm: str | None, bundle: Bundle, task: str, aggregate: str) -> Any:
+def reward_of(
+    prm: str | None, bundle: Bundle, task: str, aggregate: str, max_steps: int
+) -> Any:
     """The reward that --prm names."""
     if prm is None:
         return None
     if prm.partition(":")[0] == "arithmetic" and task != "arithmetic":
         raise ConfigError(f"--prm arithmetic knows the sums alone, and the task is {task}; name a "
                           "process reward model, or a function as module:function")
-    return open_reward(prm, bundle, load, aggregate)
+    return open_reward(prm, bundle, load, aggregate, max_steps)
 
 
 def reading(kind: Task, stack: ExitStack) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from jaxlm.rewards.base import Reward
 
 
 def open_reward(
-    name: str, policy: Bundle, open_model: Callable[[str], Bundle], aggregate: str = "last"
+    name: str, policy: Bundle, open_model: Callable[[str], Bundle], aggregate: str = "last",
+    steps: int = 64,
 ) -> Reward:
     """The reward that a name stands for.
 
@@ -24,6 +25,7 @@ def open_reward(
       policy: the model whose answers are scored.
       open_model: how a folder or hub id becomes a bundle.
       aggregate: of a process reward model's step scores: prod, min, last or model.
+      steps: the most that an answer takes: a process reward model's room for separators.
     Raises: ConfigError where it stands for none; as `open_model`.
     """
     kind, _, rest = name.partition(":")
@@ -40,7 +42,7 @@ def open_reward(
         return TextReward(function_of(name))
     from jaxlm.rewards.process import process_reward
 
-    return process_reward(open_model(name), policy, aggregate=aggregate)
+    return process_reward(open_model(name), policy, aggregate=aggregate, steps=steps)
 
 
 def function_of(name: str) -> Any:

@@ -69,8 +69,8 @@ class ProcessReward(struct.PyTreeNode):
     """A process reward model on the device, for a policy whose token ids it shares.
 
     Made by `process_reward`. Before the first step a score is 1; a row without new tokens (a stop
-    id alone is none) keeps its score; one that outgrows its room, and a NaN in the parameters, give
-    NaN for good.
+    id alone is none) keeps its score; one that outgrows its room or the length that the model was
+    made for, and a NaN in the parameters, give NaN for good.
 
     params: the model's. trim_V: bool, tokens that end no step: stop ids, and white space where the
     layout strips. lead_2L: int32, what precedes the first and every later step, padded; lead_2 its
@@ -197,12 +197,14 @@ def probability(logits_BV: jax.Array, pair: tuple[int, int] | None) -> jax.Array
 def read_problems(
     lm: LM, params: Params, tokens_RT: Any, length_R: Any, particles: int, room: int
 ) -> DecodeState:
-    """The problems, each read once and shared by `particles` rows with `room` tokens of their own.
+    """The problems, each read once and shared by `particles` rows with `room` tokens of their own,
+    or fewer: as many as leave a row no longer than the model was made for.
     """
     R, T = tokens_RT.shape
     keys_R = jax.random.split(jax.random.key(0), R)  # nothing is drawn
     state = prefill_jit(lm, params, Greedy(), tokens_RT, length_R, Dense(), T, keys_R)
-    return fork_jit(lm, params, state, particles, room)
+    state = fork_jit(lm, params, state, particles, room)
+    return state.replace(limit_B=jnp.minimum(state.limit_B, lm.config.max_len))
 
 
 def problem_ids(
@@ -235,17 +237,20 @@ def process_reward(
       policy: the model that answers, for its tokenizer and its stop ids.
       layout: default by the checkpoint's head and tokenizer, `layout_of`.
       aggregate: 'prod', 'min', 'last' or 'model'.
-      steps: room for separators: steps a row can take. More tokens than there is room for: NaN.
+      steps: room for separators: steps a row can take. More tokens than there is room for, or than
+        the model was made for (its `max_len`): NaN.
       chunk: tokens of a row that are read at once, on the device.
       on_device: whether scores are computed inside the search's program. That needs a policy whose
         token ids all mean the same here; else every step makes a hop over the host, where its text
-        is read with this model's tokenizer. Default: on the device where it can be.
+        is read with this model's tokenizer. Default: on the device where it can be and reads what
+        the layout says; a layout that strips does not where the policy joins white space to text.
     Returns: a `ProcessReward`, or a `TextProcessReward` on the host.
     Raises: ConfigError for a head, a layout or a setting that does not fit; TokenizerError for a
       separator that is no token, or for `on_device=True` with ids that are not shared.
 
-    On the device a step is the policy's own tokens. Where white space at its end shares a token
-    with a letter, it stays; on the host it goes.
+    On the device a step is the policy's own tokens. White space that shares a token with text, such
+    as Qwen's for a full stop and an empty line, stays in the step, and so does all at its start; on
+    the host it goes.
     """
     for given in (bundle, policy):
         check_bundle(given)
@@ -262,7 +267,8 @@ def process_reward(
                 f"the policy and the reward model do not share token ids: {wrong}; pass "
                 "on_device=False, which reads the text of each step anew, by way of the host"
             )
-        on_device = wrong is None
+        on_device = wrong is None and (
+            bool(on_device) or not (layout.strip and joins_space(policy)))
     if not on_device:
         from jaxlm.rewards.process_text import TextProcessReward
 
@@ -276,6 +282,13 @@ def process_reward(
         lead_2L=jnp.asarray(lead), lead_2=jnp.asarray([len(first), len(before)], jnp.int32),
         after_A=jnp.asarray(after, jnp.int32), lm=bundle.lm, words=known, layout=layout, pair=pair,
         aggregate=aggregate, steps=steps, chunk=chunk)
+
+
+def joins_space(policy: Bundle) -> bool:
+    """Whether some token of a policy is text with white space behind it, as `".\\n\\n"`."""
+    tokens = vocabulary(policy.tokenizer, policy.lm.config.vocab_size)
+    texts = (token.decode(errors="replace") for token in tokens)
+    return any(text.strip() and text != text.rstrip() for text in texts)
 
 
 def trimmed(bundle: Bundle, policy: Bundle, strip: bool) -> jax.Array:

@@ -57,7 +57,8 @@ class TextProcessReward:
     costs no compute, and compared with what the row's cache holds: the cache keeps their common
     beginning and reads the rest. So it holds exactly what reading the text from scratch would.
     A step of white space alone is none. Before the first step a score is 1. A row whose text
-    outgrows its room (twice the policy's tokens, and separators for `steps` steps) scores NaN.
+    outgrows its room (twice the policy's tokens, and separators for `steps` steps), or the length
+    that the model was made for, scores NaN.
     """
 
     lm: LM

@@ -1,5 +1,6 @@
 """What a search is told and what it gives: steps, answers, results."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.errors import ConfigError, ShapeError, whole
+from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, whole
 from jaxlm.decode.stop import as_texts
 from jaxlm.smc.weights import standard_error
 
@@ -118,14 +119,14 @@ class SearchResult:
 
     answers: one a particle. chosen: which of them is the answer; unless drawn, the first of the
     best scores among those of some weight, whatever the text. log_evidence: the log of the unbiased
-    estimate of `E[prod_t w_t]` (particle methods, else NaN). ess: (steps,), the effective size
-    before each step's resampling. resampled: (steps,). ancestors: (steps, P). unique_roots:
-    (steps,), first particles that still have offspring. tokens_drawn: tokens the model computed for
-    this prompt, losers included, a copy's shared past once. steps: taken, one in which rows did no
-    more than end included. row_utilisation: of the batch that this prompt ran in, the share of
-    computed rows that drew a token. flags: "broken" where at some step all weights were zero or one
-    was NaN, "failed" where the reward failed. failed: why it did, after its retries; the answers
-    then end at the last step that has scores.
+    estimate of `E[prod_t w_t]`; NaN for beams, for `compat` and where tempering forgets. ess:
+    (steps,), the effective size before each step's resampling. resampled: (steps,). ancestors:
+    (steps, P). unique_roots: (steps,), first particles that still have offspring. tokens_drawn:
+    tokens the model computed for this prompt, losers included, a copy's shared past once. steps:
+    taken, one in which rows did no more than end included. row_utilisation: of the batch that this
+    prompt ran in, the share of computed rows that drew a token. flags: "broken" where at some step
+    all weights were zero or one was NaN, "failed" where the reward failed. failed: why it did,
+    after its retries; the answers then end at the last step that has scores.
     """
 
     prompt: str
@@ -155,10 +156,16 @@ def evidence(results: Sequence[SearchResult]) -> tuple[float, float]:
     """The log-evidence of one prompt from independent runs of it, and its standard error.
 
     `log mean_c Z_c`, and by the delta method `sd(Z_c) / (sqrt(C) mean(Z_c))`; NaN for one run.
-    Raises: ShapeError without a result, or for results of several prompts.
+    Raises: ShapeError without a result, or for results of several prompts; NumericsError for one
+      that has no evidence, and for one whose reward failed: its weights stop before its end.
     """
     if len({result.prompt for result in results}) != 1:
         raise ShapeError(f"got results of {len({r.prompt for r in results})} prompts; expected "
                          "runs of one prompt with different keys")
+    for number, result in enumerate(results):
+        if result.failed is not None or math.isnan(result.log_evidence):
+            why = "no evidence" if result.failed is None else f"a failed reward ({result.failed})"
+            raise NumericsError(f"result {number} has {why}; expected whole runs of a particle "
+                                "filter that keeps its weights; leave the others out")
     mean, error = standard_error(jnp.asarray([result.log_evidence for result in results]))
     return float(mean), float(error)

@@ -220,10 +220,12 @@ def follow(pop: Population, ancestors_RP: jax.Array, one_device: bool = False) -
 
 
 def view(pop: Population) -> Rows:
-    """What the reward sees: each text up to its last step's end."""
-    ready_B = jnp.repeat(pop.ready_R, len(pop.at_B) // len(pop.ready_R))
+    """What the reward sees: each text up to its last step's end. The last of all steps ends it."""
+    by_row = lambda of_R: jnp.repeat(of_R, len(pop.at_B) // len(of_R))
+    ready_B = by_row(pop.ready_R)
     length_B = jnp.where(ready_B, pop.rows.length_B, pop.at_B)
-    return Rows(pop.rows.tokens_BS, pop.start_B, length_B, pop.rows.done_B & ready_B)
+    ended_B = pop.rows.done_B | by_row(pop.step_R + 1 >= pop.most_R)
+    return Rows(pop.rows.tokens_BS, pop.start_B, length_B, ended_B & ready_B)
 
 
 def absorb(steps: Steps, tools: Tools, pop: Population, score_B: jax.Array) -> Population:

@@ -96,12 +96,14 @@ class Chain:
     being given.
     swapped: the share of exchanges between temperatures that were accepted, NaN for one.
     tokens_drawn: as `SearchResult`'s, of all sweeps of all the prompt's chains.
+    sets: the particles of every sweep, in each those of every chain; `last` is one of them.
     """
 
     references: tuple[Answer, ...]
     last: SearchResult
     swapped: float
     tokens_drawn: int
+    sets: tuple[SearchResult, ...]
 
     @property
     def text(self) -> str:
@@ -161,6 +163,7 @@ def run_chains(task: Task, keys_R: jax.Array, sweeps: int, tau: np.ndarray) -> l
     references: list[list[Answer]] = [[] for _ in range(prompts)]
     exchanged, tried, drawn = np.zeros(prompts), 0, np.zeros(prompts, np.int64)
     last: dict[int, SearchResult] = {}
+    sets: list[list[SearchResult]] = [[] for _ in range(prompts)]
     for sweep in range(sweeps):
         method = task.tools.method if sweep else task.tools.method.replace(scheme="multinomial")
         here = replace(task, job=replace(task.job, keys_B=fold(task.job.keys_B, sweep)),
@@ -183,14 +186,16 @@ def run_chains(task: Task, keys_R: jax.Array, sweeps: int, tau: np.ndarray) -> l
             if reason is None:
                 references[i].append(read_row(here, host, task.job.prompts[first], row,
                                               float(final[0].flat[row])))
+            sets[i] += [read(here, host, final, c, c, reason) for c in range(first, first + chains)]
             if reason is not None or sweep == sweeps - 1:
-                last[i] = read(here, host, final, first, first, reason)
+                last[i] = sets[i][-chains]
         task = replace(task, tools=task.tools._replace(
             sampler=pin(task.tools.sampler, tokens_CS, count_C, task.particles)))
     worked = float(host.spent[1]) / max(float(host.spent[0]), 1.0)
     rate = exchanged / tried if tried else np.full(prompts, np.nan)
-    return [Chain(tuple(references[i]), replace(last[i], row_utilisation=worked), float(rate[i]),
-                  int(drawn[i])) for i in range(prompts)]
+    busy = lambda one: replace(one, row_utilisation=worked)
+    return [Chain(tuple(references[i]), busy(last[i]), float(rate[i]), int(drawn[i]),
+                  tuple(map(busy, sets[i]))) for i in range(prompts)]
 
 
 @partial(jax.jit, static_argnames="steps")

@@ -24,7 +24,7 @@ from jaxlm.rewards.base import Reward, RewardError, Stateless
 from jaxlm.search import perplexity, select
 from jaxlm.search.base import OnResult, SearchResult, Steps
 from jaxlm.search.beam import beam_search, check_width, dvts
-from jaxlm.search.gibbs import particle_gibbs
+from jaxlm.search.gibbs import Chain, particle_gibbs
 from jaxlm.search.particles import particle_filter
 from jaxlm.search.select import Choice, Rollouts, rollouts
 
@@ -212,7 +212,11 @@ def share_of(budget: int, chains: int = 1) -> int:
 
 
 def by_chains(temperatures: Sequence[float] = (1.0,)) -> Run:
-    """Particle Gibbs at the same number of answers: sweeps, particles and chains share it."""
+    """Particle Gibbs at the same number of answers: sweeps, particles and chains share it.
+
+    The answer is the best particle of them all: the reward of a text is the same in every sweep and
+    at every temperature. The law is another matter, for which `Chain.references` are there.
+    """
     def run(request, prompts, keys_R):
         found = particle_gibbs(
             request.bundle, list(prompts), request.reward or EVEN, key=keys_R,
@@ -220,10 +224,16 @@ def by_chains(temperatures: Sequence[float] = (1.0,)) -> Run:
             temperatures=temperatures, steps=request.steps, sampler=request.sampler(),
             cache=request.cache, rows=request.rows, questions=request.questions,
             memory=request.memory)
-        return [replace(solution(request, chain.last), log_evidence=float("nan"),
+        return [replace(solution(request, joined(chain)), log_evidence=float("nan"),
                         tokens=chain.tokens_drawn) for chain in found]
 
     return run
+
+
+def joined(chain: Chain) -> SearchResult:
+    """The last set, with the particles and the flags of all."""
+    return replace(chain.last, answers=tuple(a for one in chain.sets for a in one.answers),
+                   flags=tuple(sorted({flag for one in chain.sets for flag in one.flags})))
 
 
 def solution(request: Request, result: SearchResult) -> Solution:

@@ -112,9 +112,12 @@ class Filter:
         return smc.weigh(self._model(ended_RP), state, (), log_RP / tau), potential_RP
 
     def final(self, held):
-        """The weighted last set: it is not resampled, so that a draw from it loses nothing."""
+        """The weighted last set: it is not resampled, so that a draw from it loses nothing. Where
+        the weights are not those of the target, there is no evidence: NaN."""
         state = held[0]
-        return state.log_weights_P, state.log_evidence, state.broken
+        other = self.again or (self.forget and self.temper is not None)
+        evidence = jnp.full_like(state.log_evidence, jnp.nan) if other else state.log_evidence
+        return state.log_weights_P, evidence, state.broken
 
     def _model(self, ended_RP) -> smc.Model:
         """The rows move in the engine; here go only their weights."""
@@ -174,7 +177,7 @@ def particle_filter(
       temper: resample less sharply at first, by the rule "size", "entropy" or "progress"
         (arXiv 2510.05825), where the effective size is below `temper_below * P` and progress, steps
         over `max_steps`, below `early`. forget: drop the weights that this leaves; the target is
-        then another. Published: `threshold=2.0` and `forget`.
+        then another, without evidence. Published: `threshold=2.0` and `forget`.
       choose: "best", the highest last score among answers of some weight, or "draw", one draw by
         the weights.
       at_once: prompts in the batch; those that end make room for the next. Default: all.

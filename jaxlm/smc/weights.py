@@ -59,7 +59,8 @@ def standard_error(log_evidence_C: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The log of the mean evidence over independent chains, and its standard error.
 
     `log Z = log mean_c exp(l_c)`; by the delta method its error is `sd(z) / (sqrt(C) mean(z))`,
-    with `z_c = exp(l_c)`. NaN for one chain, which tells nothing of its own error.
+    with `z_c = exp(l_c)`. The error is NaN for one chain, which tells nothing of its own, and where
+    all estimates are zero; both are NaN where one of them is NaN or +inf.
 
     Args: log_evidence_C: (C, ...), one estimate a chain.
     Returns: both of shape (...).
@@ -72,4 +73,7 @@ def standard_error(log_evidence_C: jax.Array) -> tuple[jax.Array, jax.Array]:
     found = normalise(jnp.moveaxis(log_evidence_C, 0, -1))
     relative = chains * found.probs_P  # z_c over their mean
     spread = jnp.sqrt(jnp.sum((relative - 1) ** 2, -1) / max(chains - 1, 1) / chains)
-    return found.log_mean, jnp.where(chains > 1, spread, jnp.nan)
+    none = found.log_mean == -jnp.inf
+    strange = found.broken & ~(log_evidence_C == -jnp.inf).all(0)
+    return (jnp.where(strange, jnp.nan, found.log_mean),
+            jnp.where(strange | none | (chains < 2), jnp.nan, spread))

@@ -1,10 +1,12 @@
 """A reward by its name: each kind opens, and what stands for none is refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.cli import solve
 from jaxlm.core.errors import CheckpointError, ConfigError
 from jaxlm.eval.named_reward import open_reward
 from jaxlm.rewards.base import Prompts, Rows
@@ -48,6 +50,14 @@ def test_a_function(tiny, tmp_path, monkeypatch):
     reward = open_reward("my_reward:short", tiny, jaxlm.load)
     assert isinstance(reward, TextReward)
     np.testing.assert_allclose(scores(reward, tiny, ["1", "123"]), [0.5, 0.25], rtol=1e-6)
+
+
+def test_a_process_reward_has_room_for_the_steps_of_the_run(tiny, monkeypatch):
+    lm = jaxlm.LM(tiny.lm.config, labels=2, per_token=True)
+    judge = tiny.replace(lm=lm, params=lm.init(jax.random.key(0)))
+    assert open_reward("a-judge", tiny, lambda name: judge, steps=99).steps == 99
+    monkeypatch.setattr(solve, "load", lambda name: judge)
+    assert solve.reward_of("a-judge", tiny, "math", "last", 98).steps == 98
 
 
 @pytest.mark.parametrize("name, error, words", [

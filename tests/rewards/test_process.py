@@ -1,5 +1,7 @@
 """A process reward model that reads step by step scores as one that reads from scratch."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import ConfigError, TokenizerError
+from jaxlm.hf.bundle import Bundle
 from jaxlm.rewards import PLAIN, Layout, Prompts, process_reward, qwen_layout, rlhflow_layout
 from tests.rewards.twins import (
     PROBLEMS,
@@ -237,6 +240,23 @@ def test_without_room_a_row_is_nan_for_good(labelled, on_device):
 
 
 @pytest.mark.parametrize("on_device", [True, False])
+def test_beyond_the_length_that_the_model_was_made_for_a_row_is_nan(labelled, on_device):
+    growing = Growing(labelled.tokenizer, PROBLEMS[:1], 2)
+    rng = np.random.default_rng(0)
+    growing.steps = [[random_step(rng, 8, end="\n")], [random_step(rng, 9, end="\n")]]
+    bound = len(growing.prompts[0]) + 9
+    config = replace(labelled.lm.config, max_len=bound)
+    small = labelled.replace(lm=replace(labelled.lm, config=config))
+    found = []
+    for judge in (labelled, small):
+        reward = process_reward(judge, labelled, layout=PLAIN, on_device=on_device)
+        args = (reward.init(growing.given(), 2, 32), growing.rows(not on_device))
+        found.append((SCORE(reward, *args) if on_device else reward.score(*args))[0])
+    assert np.isfinite(found[0]).all() and np.isnan(found[1]).tolist() == [False, True]
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-6)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
 @pytest.mark.parametrize("aggregate", ["prod", "min", "last"])
 def test_nan_parameters_are_nan_scores(labelled, aggregate, on_device):
     params = jax.tree.map(lambda x: x * np.nan, labelled.params)
@@ -269,6 +289,26 @@ def test_other_ids_go_over_the_host(folder, labelled):
         process_reward(labelled, other, on_device=True)
     fewer = twin(folder / "fewer", None, special=SPECIAL[:4])
     assert process_reward(labelled, fewer).on_device  # the separator may be the reward's own
+
+
+def test_a_step_is_stripped_where_a_token_joins_its_end_to_white_space(folder):
+    """As Qwen's tokenizer does: by default the text is read, and on the device, if asked, not."""
+    made = words(folder / "joining", merges=(("\u010a", "\u010a"), (".", "\u010a\u010a")))
+    bundle = Bundle(*network(2), made, (made.id_of("eos_token"),))
+    step = made.encode("Add them.\n\n", special=False)
+    assert made.decode(step[-1:]) == ".\n\n"
+    growing = Growing(made, PROBLEMS[:1], 1)
+    growing.steps = [[step]]
+    scores, odds = {}, lambda score: np.log(score / (1 - score))
+    for on_device in (None, True):
+        reward = process_reward(bundle, bundle, on_device=on_device)
+        assert reward.layout == qwen_layout(made) and reward.on_device == bool(on_device)
+        args = (reward.init(growing.given(), 1, 96), growing.rows(not on_device))
+        scores[on_device] = float(
+            (SCORE(reward, *args) if on_device else reward.score(*args))[0][0])
+    want = expected(bundle, qwen_layout(made), PROBLEMS[0], [step], "last")
+    assert abs(odds(scores[None]) - odds(want)) < 0.01 < 0.1 < abs(odds(scores[True]) - odds(want))
+    assert process_reward(bundle, bundle, layout=PLAIN).on_device
 
 
 def test_layouts_are_found(folder, labelled, answering):

@@ -23,6 +23,8 @@ from jaxlm.rewards import (
     TextReward,
     score_answers,
 )
+from jaxlm.search.base import Steps
+from jaxlm.search.particles import particle_filter
 from tests.rewards.twins import VOCAB, words
 
 
@@ -283,6 +285,18 @@ def test_rows_are_judged_when_they_end(judges):
     carry = reward.gather(carry, np.array([[0, 1, 1]]))
     scores, _ = reward.score(carry, answered("a", "b", "b", ended=[False, True, True]))
     np.testing.assert_allclose(scores, [0.5, final[0], final[0]], atol=1e-6)
+
+
+def test_an_answer_that_ends_by_its_steps_is_judged_too(judges):
+    steps = Steps("\n", tokens=2, max_steps=2, max_new_tokens=8)
+    found = particle_filter(judges[None], "p", OutcomeReward(judges[1]), particles=4, steps=steps,
+                            threshold=0.0, key=jax.random.key(0))
+    texts = [answer.text for answer in found.answers]
+    assert {answer.finish for answer in found.answers} == {"steps"}
+    want = score_answers(judges[1], ["p"] * 4, texts)
+    assert np.abs(want - 0.5).min() > 1e-3
+    np.testing.assert_allclose([answer.step_scores for answer in found.answers],
+                               np.stack([np.full(4, 0.5), want], 1), atol=1e-6)
 
 
 def test_a_text_too_long_or_parameters_of_nan_give_nan(judges):

@@ -23,16 +23,21 @@ VOCAB = 264
 PROBLEMS = ["Q: how many?", "Add 1 and 2", "x"]
 
 
-def words(folder: Path, special: tuple[str, ...] = SPECIAL, chat: str | None = CHAT) -> Tokenizer:
-    """A byte-level tokenizer: one id a byte, and special tokens."""
+def words(
+    folder: Path, special: tuple[str, ...] = SPECIAL, chat: str | None = CHAT,
+    merges: tuple[tuple[str, str], ...] = (),
+) -> Tokenizer:
+    """A byte-level tokenizer: one id a byte, one a merge, and special tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    known = [*alphabet, *map("".join, merges)]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {text: i for i, text in enumerate(known)}, list(merges)))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens(list(special))
     made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 256 + special.index("<s>"))])
+        single="<s> $A", special_tokens=[("<s>", len(known) + special.index("<s>"))])
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast",

@@ -82,6 +82,6 @@ def test_a_method_answers_with_what_can_be_read(answers, wanted, monkeypatch):
     request = Request(None, particles=4, extract=lambda text: text if text.isdigit() else None)
     result = result_of(*answers)
     monkeypatch.setattr(methods, "particle_gibbs",
-                        lambda *args, **options: [Chain((), result, math.nan, 9)])
+                        lambda *args, **options: [Chain((), result, math.nan, 9, (result,))])
     for run in (by_search(lambda *args, **options: [result]), by_chains()):
         assert [found.text for found in run(request, ["Q"], KEYS[:1])] == [wanted]

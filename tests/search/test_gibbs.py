@@ -9,7 +9,7 @@ import pytest
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.samplers import Mirostat2
 from jaxlm.rewards.call import TextReward
-from jaxlm.search import gibbs
+from jaxlm.search import gibbs, methods
 from jaxlm.search.gibbs import particle_gibbs
 from jaxlm.search.methods import METHODS, Request
 from jaxlm.search.particles import particle_filter
@@ -101,6 +101,21 @@ def test_tempered_chains_swap_and_keep_the_first_one_s_law():
     hot = run(temperatures=(3.0, 1.0), sweeps=8)
     assert worst(hot, exact(bundle(), 1 / 3)[1]) < 4
     assert worst(hot, exact(bundle())[1]) > 6  # of exact draws: 9.3 in the median, rarely below 6.4
+
+
+def test_the_answer_is_the_best_of_all_sweeps_and_chains(monkeypatch):
+    """A budget of 16 in 2 sweeps of 2 chains: all 16, and not 4, are chosen from."""
+    kept = []
+    monkeypatch.setattr(methods, "particle_gibbs", lambda *args, **options: kept.extend(
+        particle_gibbs(*args, **options)) or kept)
+    wanted = Request(bundle(), REWARD, 16, steps=STEPS, temperature=1.0, extract=lambda text: text)
+    keys = jax.random.split(jax.random.key(0), 16)
+    found = METHODS["parallel-tempering"].run(wanted, [PROMPT] * 16, keys)
+    best = lambda results: max(a.score for one in results for a in one.answers)
+    for one, chain in zip(found, kept, strict=True):
+        assert [len(part.answers) for part in chain.sets] == [4] * 4
+        assert chain.last.answers == chain.sets[2].answers and one.score == best(chain.sets)
+    assert any(best([chain.last]) < best(chain.sets) for chain in kept)
 
 
 def test_bad_calls_are_named():

@@ -10,7 +10,8 @@ from flax import struct
 
 from jaxlm.rewards.base import Stateless
 from jaxlm.search.base import Steps
-from jaxlm.search.particles import filter_of, particle_filter
+from jaxlm.search.particles import Filter, filter_of, particle_filter
+from jaxlm.search.run import make_task, search
 from jaxlm.smc.entropic import temperature
 from jaxlm.smc.weights import effective_size, normalise
 from tests.search.toy import (
@@ -70,9 +71,29 @@ def test_the_evidence_is_unbiased_and_the_law_right(options):
     assert distance(law_of(results), law) < 3 * floor
 
 
+@struct.dataclass
+class Counted(Filter):
+    """A rule that gives the mean of its weights for evidence, whatever they are weights of."""
+
+    def final(self, held):
+        state = held[0]
+        return state.log_weights_P, state.log_evidence, state.broken
+
+
 def test_its_hub_s_rule_is_refused_by_the_same_test():
-    results = run(compat="its_hub")
+    rule = Counted(1.0, 2.0, scheme="multinomial", again=True)
+    results = search(make_task(
+        bundle(), [PROMPT] * SEEDS, REWARD, rule, particles=PARTICLES, steps=STEPS, sampler=SAMPLER,
+        cache="dense", key=jax.random.key(0), choose="resampled"))
     assert abs(z_score([r.log_evidence for r in results], exact(bundle())[0])) > 10
+
+
+@pytest.mark.parametrize("options", [
+    {"compat": "its_hub"}, {"temper": "size", "threshold": 2.0, "forget": True}], ids=str)
+def test_a_rule_with_another_target_gives_no_evidence(options):
+    assert all(np.isnan(result.log_evidence) for result in run(seeds=2, **options))
+    kept = {name: value for name, value in options.items() if name == "threshold"}
+    assert all(np.isfinite(result.log_evidence) for result in run(seeds=2, forget=True, **kept))
 
 
 @struct.dataclass

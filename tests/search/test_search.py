@@ -1,12 +1,14 @@
 """What every search keeps: a prompt's answers are its own, over every cache, on device and host."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.cache import Dense
-from jaxlm.core.errors import ConfigError, DeviceError, ShapeError
+from jaxlm.core.errors import ConfigError, DeviceError, NumericsError, ShapeError
 from jaxlm.core.mesh import make_mesh, shardings
 from jaxlm.decode.samplers import Categorical
 from jaxlm.models.config import LayerPlan
@@ -266,6 +268,12 @@ def test_evidence_of_chains():
                                [z.mean(), z.std(ddof=1) / 2 / z.mean()], rtol=1e-4)
     with pytest.raises(ShapeError, match="one prompt"):
         evidence(run())
+    beams = beam_search(bundle(), [PROMPTS[0]] * 2, REWARD, budget=4, width=2, steps=STEPS,
+                        sampler=SAMPLER, key=KEYS[:2])
+    with pytest.raises(NumericsError, match="result 4 has no evidence"):
+        evidence([*chains, *beams])
+    with pytest.raises(NumericsError, match="result 1 has a failed reward .out of order"):
+        evidence([chains[0], replace(chains[1], failed="out of order")])
 
 
 def test_more_particles_than_memory_are_refused_before_any_compute():

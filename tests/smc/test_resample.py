@@ -74,3 +74,11 @@ def test_the_standard_error_is_that_of_the_mean():
     np.testing.assert_allclose(float(error.mean()), spread, rtol=0.1)
     np.testing.assert_allclose(np.exp(mean), z.mean(1), rtol=1e-5)
     assert bool(jnp.isnan(standard_error(jnp.zeros((1, 2)))[1]).all())
+
+
+def test_no_estimate_is_made_of_what_is_none():
+    none, lost, over = jnp.nan, -jnp.inf, jnp.inf
+    logz = jnp.array([[lost, none, 0.0, 0.0, over], [lost, none, none, lost, 0.0]])
+    mean, error = standard_error(logz)
+    np.testing.assert_allclose(mean, [lost, none, none, np.log(0.5), none])
+    np.testing.assert_allclose(error, [none, none, none, 1.0, none])
