@@ -26,7 +26,7 @@ from jaxlm.hf.config import from_hf, has_deep_head, labels_from_hf, read_json, t
 from jaxlm.hf.families import family_of
 from jaxlm.hf.hub import fetch
 from jaxlm.hf.tokenizer import FILES, Tokenizer
-from jaxlm.hf.weights import load_params, save_params
+from jaxlm.hf.weights import DTYPES, load_params, save_params
 from jaxlm.models.lm import LM
 
 BUNDLED = {"tiny": pathlib.Path(__file__).parents[1] / "bundled" / "tiny"}
@@ -228,7 +228,7 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
 
     Raises:
       CheckpointError: `folder` exists and `overwrite` is false, the parameters do not fit the
-        model, or the disk is full.
+        model, are no floats or not finite (`load` would refuse them), or the disk is full.
       ConfigError: the family's config.json cannot express the model (a plan, say).
     """
     check_bundle(bundle)
@@ -254,9 +254,9 @@ def _check_save(bundle: Bundle) -> tuple[dict[str, Any], list[pathlib.Path]]:
             "a Hugging Face folder cannot hold a layer plan; save LM(config) with the full "
             "parameters instead"
         )
+    _check_fit(bundle)
     dtype = str(bundle.params["embed"]["table"].dtype)
     raw = to_hf(lm.config, lm.labels, lm.per_token, lm.deep_head, dtype=dtype, **bundle.extra)
-    _check_fit(bundle)
     files = [path for name in FILES if (path := bundle.tokenizer.folder / name).exists()]
     if not files:
         raise CheckpointError(
@@ -283,7 +283,7 @@ def _write_words(
 
 
 def _check_fit(bundle: Bundle) -> None:
-    """The parameters are those of the model, or the folder could not be loaded again."""
+    """The parameters are those of the model and floats, or the folder could not be loaded again."""
     found, wanted = flatten(bundle.params), flatten(bundle.lm.shapes())
     for path in {**wanted, **found}:
         got = tuple(found[path].shape) if path in found else "absent"
@@ -292,6 +292,11 @@ def _check_fit(bundle: Bundle) -> None:
             raise CheckpointError(
                 f"parameter {path!r} is {got}; expected {expected} by the model's config; save a "
                 "bundle whose lm and params belong together"
+            )
+        if str(found[path].dtype) not in DTYPES.values():
+            raise CheckpointError(
+                f"parameter {path!r} is {found[path].dtype}; expected one of "
+                f"{list(DTYPES.values())}, or the folder could not be loaded again"
             )
 
 

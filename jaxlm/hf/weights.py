@@ -226,7 +226,7 @@ def _stored_slices(
 
 def _finite(array: np.ndarray) -> bool:
     """Whether every number is finite, and float32 can hold it."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(array.astype(np.float32, copy=False).sum(dtype=np.float64)))
 
 
@@ -277,6 +277,7 @@ def save_params(
 
     Arrays that span processes are gathered tensor by tensor; the first process alone writes, and
     `folder` is for it alone to see. All must call.
+    Raises: CheckpointError for NaN or infinity, which `load_params` would refuse.
     """
     flat = flatten(params)
     shared = spans_processes(params)
@@ -292,6 +293,7 @@ def save_params(
                 tensors[tensor_name(path, family)] = to_theirs(array, tensor_name(path, family))
         with together(shared):
             if is_writer(shared):
+                _check_finite(tensors)
                 save_file(tensors, folder / name, metadata={"format": "pt"})
                 (folder / name).chmod(0o644)  # safetensors leaves it to its owner alone
         weight_map |= dict.fromkeys(tensors, name)
@@ -299,6 +301,16 @@ def save_params(
         total = sum(int(x.size) * x.dtype.itemsize for x in flat.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _check_finite(tensors: dict[str, np.ndarray]) -> None:
+    """Every tensor can be read again."""
+    for name, array in tensors.items():
+        if not _finite(array):
+            raise CheckpointError(
+                f"tensor {name!r} to be written holds NaN or infinity in float32, and could not be "
+                "loaded again; save the parameters of before"
+            )
 
 
 def _shards(flat: dict[str, Any], limit: int) -> Iterator[list[str]]:

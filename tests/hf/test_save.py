@@ -117,6 +117,26 @@ def test_what_a_folder_cannot_hold(bundle, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda x: x.astype(jnp.int8), r"embed/table.* is int8; expected one of .*'float32'"),
+    (lambda x: x.astype(jnp.float8_e4m3fn), "embed/table.* is float8_e4m3fn; expected one of"),
+    (lambda x: x.at[3, 5].set(jnp.nan), "embed_tokens.weight.*holds NaN or infinity"),
+    (lambda x: x.at[3, 5].set(-jnp.inf), "embed_tokens.weight.*holds NaN or infinity"),
+    (lambda x: np.asarray(x, np.float64) * 1e300, "embed_tokens.weight.*holds NaN or infinity"),
+], ids=["int8", "float8", "nan", "infinity", "beyond float32"])
+def test_what_could_not_be_loaded_again_replaces_nothing(bundle, tmp_path, change, words):
+    folder = save(bundle, tmp_path / "m")
+    before = contents(folder)
+    table = change(bundle.params["embed"]["table"])
+    damaged = bundle.replace(params={**bundle.params, "embed": {"table": table}})
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(CheckpointError, match=words):
+            save(damaged, target, overwrite=True)
+    assert contents(folder) == before and not (tmp_path / "new").exists()
+    assert not leftovers(folder)
+    same(load(folder).params, bundle.params)
+
+
 def test_a_tokenizer_that_is_gone(tmp_path):
     folder = write_folder(tmp_path / "m")
     bundle = load(folder)
