@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -294,13 +295,20 @@ def save_params(
         with together(shared):
             if is_writer(shared):
                 _check_finite(tensors)
-                save_file(tensors, folder / name, metadata={"format": "pt"})
-                (folder / name).chmod(0o644)  # safetensors leaves it to its owner alone
+                _write(tensors, folder / name)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1 and is_writer(shared):
         total = sum(int(x.size) * x.dtype.itemsize for x in flat.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """One file of tensors, with the permissions that any new file gets here."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(stat.S_IMODE(mode))  # safetensors leaves it to its owner alone
 
 
 def _check_finite(tensors: dict[str, np.ndarray]) -> None:
