@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jaxlm.cli import INTERRUPTED
 from jaxlm.cli.options import Device, columns, note, open_model
+from jaxlm.core.errors import whole
 from jaxlm.eval import demo_page
 from jaxlm.eval.demo import QUICK, Plan, measure
 from jaxlm.eval.report import write_files
@@ -27,6 +28,7 @@ def run(
 
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; --out names the report's folder")
+    whole("--seed", seed, 0)
     bundle = open_model(model, device)
     plan = QUICK if quick else Plan()
     try:

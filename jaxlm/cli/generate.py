@@ -10,7 +10,7 @@ import tyro
 
 from jaxlm.cache.policy import open_cache
 from jaxlm.cli.options import Device, Dtype, Model, note, open_model, read_text
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, whole
 from jaxlm.decode.generate import Generation, generate
 from jaxlm.decode.generate import stream as stream_text
 from jaxlm.decode.samplers import Categorical, Greedy, Mirostat2, Sampler, bias_array
@@ -54,7 +54,8 @@ def run(
     bundle = open_model(model, device, dtype, revision)
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "cache": open_cache(cache, bundle.lm.config),
-        "key": jax.random.key(seed), "stop": stop, "include_stop": include_stop,
+        "key": jax.random.key(whole("--seed", seed, -2**63, 2**63 - 1)),
+        "stop": stop, "include_stop": include_stop,
         "sampler": make_sampler(temperature, top_k, top_p, min_p, repetition_penalty, mirostat,
                                 read_bias(logit_bias, bundle.lm.config.vocab_size)),
     }
@@ -67,7 +68,8 @@ def run(
     spent = time.perf_counter() - start
     print(answer.text)
     count = len(answer.tokens)
-    note(f"{count} tokens in {spent:.2f} s, prefill and compilation included; {ended(answer)}")
+    note(f"{count} tokens in {spent:.2f} s, {count / spent:.1f} tokens/s, prefill and compilation "
+         f"included; {ended(answer)}")
 
 
 def make_sampler(
@@ -129,6 +131,8 @@ def show(pieces: Generator[str, None, Generation], began: float) -> None:
     if count > CHUNK:
         rate = (count - CHUNK) / (times[-1] - times[0])
         line += f", {rate:.0f} tokens/s after the first {CHUNK}"
+    else:  # all came at once, so there is no time without loading to go by
+        line += f", {count / (times[-1] - began):.1f} tokens/s, loading and compilation included"
     note(f"{line}; {ended(answer)}")
 
 

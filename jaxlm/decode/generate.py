@@ -168,7 +168,8 @@ def prepare(
     if max_len is None and room > bundle.lm.config.max_len:
         raise ShapeError(
             f"prompt and answer need {room} tokens but the model was made for "
-            f"{bundle.lm.config.max_len}; shorten them, or pass max_len={room} to go beyond"
+            f"{bundle.lm.config.max_len}; shorten the prompt or ask for fewer tokens (from Python, "
+            f"max_len={room} goes beyond)"
         )
     width = min(round_up(longest, BUCKET), round_up(room, BUCKET))
     tokens = np.zeros((len(ids), width), np.int32)

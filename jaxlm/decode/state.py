@@ -14,7 +14,7 @@ from jaxlm.core.tree import Params
 from jaxlm.decode.lend import among, check_width, first_live, keep, sampler_of, spread, take
 from jaxlm.decode.samplers import Sampler, check_sampler, read_text
 from jaxlm.decode.stop import NEVER, Stop
-from jaxlm.models.lm import LM, check_shape, check_tokens, pick
+from jaxlm.models.lm import LM, check_shape, check_tokens
 
 Kinds = tuple[CacheKind | None, ...]
 
@@ -89,8 +89,7 @@ def prefill(
         lm, params, tokens_BT, kinds, caches,
         lambda kind, spec, state, q, k, v: kind.prefill(spec, state, q, k, v, pos_BT, lengths_B),
     )
-    logits = lm.head(params, pick(hidden, "last", lengths_B))[:, 0]
-    logits = jnp.where(((lengths_B >= 1) & (lengths_B <= time))[:, None], logits, jnp.nan)
+    logits = lm.head_at(params, hidden, "last", lengths_B)[:, 0]
     return DecodeState(
         tokens_BS=jnp.zeros((batch, slots), jnp.int32).at[:, :time].set(tokens_BT),
         length_B=lengths_B.astype(jnp.int32), logits_BV=logits,
@@ -113,7 +112,8 @@ def extend(
       tokens_BT: int32, right-padded. counts_B: tokens of each row to append, 0 to T.
       logits_at: "all", or int32 (B, M) indices into T, for logits besides the next token's.
     Returns: the state, live again where tokens came, and float32 logits (B, M, V) or None.
-      A row that would outgrow its cache, or T, gets NaN logits, never wrong ones.
+      A row that would outgrow its cache, or T, gets NaN logits, never wrong ones; so does an
+      index that is not of a token that the row appended.
     """
     batch, time = check_tokens(tokens_BT)
     slots = state.tokens_BS.shape[1]
@@ -131,12 +131,12 @@ def extend(
             spec, cache, q, k, v, pos_BT, start_B, kept_B
         ),
     )
-    new_BV = lm.head(params, pick(hidden, "last", jnp.maximum(counts_B, 1)))[:, 0]
+    new_BV = lm.head_at(params, hidden, "last", counts_B)[:, 0]
     new_BV = jnp.where(read_B[:, None], new_BV, state.logits_BV)
     rows = jnp.arange(batch)[:, None]
     slot_BT = jnp.where(jnp.arange(time) < counts_B[:, None], pos_BT, slots)
     length_B = jnp.where(fits_B, start_B + counts_B, start_B)
-    asked = None if logits_at is None else lm.head(params, pick(hidden, logits_at, counts_B))
+    asked = None if logits_at is None else lm.head_at(params, hidden, logits_at, counts_B)
     state = state.replace(
         tokens_BS=state.tokens_BS.at[rows, slot_BT].set(tokens_BT, mode="drop"),
         logprob_BS=state.logprob_BS.at[rows, slot_BT].set(0.0, mode="drop"),

@@ -236,7 +236,7 @@ def _continuations(
     lm: LM, params: Params, tokens_BT: jax.Array, at_BM: jax.Array, targets_BM: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`log p(target_m | tokens up to at_m)` and the likeliest token, (B, M) each."""
-    hidden_BMD = pick(lm.apply(params, tokens_BT, logits_at=None).final, at_BM, None)
+    hidden_BMD, _ = pick(lm.apply(params, tokens_BT, logits_at=None).final, at_BM, None)
 
     def some(inputs):
         hidden_BmD, targets_Bm = inputs

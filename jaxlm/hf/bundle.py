@@ -4,8 +4,8 @@ import ctypes
 import json
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +26,7 @@ from jaxlm.hf.config import from_hf, has_deep_head, labels_from_hf, read_json, t
 from jaxlm.hf.families import family_of
 from jaxlm.hf.hub import fetch
 from jaxlm.hf.tokenizer import FILES, Tokenizer
-from jaxlm.hf.weights import load_params, save_params
+from jaxlm.hf.weights import DTYPES, load_params, save_params
 from jaxlm.models.lm import LM
 
 BUNDLED = {"tiny": pathlib.Path(__file__).parents[1] / "bundled" / "tiny"}
@@ -223,12 +223,14 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
     """Write a folder that transformers loads: config, safetensors, tokenizer.
 
     All is written beside `folder` under a temporary name and then put in place in one move, so
-    a full disk or a kill leaves what was there. Other files of an overwritten folder are kept.
+    a full disk or a kill leaves what was there. Other files of an overwritten folder are kept, and
+    so are its permissions; a new one's are the umask's.
     Parameters that span processes: all call, the first one writes, and none returns before it has.
 
     Raises:
-      CheckpointError: `folder` exists and `overwrite` is false, the parameters do not fit the
-        model, or the disk is full.
+      CheckpointError: `folder` exists and `overwrite` is false, or it holds the working directory;
+        the parameters do not fit the model, are no floats or not finite (`load` would refuse
+        them); or the disk is full.
       ConfigError: the family's config.json cannot express the model (a plan, say).
     """
     check_bundle(bundle)
@@ -254,9 +256,9 @@ def _check_save(bundle: Bundle) -> tuple[dict[str, Any], list[pathlib.Path]]:
             "a Hugging Face folder cannot hold a layer plan; save LM(config) with the full "
             "parameters instead"
         )
+    _check_fit(bundle)
     dtype = str(bundle.params["embed"]["table"].dtype)
     raw = to_hf(lm.config, lm.labels, lm.per_token, lm.deep_head, dtype=dtype, **bundle.extra)
-    _check_fit(bundle)
     files = [path for name in FILES if (path := bundle.tokenizer.folder / name).exists()]
     if not files:
         raise CheckpointError(
@@ -283,7 +285,7 @@ def _write_words(
 
 
 def _check_fit(bundle: Bundle) -> None:
-    """The parameters are those of the model, or the folder could not be loaded again."""
+    """The parameters are those of the model and floats, or the folder could not be loaded again."""
     found, wanted = flatten(bundle.params), flatten(bundle.lm.shapes())
     for path in {**wanted, **found}:
         got = tuple(found[path].shape) if path in found else "absent"
@@ -292,6 +294,11 @@ def _check_fit(bundle: Bundle) -> None:
             raise CheckpointError(
                 f"parameter {path!r} is {got}; expected {expected} by the model's config; save a "
                 "bundle whose lm and params belong together"
+            )
+        if str(found[path].dtype) not in DTYPES.values():
+            raise CheckpointError(
+                f"parameter {path!r} is {found[path].dtype}; expected one of "
+                f"{list(DTYPES.values())}, or the folder could not be loaded again"
             )
 
 
@@ -303,17 +310,18 @@ def staged(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
         raise CheckpointError(f"{folder} exists; pass overwrite=True or choose another folder")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; expected a folder, or a name not yet taken")
+    if _holds_working_directory(folder):
+        raise CheckpointError(f"{folder} is or holds the working directory, which would be gone "
+                              "when another takes its place; change directory first")
     stage = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        stage = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        stage = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+        # nobody else reads what replaces a folder before it has that folder's permissions
+        stage.mkdir(0o700 if folder.exists() else 0o777)
         yield stage
         if folder.exists():
-            for old in folder.iterdir():
-                if not (stage / old.name).exists() and not _is_ours(old.name):
-                    (shutil.copytree if old.is_dir() else shutil.copy2)(old, stage / old.name)
-        stage.chmod(0o755)
-        if folder.exists():
+            _keep(folder, stage)
             _exchange(stage, folder)
         else:
             os.rename(stage, folder)
@@ -325,6 +333,25 @@ def staged(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _holds_working_directory(folder: pathlib.Path) -> bool:
+    """Whether this process stands in `folder`, at any depth."""
+    try:
+        return pathlib.Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:  # it is gone already
+        return False
+
+
+def _keep(folder: pathlib.Path, stage: pathlib.Path) -> None:
+    """Carry over what stays of an overwritten folder: files not of a model, and permissions."""
+    for old in folder.iterdir():
+        new = stage / old.name
+        if new.exists():
+            shutil.copymode(old, new)
+        elif not _is_ours(old.name):
+            (shutil.copytree if old.is_dir() else shutil.copy2)(old, new)
+    shutil.copymode(folder, stage)
 
 
 def _is_ours(name: str) -> bool:

@@ -81,10 +81,20 @@ class Tokenizer:
         return set(self._backend.get_added_tokens_decoder())
 
     def id_of(self, name: str) -> int | None:
-        """The id of a special token by its role, such as `eos_token`."""
-        token = self.settings.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        return None if token is None else self._backend.token_to_id(token)
+        """The id of a special token by its role, such as `eos_token`; None where there is none.
+
+        Raises: TokenizerError where tokenizer_config.json has no text for it.
+        """
+        given = self.settings.get(name)
+        if given is None:
+            return None
+        token = given.get("content") if isinstance(given, dict) else given
+        if not isinstance(token, str):
+            raise TokenizerError(
+                f"{self.folder / 'tokenizer_config.json'}: field {name!r} is {given!r}; expected a "
+                "token's text, or an object with its content"
+            )
+        return self._backend.token_to_id(token)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text, with the tokenizer's own begin and end marks where `special`."""

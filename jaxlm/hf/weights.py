@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -226,7 +227,7 @@ def _stored_slices(
 
 def _finite(array: np.ndarray) -> bool:
     """Whether every number is finite, and float32 can hold it."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(array.astype(np.float32, copy=False).sum(dtype=np.float64)))
 
 
@@ -277,6 +278,7 @@ def save_params(
 
     Arrays that span processes are gathered tensor by tensor; the first process alone writes, and
     `folder` is for it alone to see. All must call.
+    Raises: CheckpointError for NaN or infinity, which `load_params` would refuse.
     """
     flat = flatten(params)
     shared = spans_processes(params)
@@ -292,13 +294,31 @@ def save_params(
                 tensors[tensor_name(path, family)] = to_theirs(array, tensor_name(path, family))
         with together(shared):
             if is_writer(shared):
-                save_file(tensors, folder / name, metadata={"format": "pt"})
-                (folder / name).chmod(0o644)  # safetensors leaves it to its owner alone
+                _check_finite(tensors)
+                _write(tensors, folder / name)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1 and is_writer(shared):
         total = sum(int(x.size) * x.dtype.itemsize for x in flat.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """One file of tensors, with the permissions that any new file gets here."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(stat.S_IMODE(mode))  # safetensors leaves it to its owner alone
+
+
+def _check_finite(tensors: dict[str, np.ndarray]) -> None:
+    """Every tensor can be read again."""
+    for name, array in tensors.items():
+        if not _finite(array):
+            raise CheckpointError(
+                f"tensor {name!r} to be written holds NaN or infinity in float32, and could not be "
+                "loaded again; save the parameters of before"
+            )
 
 
 def _shards(flat: dict[str, Any], limit: int) -> Iterator[list[str]]:

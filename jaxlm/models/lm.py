@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.core.errors import ConfigError, ShapeError, whole
@@ -162,6 +163,21 @@ class LM:
         score = params["score"]["outer"] if self.deep_head else params["score"]
         return logits + score["bias"] if "bias" in score else logits
 
+    def head_at(
+        self, params: Params, final_BTD: jax.Array, at: Slots, lengths_B: jax.Array | None = None
+    ) -> jax.Array:
+        """`head` at the wanted positions, (B, M, V); NaN where a row has no such token.
+
+        With "all", what stands in the padding is unspecified.
+        """
+        hidden_BMD, there_BM = pick(final_BTD, at, lengths_B)
+        logits = self.head(params, hidden_BMD)
+        if there_BM is None:
+            return logits
+        # behind the head, and not before it: there a loss that masks such a row would still have
+        # NaN in the gradient of the head's table
+        return jnp.where(there_BM[..., None], logits, jnp.nan)
+
     def head_table(self, params: Params) -> jax.Array:
         """The output weights (V, D): the head's own, the labels', or the embedding's when tied."""
         if self.labels is not None:
@@ -179,7 +195,7 @@ class LM:
         """Label logits, float32: (B, labels) at each row's last token, or (B, T, labels).
 
         transformers takes the last token that is not the padding id, so the two differ on a text
-        that itself ends in that id.
+        that itself ends in that id. A length outside 1 to T has no last token: NaN.
         Raises: ConfigError for a model without labels.
         """
         if self.labels is None:
@@ -214,7 +230,8 @@ class LM:
           prefix_B: length of a part that every query sees, besides the mask.
           bias_BNTS: additive attention bias, broadcastable.
           mask: static rule; each layer's own window is applied on top.
-          logits_at: "all", "last" (of each row), int32 (B, M) indices, or None for no logits.
+          logits_at: "all", "last" (of each row), int32 (B, M) indices, or None for no logits. An
+            index outside the row's text, and the last token by a length outside 1 to T, give NaN.
           want: any of "hidden" and "taps".
         Returns: `Output`.
         Raises: ShapeError for arrays that do not fit together, ConfigError for an unknown want.
@@ -248,7 +265,7 @@ class LM:
         )
         logits = None
         if logits_at is not None:
-            logits = self.head(params, pick(final, logits_at, lengths_B))
+            logits = self.head_at(params, final, logits_at, lengths_B)
         return Output(logits, final, tuple(keep) if keep is not None else None, taps or None)
 
     def _full_attention(
@@ -298,19 +315,30 @@ def _apply(module: nn.Module, params: Params, *args: Any) -> jax.Array:
     return out
 
 
-def pick(hidden_BTD: jax.Array, at: Slots, lengths_B: jax.Array | None) -> jax.Array:
-    """The hidden states whose logits are wanted, (B, M, D)."""
+def pick(
+    hidden_BTD: jax.Array, at: Slots, lengths_B: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The hidden states whose logits are wanted, (B, M, D), and where a row has such a token, bool
+    (B, M); None where every row does. Elsewhere a neighbour's state stands in."""
+    batch, time = hidden_BTD.shape[:2]
     if isinstance(at, str):
         if at == "all":
-            return hidden_BTD
+            return hidden_BTD, None
         if at != "last":
             raise ConfigError(f"logits_at is {at!r}; expected 'all', 'last', indices or None")
         if lengths_B is None:
-            return hidden_BTD[:, -1:]
+            return hidden_BTD[:, -1:], None
         at = lengths_B[:, None] - 1
-    if at.ndim != 2 or len(at) != len(hidden_BTD):
-        raise ShapeError(f"logits_at is {at.shape}; expected ({len(hidden_BTD)}, M), by rows")
-    return jnp.take_along_axis(hidden_BTD, at[..., None], axis=1, mode="clip")
+    if not isinstance(at, jax.Array | np.ndarray) or not jnp.issubdtype(at.dtype, jnp.integer):
+        got = f"{at.dtype} {at.shape}" if hasattr(at, "dtype") else repr(at)
+        raise ShapeError(f"logits_at is {got}; expected an array of whole numbers ({batch}, M)")
+    if at.ndim != 2 or len(at) != batch:
+        raise ShapeError(f"logits_at is {at.shape}; expected ({batch}, M), by rows")
+    there_BM = (at >= 0) & (at < time)
+    if lengths_B is not None:
+        length_B1 = lengths_B[:, None]
+        there_BM &= (at < length_B1) & (length_B1 <= time)
+    return jnp.take_along_axis(hidden_BTD, at[..., None], axis=1, mode="clip"), there_BM
 
 
 def check_tokens(tokens_BT: jax.Array) -> tuple[int, int]:

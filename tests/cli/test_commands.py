@@ -111,6 +111,18 @@ def test_generate_prints_the_library_s_text(capsys, tiny, temperature):
         assert ended in err
 
 
+@pytest.mark.parametrize("flags, included", [
+    (("--max-new-tokens", "5"), "loading and compilation"),
+    (("--max-new-tokens", "5", "--no-stream"), "prefill and compilation"),
+    (("--max-new-tokens", str(WIDTH)), None),
+])
+def test_the_speed_is_always_told(capsys, tiny, flags, included):
+    _, _, err = outcome(capsys, "generate", "tiny", PROMPT, *flags)
+    rate = re.search(r", (\d+\.?\d*) tokens/s(.*);", err)
+    assert rate and float(rate[1]) > 0, err
+    assert rate[2] == (f", {included} included" if included else " after the first 8")
+
+
 def test_generate_stops_at_strings(capsys, tiny):
     whole = jaxlm.generate(tiny, PROMPT, max_new_tokens=WIDTH).text
     assert "A:" in whole
@@ -188,6 +200,11 @@ def test_bad_requests_are_one_line_and_exit_code_2(capsys, tiny, tmp_path):
         ("generate", "tiny", "x", "--max-new-tokens", "0"): "max_new_tokens is 0",
         ("generate", "tiny", "x", "--stop", ""): "not empty",
         ("generate", "tiny", "x" * 3000): "made for",
+        ("generate", "tiny", "x", "--max-new-tokens", "5000"): "ask for fewer tokens",
+        ("generate", "tiny", "x", "--seed", "9" * 20): f"--seed is {'9' * 20}; expected a whole",
+        ("generate", "tiny", "x", "--seed", f"-{'9' * 20}"): "--seed is -999",
+        ("demo", "--seed", "9" * 20): f"--seed is {'9' * 20}; expected a whole",
+        ("demo", "--seed", "-1"): "--seed is -1; expected a whole number of at least 0",
         ("score", "tiny"): "nothing to score",
         ("score", "tiny", str(tmp_path / "none.txt")): "cannot read",
         ("score", "tiny", str(latin)): "not UTF-8",

@@ -128,6 +128,19 @@ def test_a_full_row_stops_and_an_overflow_is_poisoned():
     assert jnp.isfinite(beyond.logits_BV[2]).all()
 
 
+def test_logits_of_what_a_row_did_not_append_are_poisoned():
+    lm, params = model()
+    counts = jnp.array([2, 1, 0])
+    everything = extend(lm, params, begin(), TOKENS[:, 9:11], counts, "all")[1]
+    state, asked = jax.jit(functions.extend, static_argnums=0)(
+        lm, params, begin(), TOKENS[:, 9:11], counts, jnp.array([[9, 1], [1, 0], [0, -1]]))
+    assert jnp.isnan(asked).all(-1).tolist() == [[True, False], [True, False], [True, True]]
+    close(asked[0, 1], everything[0, 1])
+    close(asked[1, 1], everything[1, 0])
+    assert jnp.isfinite(state.logits_BV).all()  # the next token's, of the row of none too
+    np.testing.assert_array_equal(state.logits_BV[2], begin().logits_BV[2])
+
+
 @pytest.mark.parametrize("bad", [0, 10, -1])
 def test_a_length_that_cannot_be_is_poisoned(bad):
     state = begin(lengths=jnp.array([9, bad, 1]))

@@ -1,6 +1,7 @@
 """Saving: what is written loads again, and what was there survives a full disk and a kill."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,13 +16,26 @@ import jaxlm.hf.bundle
 from jaxlm.core.errors import CheckpointError, ConfigError
 from jaxlm.hf.bundle import load, save
 from jaxlm.hf.convert import convert
-from jaxlm.hf.weights import INDEX, SINGLE
+from jaxlm.hf.weights import INDEX, SINGLE, save_params
 from jaxlm.models.config import LayerPlan
 from jaxlm.models.lm import LM
 from tests.source_tree import ROOT
 from tests.tiny import BOS, CONFIG, EOS, HF_CONFIG, contents, write_folder
 
 same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def modes(folder):
+    """The permissions of a folder and of all in it."""
+    return {path.name: oct(path.stat().st_mode & 0o7777) for path in (folder, *folder.iterdir())}
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask; it is put back at the end."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
 
 
 def leftovers(folder):
@@ -39,7 +53,6 @@ def test_a_saved_folder_loads_the_same(tiny_folder, tmp_path, dtype):
     same(again.params, bundle.params)
     assert again.tokenizer.encode("é!") == bundle.tokenizer.encode("é!")
     assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
-    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o644"}
     assert not leftovers(folder)
 
 
@@ -60,6 +73,44 @@ def test_an_existing_folder_is_kept_unless_asked(bundle, tmp_path):
     with pytest.raises(CheckpointError, match="is a file; expected a folder"):
         save(bundle, tmp_path / "file", overwrite=True)
     assert contents(folder) == before and (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("mask, mode, inner", [
+    (0o022, "0o755", "0o644"), (0o077, "0o700", "0o600"), (0o002, "0o775", "0o664")])
+def test_a_new_folder_has_the_permissions_of_the_umask(bundle, tmp_path, umask, mask, mode, inner):
+    umask(mask)
+    found = modes(save(bundle, tmp_path / "m"))
+    assert found.pop("m") == mode and set(found.values()) == {inner}, found
+
+
+def test_overwriting_keeps_the_permissions(bundle, tmp_path, umask, monkeypatch):
+    folder = save(bundle, tmp_path / "m")
+    folder.chmod(0o750)
+    (folder / SINGLE).chmod(0o600)
+    (folder / "config.json").chmod(0o640)
+    before, during = modes(folder), []
+
+    def look(stage, *arguments):
+        during.append(oct(stage.stat().st_mode & 0o777))
+        save_params(stage, *arguments)
+
+    monkeypatch.setattr("jaxlm.hf.bundle.save_params", look)
+    save(bundle, folder, overwrite=True)
+    assert modes(folder) == before and during == ["0o700"]
+
+
+def test_the_working_directory_is_not_replaced(bundle, tmp_path, monkeypatch):
+    folder = save(bundle, tmp_path / "m")
+    (folder / "notes").mkdir()
+    before = contents(folder)
+    for here, target in ((folder, "."), (folder / "notes", ".."), (folder, folder)):
+        monkeypatch.chdir(here)
+        with pytest.raises(CheckpointError, match="holds the working directory.*change directory"):
+            save(bundle, target, overwrite=True)
+        assert os.getcwd() == str(here)
+    assert contents(folder) == before and not leftovers(folder)
+    save(bundle, "beside")  # a new folder in it is no harm
+    assert (folder / "beside" / SINGLE).exists()
 
 
 def test_overwriting_leaves_nothing_of_another_model(bundle, tmp_path):
@@ -115,6 +166,26 @@ def test_what_a_folder_cannot_hold(bundle, tmp_path):
     with pytest.raises(CheckpointError, match=r"extra/scale.*expected absent"):
         save(surplus, tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda x: x.astype(jnp.int8), r"embed/table.* is int8; expected one of .*'float32'"),
+    (lambda x: x.astype(jnp.float8_e4m3fn), "embed/table.* is float8_e4m3fn; expected one of"),
+    (lambda x: x.at[3, 5].set(jnp.nan), "embed_tokens.weight.*holds NaN or infinity"),
+    (lambda x: x.at[3, 5].set(-jnp.inf), "embed_tokens.weight.*holds NaN or infinity"),
+    (lambda x: np.asarray(x, np.float64) * 1e300, "embed_tokens.weight.*holds NaN or infinity"),
+], ids=["int8", "float8", "nan", "infinity", "beyond float32"])
+def test_what_could_not_be_loaded_again_replaces_nothing(bundle, tmp_path, change, words):
+    folder = save(bundle, tmp_path / "m")
+    before = contents(folder)
+    table = change(bundle.params["embed"]["table"])
+    damaged = bundle.replace(params={**bundle.params, "embed": {"table": table}})
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(CheckpointError, match=words):
+            save(damaged, target, overwrite=True)
+    assert contents(folder) == before and not (tmp_path / "new").exists()
+    assert not leftovers(folder)
+    same(load(folder).params, bundle.params)
 
 
 def test_a_tokenizer_that_is_gone(tmp_path):

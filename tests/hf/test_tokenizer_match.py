@@ -58,6 +58,20 @@ def test_another_begin_token_is_a_warning_where_config_json_names_a_special_one(
     fails(write_folder(tmp_path / "n", bos_token_id=5), "says 5", "another model")
 
 
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+@pytest.mark.parametrize("value", [5, ["a"], False, {}, {"content": 5}, {"content": None}],
+                         ids=repr)
+def test_a_special_token_that_is_no_text_is_named(tmp_path, name, value):
+    folder = write_folder(tmp_path / "m")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {name: value}))
+    fails(folder, str(path), repr(name), repr(value), "expected a token's text")
+    for fine in (settings[name], {"content": settings[name]}, None):
+        path.write_text(json.dumps(settings | {name: fine}))
+        assert load(folder).tokenizer.id_of(name) == (fine and {"bos_token": BOS}.get(name, EOS))
+
+
 @pytest.mark.parametrize("model, other", [
     ("stories260K", "babyllama-1M-tok105"), ("stories260K", "tiny"),
     ("babyllama-1M-tok105", "tiny"), ("babyllama-1M-tok105", "stories260K"),

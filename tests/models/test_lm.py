@@ -31,6 +31,52 @@ def test_logits_at_chosen_positions(tokens):
     assert lm.apply(params, tokens, logits_at=None).logits is None
 
 
+def asked(at, lengths=None):
+    """Logits of three tokens a row, both ways of asking."""
+    lm, params = model()
+    lengths = None if lengths is None else jnp.array(lengths)
+    run = lambda params: lm.apply(params, jnp.ones((2, 3), int), lengths_B=lengths,
+                                  logits_at=at).logits
+    made = run(params)
+    np.testing.assert_array_equal(jnp.isnan(made), jnp.isnan(jax.jit(run)(params)))
+    return jnp.isfinite(made).all(-1).tolist(), jnp.isnan(made).all(-1).tolist()
+
+
+@pytest.mark.parametrize("index", [3, 9, -1, -3, 2**31 - 1, -2**31])
+def test_a_position_that_is_not_there_is_nan(index):
+    finite, nan = asked(jnp.array([[index, 2], [0, index]]))
+    assert finite == [[False, True], [True, False]] and nan == [[True, False], [False, True]]
+
+
+def test_a_position_in_the_padding_is_nan():
+    finite, nan = asked(np.array([[0, 1, 2]] * 2), lengths=[2, 3])
+    assert finite == [[True, True, False], [True] * 3]
+    assert nan == [[False, False, True], [False] * 3]
+
+
+@pytest.mark.parametrize("bad", [0, -2, 4, 99])
+def test_the_last_token_of_a_length_that_cannot_be_is_nan(bad):
+    assert asked("last", lengths=[bad, 3]) == ([[False], [True]], [[True], [False]])
+    assert asked(jnp.array([[0], [0]]), lengths=[bad, 1]) == ([[False], [True]], [[True], [False]])
+    rewards = LM(CONFIG, labels=1)
+    found = rewards.classify(rewards.init(jax.random.key(0)), jnp.ones((2, 3), int),
+                             jnp.array([bad, 3]))
+    assert jnp.isnan(found[0]).all() and jnp.isfinite(found[1]).all()
+
+
+def test_a_masked_row_without_a_text_harms_no_gradient(tokens):
+    lm = LM(CONFIG.replace(tie_embeddings=False))
+    params = lm.init(jax.random.key(0))
+
+    def loss(params, tokens, lengths):
+        logits = lm.apply(params, tokens, lengths_B=lengths, logits_at="last").logits[:, 0]
+        return jnp.where(lengths > 0, jax.nn.log_softmax(logits)[:, 1], 0).sum()
+
+    alone = jax.grad(loss)(params, tokens[:2], jnp.array([12, 5]))
+    padded = jax.grad(loss)(params, tokens, jnp.array([12, 5, 0]))
+    jax.tree.map(close, padded, alone)
+
+
 def test_hidden_states(tokens):
     lm, params = model()
     output = lm.apply(params, tokens, want=("hidden",))
@@ -137,6 +183,9 @@ def test_an_unknown_token_is_nan_and_harms_no_other_row(tokens, bad):
     ({"segments_BT": jnp.ones((1, 12), int)}, ["segments_BT", "(1, 12)", "(3, 12)"]),
     ({"prefix_B": jnp.ones((), int)}, ["prefix_B", "()", "(3,)"]),
     ({"logits_at": jnp.ones((3,), int)}, ["logits_at", "(3,)", "(3, M)"]),
+    ({"logits_at": []}, ["logits_at", "[]", "array of whole numbers (3, M)"]),
+    ({"logits_at": [[9], [0], [0]]}, ["logits_at", "[[9], [0], [0]]", "array of whole numbers"]),
+    ({"logits_at": jnp.ones((3, 1))}, ["logits_at", "float32 (3, 1)", "whole numbers (3, M)"]),
     ({"logits_at": "first"}, ["logits_at", "'first'", "'last'"]),
     ({"want": ("gradients",)}, ["want", "gradients", "taps"]),
 ])
