@@ -32,8 +32,8 @@ class Contrast:
 
     Args:
       alpha: in (0, 1], how plausible to the expert p a token must be.
-      beta: at least 0; 1 is the paper's, 0 leaves the expert alone.
-      temperature: of the amateur q, above 0. Each one number, or (B,).
+      beta: in [0, 1000]; 1 is the paper's, 0 leaves the expert alone.
+      temperature: of the amateur q, at least 0.001. Each one number, or (B,).
     Source: 2210.15097, section 3, equations 2 to 4; the same objective in logits, scaled by
       `1 + b` with `beta = b / (1 + b)`: 2309.09117.
     """
@@ -44,8 +44,8 @@ class Contrast:
 
     def __post_init__(self):
         check(self, "alpha", low=0.0, high=1.0, above=True)
-        check(self, "beta", low=0.0)
-        check(self, "temperature", low=0.0, above=True)
+        check(self, "beta", low=0.0, high=1e3)  # beyond these, float32 has no room for the scores
+        check(self, "temperature", low=1e-3)
 
     def scores(self, expert_BV: jax.Array, amateur_BV: jax.Array) -> jax.Array:
         """`s_BV`, float32, `NEG` for implausible tokens."""
@@ -53,15 +53,21 @@ class Contrast:
         beta_B1 = per_row("beta", self.beta, batch)[:, None]
         heat_B1 = per_row("temperature", self.temperature, batch)[:, None]
         p_BV = jax.nn.log_softmax(keep_finite(expert_BV), -1)
-        q_BV = jax.nn.log_softmax(keep_finite(amateur_BV) / heat_B1, -1)
-        plausible_BV = keep_min_p(p_BV, self.alpha) > NEG
+        q_BV = jax.nn.log_softmax(keep_finite(amateur_BV / heat_B1), -1)
+        plausible_BV = keep_min_p(p_BV, per_row("alpha", self.alpha, batch)) > NEG
         empty_B1 = (jnp.maximum(expert_BV.max(-1), NEG) == NEG)[:, None]  # nothing is left
         broken_B1 = jnp.isnan(p_BV + q_BV).any(-1, keepdims=True) | empty_B1
-        scores_BV = jnp.where(plausible_BV, p_BV - beta_B1 * q_BV, NEG)
+        scores_BV = jnp.where(plausible_BV, p_BV - keep_finite(beta_B1 * q_BV), NEG)
         return jnp.where(broken_B1, jnp.nan, scores_BV)
 
 
 PAPER = Contrast()
+
+
+def check_rule(name: str, rule: Any) -> None:
+    """ConfigError for what is no Contrast, such as its beta alone."""
+    if not isinstance(rule, Contrast):
+        raise ConfigError(f"{name} is {rule!r}; expected a Contrast, such as Contrast(beta=0.5)")
 
 
 @struct.dataclass
@@ -130,6 +136,7 @@ def contrast(
       >>> contrast(tiny, tiny, "Q:12+34=\\n", rule=Contrast(beta=0.5), stop="A:").text
       '12+34=46\\n'
     """
+    check_rule("rule", rule)
     kinds, amateur_kinds = placed(expert, sampler, cache), placed(amateur, Greedy(), cache)
     _check_pair(expert, amateur)
     job = prepare(expert, prompts, max_new_tokens, key, stop_ids, max_len, stop, include_stop,
@@ -193,6 +200,7 @@ def contrastive_decode(
       the amateur's its own.
     Raises: ConfigError for models of different vocabularies.
     """
+    check_rule("contrast", contrast)
     _check_vocabularies(expert[0], amateur[0])
 
     def due(s):

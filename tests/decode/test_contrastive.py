@@ -120,6 +120,14 @@ def test_nan_in_the_amateur_is_not_hidden():
     assert np.isnan(scores[0]).all() and np.isfinite(scores[1]).all()
 
 
+@pytest.mark.parametrize("rule", [None, 0.5, Contrast, Greedy()], ids=str)
+def test_a_rule_is_a_contrast(bundle, weak, rule):
+    with pytest.raises(ConfigError, match="rule is .*expected a Contrast, such as"):
+        contrast(bundle, weak, "x", rule=rule)
+    with pytest.raises(ConfigError, match="contrast is .*expected a Contrast, such as"):
+        contrastive_decode(EXPERT, AMATEUR, start(*EXPERT), start(*AMATEUR), rule)
+
+
 def test_models_of_other_vocabularies_are_refused():
     small = tiny_model(1, vocab_size=VOCAB - 1)
     with pytest.raises(ConfigError, match="61 and 60"):
