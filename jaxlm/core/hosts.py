@@ -29,6 +29,12 @@ def spans_processes(tree: Any) -> bool:
     )
 
 
+def readable(x: Any) -> bool:
+    """Whether an array's numbers can be looked at here and now: not while jax traces, nor where
+    another process holds a part of them."""
+    return not isinstance(x, jax.core.Tracer) and not spans_processes(x)
+
+
 def to_host(tree: Any) -> Any:
     """The whole of every leaf as numpy, in every process.
 

@@ -14,7 +14,7 @@ from jaxlm.core.errors import DeviceError
 from jaxlm.core.hosts import check_same, spans_processes
 from jaxlm.core.tree import Params, flatten, unflatten
 
-Rules = Mapping[str, str | tuple[str, ...] | None]
+Rules = Mapping[str, str | tuple[str, ...] | None]  # those of `RULES` hold where none is given
 
 RULES: Rules = {
     "batch": ("data", "fsdp"), "vocab": "tensor", "embed": "fsdp", "heads": "tensor",
@@ -56,9 +56,29 @@ def make_mesh(
 
 def _axes_of(axis: str, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
     """The mesh axes, of more than one device, that a dimension goes over."""
-    target = rules.get(axis)
-    names = (target,) if isinstance(target, str) else tuple(target or ())
-    return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+    target = rules.get(axis, RULES.get(axis))
+    given = () if target is None else target
+    names = tuple(given) if isinstance(given, tuple | list) else (given,)
+    for name in names:
+        if name not in mesh.axis_names:
+            raise DeviceError(
+                f"the rule of dimension {axis!r} names mesh axis {name!r}, but the mesh has "
+                f"{mesh.axis_names}; change the rule, or make the mesh with jaxlm.make_mesh, as in "
+                "make_mesh(data=2, tensor=4)"
+            )
+    return tuple(name for name in names if mesh.shape[name] > 1)
+
+
+def check_mesh(mesh: Any, rules: Any = RULES) -> None:
+    """DeviceError for what is no mesh or no rules, or where they do not fit one another."""
+    if not isinstance(mesh, Mesh):
+        raise DeviceError(f"mesh is {mesh!r}; expected a jax.sharding.Mesh, such as "
+                          "jaxlm.make_mesh(data=2, tensor=4)")
+    if not isinstance(rules, Mapping) or not set(rules) <= set(RULES):
+        raise DeviceError(f"rules are {rules!r}; expected a mesh axis, several or None for some of "
+                          f"the dimensions {', '.join(RULES)}, such as {{'heads': 'tensor'}}")
+    for axis in RULES:
+        _axes_of(axis, mesh, rules)
 
 
 def partition(
@@ -101,7 +121,9 @@ def shardings(axes: Params, shapes: Params, mesh: Mesh, rules: Rules = RULES) ->
 
     A tuple of names is one leaf of `axes`. A dimension that does not divide gives one warning,
     however many parameters have it.
+    Raises: DeviceError for what is no mesh, or for rules with an axis that it lacks.
     """
+    check_mesh(mesh, rules)
     names = flatten(axes)
     warned: set[tuple[str, int]] = set()
     return unflatten({

@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.kivi import Kivi
 from jaxlm.cache.shared import Shared, SharedState, gather_cache
-from jaxlm.core.errors import ConfigError, ShapeError
+from jaxlm.core.errors import ConfigError, ShapeError, whole
+from jaxlm.core.hosts import readable
 from jaxlm.core.tree import Params, gather_rows
 from jaxlm.decode.state import DecodeState
 from jaxlm.models.lm import LM
@@ -19,7 +21,7 @@ MOVED = ("tokens_BS", "length_B", "logits_BV", "logprob_BS", "limit_B", "done_B"
 
 def repeat(state: DecodeState, particles: int) -> DecodeState:
     """Every row `particles` times, each with a key of its own; caches are copied too."""
-    check_particles(particles)
+    particles = check_particles(particles)
     if any(isinstance(kind, Shared) for kind in state.kinds):
         raise ConfigError("rows that share a prompt cannot be repeated; fork them once more")
     copied = repeat_rows({"caches": state.caches} | moved_fields(state), particles)
@@ -38,14 +40,12 @@ def fork(
       particles: rows a prompt, static. slots: tokens a row can add to its prompt, static.
       own: the cache kind of what rows add; None: each layer's own.
     Returns: rows `r * particles + p`. Rows that were full are live again.
-    Raises: ConfigError for fewer than one particle or slot.
+    Raises: ConfigError for particles or slots that are no whole number of at least 1.
 
     Memory a layer: `R * prompt slots + R * particles * slots` tokens, where `repeat` would need
     `R * particles * (prompt slots + slots)`.
     """
-    check_particles(particles)
-    if slots < 1:
-        raise ConfigError(f"slots is {slots}; expected room for at least 1 token after a prompt")
+    particles, slots = check_particles(particles), whole("slots", slots)
     batch, dtype = state.tokens_BS.shape[0] * particles, params["embed"]["table"].dtype
     kinds, caches = list(state.kinds), list(state.caches)
     for layer, (kind, prompt) in enumerate(zip(state.kinds, state.caches, strict=True)):
@@ -84,14 +84,16 @@ def gather(
 
     Args: when: bool, whether caches move at all; False only where all ancestors are themselves.
       Or bool (R,), by prompt: the time is then that of the prompts that move; on one device alone.
-    Raises: ShapeError when the indices do not cover the rows.
+    Raises: ShapeError when the indices do not cover the rows by prompt, or are outside [0, P); under
+      a jit the latter cannot be seen, and gives the row NaN logits.
     """
-    if ancestors_RP.ndim != 2 or ancestors_RP.size != state.length_B.shape[0]:
-        raise ShapeError(f"ancestors are {ancestors_RP.shape}; expected (prompts, particles) with "
-                         f"a product of {state.length_B.shape[0]} rows")
+    ancestors_RP = check_ancestors(state, ancestors_RP)
     move = state.since_flush >= 0 if when is None else when  # true, and the compiler cannot know
     caches = tuple(gather_cache(cache, ancestors_RP, move) for cache in state.caches)
-    return state.replace(caches=caches, **gather_rows(moved_fields(state), ancestors_RP))
+    rows = gather_rows(moved_fields(state), ancestors_RP)
+    lost_RP = (ancestors_RP < 0) | (ancestors_RP >= ancestors_RP.shape[1])
+    rows["logits_BV"] = jnp.where(lost_RP.reshape(-1, 1), jnp.nan, rows["logits_BV"])
+    return state.replace(caches=caches, **rows)
 
 
 def release(state: DecodeState, rows_B: jax.Array | None = None) -> DecodeState:
@@ -116,7 +118,23 @@ def split_keys(keys_R: jax.Array, particles: int) -> jax.Array:
     return jax.vmap(each)(keys_R).reshape(-1)
 
 
-def check_particles(particles: int) -> None:
-    """Raise ConfigError unless there is at least one."""
-    if not isinstance(particles, int) or particles < 1:
-        raise ConfigError(f"particles is {particles!r}; expected a whole number of at least 1")
+def check_particles(particles: int) -> int:
+    """The number of particles; ConfigError unless there is at least one."""
+    return whole("particles", particles)
+
+
+def check_ancestors(state: DecodeState, ancestors_RP: Any) -> jax.Array:
+    """Ancestors as an array; ShapeError unless each row has one, among those of its prompt."""
+    given = ancestors_RP if isinstance(ancestors_RP, jax.Array) else np.asarray(ancestors_RP)
+    shape, rows = given.shape, state.length_B.shape[0]
+    if len(shape) != 2 or given.size != rows or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ShapeError(f"ancestors are {given.dtype} {shape}; expected whole numbers (prompts, "
+                         f"particles) with a product of {rows} rows")
+    shared = [len(cache.length_R) for cache in state.caches if isinstance(cache, SharedState)]
+    if shared and shape[0] != shared[0]:  # rows would go on from another prompt's text
+        raise ShapeError(f"ancestors are {shape}; the rows share {shared[0]} prompts, so expected "
+                         f"{(shared[0], rows // shared[0])}")
+    if readable(given) and ((host := np.asarray(given)) < 0).any() | (host >= shape[1]).any():
+        raise ShapeError(f"ancestors are {host.tolist()}; expected indices from 0 to "
+                         f"{shape[1] - 1}, of particles of the same prompt")
+    return jnp.asarray(given)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, whole
+from jaxlm.core.hosts import readable
 from jaxlm.decode.transforms import (
     add_bias,
     draw,
@@ -21,6 +22,7 @@ from jaxlm.decode.transforms import (
     per_row,
     temper,
 )
+from jaxlm.models.attention import NEG
 
 
 class Sampler(Protocol):
@@ -85,7 +87,8 @@ class Greedy:
 @struct.dataclass
 class Categorical:
     """`p_v` proportional to `exp(l'_v)`, with l' the logits after, in this order, logit bias,
-    repetition penalty, temperature, top-k, top-p and min-p. None leaves a transform out.
+    repetition penalty, temperature, top-k, top-p and min-p. None leaves a transform out;
+    the temperature is always a number.
 
     A cold row (temperature 0) takes the argmax of l'; its log-probability is stated at
     temperature 1, since a certainty of 0 would say nothing. Tokens that tie with the last one
@@ -95,7 +98,7 @@ class Categorical:
       temperature: at least 0. top_k: whole, at least 1; the vocabulary's size or more keeps all.
       top_p: in (0, 1]. min_p: in [0, 1]. repetition_penalty: above 0; 1 changes nothing; counts
         the row's whole text, prompt included. Each one number, or (B,).
-      logit_bias: (V,) or (B, V), finite, or -inf to ban a token; see `bias_array`.
+      logit_bias: (V,) or (B, V), finite, or -inf to ban a token, but not all; see `bias_array`.
     Raises: ConfigError for a concrete number outside its range.
 
     Example:
@@ -115,11 +118,15 @@ class Categorical:
 
     def __post_init__(self):
         check(self, "temperature", low=0.0)
-        check(self, "top_k", low=1.0, whole=True)
-        check(self, "top_p", low=0.0, high=1.0, above=True)
-        check(self, "min_p", low=0.0, high=1.0)
-        check(self, "repetition_penalty", low=0.0, above=True)
-        check(self, "logit_bias", low=float("-inf"), above=None)
+        check(self, "top_k", low=1.0, whole=True, optional=True)
+        check(self, "top_p", low=0.0, high=1.0, above=True, optional=True)
+        check(self, "min_p", low=0.0, high=1.0, optional=True)
+        check(self, "repetition_penalty", low=0.0, above=True, optional=True)
+        check(self, "logit_bias", low=float("-inf"), above=None, optional=True)
+        bias = concrete(self.logit_bias)
+        if bias is not None and bias.ndim and (bias <= NEG).all(-1).any():
+            raise ConfigError("logit_bias bans every token; expected at least one in a row that "
+                              "is left to draw")
 
     def init(self, batch: int, vocab: int) -> Any:
         """The tokens seen, where they are penalised."""
@@ -208,50 +215,68 @@ class Mirostat2:
 
 
 def check_sampler(sampler: Any) -> None:
-    """ConfigError for what is no sampler, a class of samplers for one."""
+    """ConfigError for what is no sampler, a class of samplers for one, or holds no numbers."""
     if isinstance(sampler, type) or not (hasattr(sampler, "init") and hasattr(sampler, "step")):
         shown = f"the class {sampler.__name__}" if isinstance(sampler, type) else repr(sampler)
         raise ConfigError(f"sampler is {shown}; expected an instance, such as jaxlm.Greedy() or "
                           "jaxlm.Temperature(0.8)")
+    for leaf in jax.tree.leaves(sampler):  # jax rebuilds trees around any object; here it is used
+        if leaf is not sampler and not isinstance(leaf, int | float) and not hasattr(leaf, "dtype"):
+            raise ConfigError(f"sampler holds {leaf!r}; expected numbers or arrays of them")
 
 
 def bias_array(biases: Mapping[int, float], vocab: int) -> np.ndarray:
     """Biases by token id as a float32 (V,) array.
 
+    Raises: ConfigError for an id outside the vocabulary, or a bias that is not finite, -inf apart.
+
     >>> bias_array({1: float("-inf")}, 3).tolist()
     [0.0, -inf, 0.0]
     """
-    bias_V = np.zeros(vocab, np.float32)
+    if not isinstance(biases, Mapping):
+        raise ConfigError(f"logit_bias is {biases!r}; expected biases by token id, such as "
+                          "{13: -1.5}")
+    bias_V, largest = np.zeros(vocab, np.float32), float(np.finfo(np.float32).max)
     for token, value in biases.items():
-        if not 0 <= token < vocab:
-            raise ConfigError(f"logit_bias names token {token}; expected ids in [0, {vocab})")
-        bias_V[token] = value
+        index, number = whole("a token id of logit_bias", token, 0, vocab - 1), concrete(value)
+        fine = number is not None and number.ndim == 0 and number.dtype.kind in "iuf"
+        if not fine or not (abs(value) <= largest or value == -np.inf):
+            raise ConfigError(f"logit_bias of token {index} is {value!r}; expected a number, or "
+                              "-inf to ban the token")
+        bias_V[index] = value
     return bias_V
+
+
+def concrete(value: Any) -> np.ndarray | None:
+    """The numbers of a value; None where it holds none that can be read, as while jax traces."""
+    if isinstance(value, jax.Array):
+        return np.asarray(value) if readable(value) else None
+    numbers = int, float, complex, np.ndarray, np.generic
+    return np.asarray(value) if isinstance(value, numbers) else None
 
 
 def check(
     sampler: Any, name: str, low: float, high: float = float("inf"), above: bool | None = False,
-    whole: bool = False,
+    whole: bool = False, optional: bool = False,
 ) -> None:
     """Hold a concrete number to its range, and store it as float32.
 
     Numbers of any type become one array type, so that 0, 0.5 and np.float64(0.5) share one
-    compilation. `above`: low itself is excluded; None: -inf is allowed. What stands for a number
-    while jax traces or rebuilds the tree passes unchecked.
+    compilation. `above`: low itself is excluded; None: -inf is allowed. `optional`: so is None.
+    What stands for a number while jax traces or rebuilds the tree passes unchecked.
     Raises: ConfigError.
     """
     value = getattr(sampler, name)
+    if value is None and optional:
+        return
     end = ")" if high == float("inf") else "]"
     kind = "whole numbers" if whole else "numbers"
     wanted = f"{kind} in {'(' if above else '['}{low:g}, {high:g}{end}"
-    if isinstance(value, (bool, str, list, tuple, dict)):
+    if value is None or isinstance(value, (bool, str, list, tuple, dict)):
         raise ConfigError(f"{name} is {value!r}; expected {wanted}, or an array of them")
-    concrete = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
-    if not (concrete or isinstance(value, (int, float, np.ndarray, np.number))):
+    array = concrete(value)
+    if array is None:
         return
-    if concrete and not value.is_fully_addressable:
-        return
-    array = np.asarray(value)
     if array.dtype.kind not in "iuf" and not jnp.issubdtype(array.dtype, jnp.floating):
         raise ConfigError(f"{name} holds {array.dtype}; expected {wanted}")
     with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
@@ -262,4 +287,5 @@ def check(
     inside &= array == np.floor(array) if whole else True
     if not inside.all():
         raise ConfigError(f"{name} is {value}; expected {wanted}")
-    object.__setattr__(sampler, name, value.astype(jnp.float32) if concrete else array)
+    of_jax = isinstance(value, jax.Array)  # it stays where it is
+    object.__setattr__(sampler, name, value.astype(jnp.float32) if of_jax else array)

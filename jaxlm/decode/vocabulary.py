@@ -13,7 +13,9 @@ def token_bytes(tokenizer: Any, size: int | None = None) -> list[bytes]:
       tokenizer: jaxlm's, a `tokenizers.Tokenizer`, or a fast transformers one, of the byte-level
         kind (GPT-2, Llama 3, Qwen), the sentencepiece kind (Llama 2, Mistral, Gemma), or with
         tokens that stand for themselves (the bundled model).
-      size: the model's vocabulary, at least the tokenizer's; ids without a token add nothing.
+      size: the model's vocabulary, at least the tokenizer's without its added tokens; ids without
+        a token add nothing, and added tokens beyond it are left out: Gemma 3's image token lies
+        beyond its text models, which never draw it.
     Returns: bytes by id. Special tokens count with their name, so that a rule may look for it.
     Raises: TokenizerError for another kind of tokenizer, or a model's vocabulary that is smaller.
     """
@@ -32,13 +34,15 @@ def token_bytes(tokenizer: Any, size: int | None = None) -> list[bytes]:
             "sentencepiece vocabulary, or one whose tokens are fused as they are"
         )
     added = {token["id"]: token["content"] for token in spec.get("added_tokens", [])}
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
-    least = max(vocab.values(), default=-1) + 1
+    least = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
     if size is not None and size < least:
         raise TokenizerError(f"the tokenizer has ids up to {least - 1}, the model {size} tokens")
-    texts = [b""] * (size or least)
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    size = max(vocab.values(), default=-1) + 1 if size is None else size
+    texts = [b""] * size
     for token, index in vocab.items():
-        texts[index] = added[index].encode() if index in added else convert(token)
+        if index < size:
+            texts[index] = added[index].encode() if index in added else convert(token)
     return texts
 
 

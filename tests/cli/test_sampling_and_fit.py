@@ -90,7 +90,7 @@ def test_what_mirostat_and_biases_cannot_be_is_said():
     for pair in ("3", "a=1", "3=", "3=x"):
         with pytest.raises(ConfigError, match="--logit-bias is .* expected ID=VALUE"):
             read_bias([pair], 5)
-    with pytest.raises(ConfigError, match="names token 5"):
+    with pytest.raises(ConfigError, match="token id of logit_bias is 5"):
         read_bias(["5=1"], 5)
 
 

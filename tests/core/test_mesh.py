@@ -4,8 +4,9 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 import jaxlm
 from jaxlm.core import device
@@ -46,6 +47,38 @@ def test_what_does_not_divide_is_replicated_with_one_warning(mesh):
     assert layer["attn"]["k"]["kernel"].spec == PartitionSpec(None, None, None)
     assert layer["attn"]["q"]["kernel"].spec == PartitionSpec(None, "tensor", None)
     assert layer["mlp"]["down"]["kernel"].spec == PartitionSpec("tensor", None)
+
+
+def of_axis(name):
+    """A mesh of all devices along one axis."""
+    return Mesh(np.array(jax.devices()), (name,))
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"mesh": "x"}, ["mesh is 'x'", "expected a jax.sharding.Mesh", "make_mesh(data=2, tensor=4)"]),
+    ({"mesh": (2, 2)}, ["mesh is (2, 2)", "expected a jax.sharding.Mesh"]),
+    ({"mesh": of_axis("x")}, ["mesh axis 'data'", "has ('x',)", "make_mesh(data=2, tensor=4)"]),
+    ({"mesh": of_axis("tensor")}, ["dimension 'batch'", "mesh axis 'data'", "has ('tensor',)"]),
+    ({"rules": {"heads": "nosuch"}}, ["dimension 'heads'", "mesh axis 'nosuch'", "'tensor')"]),
+    ({"rules": {"mlp": ("tensor", "x")}}, ["dimension 'mlp'", "mesh axis 'x'"]),
+    ({"rules": {"heads": 3}}, ["dimension 'heads'", "mesh axis 3"]),
+    ({"rules": {"head": "tensor"}}, ["rules are {'head': 'tensor'}", "dimensions batch, vocab"]),
+    ({"rules": "heads"}, ["rules are 'heads'", "{'heads': 'tensor'}"]),
+    ({"rules": None}, ["rules are None"]),
+], ids=str)
+def test_load_refuses_a_mesh_that_does_not_fit_its_rules(mesh, given, words):
+    with pytest.raises(DeviceError) as error:
+        jaxlm.load("tiny", **{"mesh": mesh, **given})
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_rules_change_only_the_dimensions_that_they_name():
+    lm, _ = model()
+    placed = shardings(lm.axes(), lm.shapes(), make_mesh(fsdp=4, tensor=2), {"heads": None})
+    layer = placed["layers_0"]
+    assert layer["attn"]["q"]["kernel"].spec == PartitionSpec("fsdp", None, None)
+    assert layer["attn"]["k"]["kernel"].spec == PartitionSpec("fsdp", "tensor", None)
+    assert layer["mlp"]["down"]["kernel"].spec == PartitionSpec("tensor", "fsdp")
 
 
 def test_a_batch_goes_over_data_and_fsdp():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core.errors import ConfigError, ShapeError
+from jaxlm.core.errors import ConfigError, ShapeError, TokenizerError
 from jaxlm.core.mesh import make_mesh
 from jaxlm.decode.contrastive import Contrast, contrast, contrastive_decode
 from jaxlm.decode.generate import generate
@@ -120,10 +120,36 @@ def test_nan_in_the_amateur_is_not_hidden():
     assert np.isnan(scores[0]).all() and np.isfinite(scores[1]).all()
 
 
+@pytest.mark.parametrize("rule", [None, 0.5, Contrast, Greedy()], ids=str)
+def test_a_rule_is_a_contrast(bundle, weak, rule):
+    with pytest.raises(ConfigError, match="rule is .*expected a Contrast, such as"):
+        contrast(bundle, weak, "x", rule=rule)
+    with pytest.raises(ConfigError, match="contrast is .*expected a Contrast, such as"):
+        contrastive_decode(EXPERT, AMATEUR, start(*EXPERT), start(*AMATEUR), rule)
+
+
 def test_models_of_other_vocabularies_are_refused():
-    small = tiny_model(1, vocab_size=VOCAB - 1)
-    with pytest.raises(ConfigError, match="61 and 60"):
+    small = tiny_model(1, vocab_size=VOCAB - 10)
+    with pytest.raises(ConfigError, match="61 and 51"):
         contrastive_decode(EXPERT, small, start(*EXPERT), start(*EXPERT))
+
+
+def test_states_of_other_texts_are_refused():
+    plain, _ = go(Contrast(), Greedy())
+    state, amateur = start(*EXPERT), start(*AMATEUR)
+    other = amateur.replace(tokens_BS=amateur.tokens_BS.at[1, 0].add(1))
+    longer = amateur.replace(length_B=amateur.length_B.at[2].add(1))
+    for wrong, row in ((other, 1), (longer, 2)):
+        with pytest.raises(ConfigError, match=rf"rows \[{row}\] .*other texts"):
+            contrastive_decode(EXPERT, AMATEUR, state, wrong)
+    with pytest.raises(ShapeError, match="3 and 2 rows"):
+        contrastive_decode(EXPERT, AMATEUR, state, start(*AMATEUR, rows=2))
+    found, _ = run(EXPERT[1], AMATEUR[1], start(*EXPERT, 20, Greedy()), other, Contrast(),
+                   Greedy(), NEVER, 8)  # traced: the row says so by NaN, and its neighbours go on
+    assert np.isnan(found.logprob_BS[1, state.length_B[1]])
+    for row in (0, 2):
+        np.testing.assert_array_equal(found.tokens_BS[row], plain.tokens_BS[row])
+        np.testing.assert_array_equal(found.logprob_BS[row], plain.logprob_BS[row])
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +179,34 @@ def test_texts_are_those_of_the_loop_in_numpy(bundle, weak):
     assert ended.finish == "stop" and ended.tokens == answers[0].tokens[: len(ended.tokens)]
 
 
+def padded(folder, seed, size):
+    """The model of a seed with more rows of vocabulary, which it would draw, and a token there."""
+    tensors, rng = weights(seed=seed), np.random.default_rng(9)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        tail = 10 * rng.standard_normal((size - len(tensors[name]), tensors[name].shape[1]))
+        tensors[name] = np.concatenate([tensors[name], tail.astype(np.float32)])
+    made = tokenizer_json()
+    made["added_tokens"].append(made["added_tokens"][-1] | {"id": 258, "content": "<image>"})
+    write_folder(folder, tensors=tensors, vocab_size=size)
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    return load(folder)
+
+
+def test_padding_of_either_model_changes_nothing(bundle, weak, tmp_path):
+    """As in Qwen 2.5 7B against 0.5B, and Gemma 3 4B against 1B."""
+    large, large_weak = padded(tmp_path / "a", 0, 264), padded(tmp_path / "b", 7, 264)
+    given = dict(rule=Contrast(1e-6, 0.7, 0.8), max_new_tokens=6, stop_ids=())
+    prompts = ["Hello", "a longer prompt"]
+    wanted = contrast(bundle, weak, prompts, **given)
+    assert any(t >= 258 for a in contrast(large, large_weak, prompts, **given) for t in a.tokens)
+    for pair in ((large, weak), (bundle, large_weak)):
+        for found, want in zip(contrast(*pair, prompts, **given), wanted, strict=True):
+            assert found.tokens == want.tokens
+            np.testing.assert_allclose(found.logprobs, want.logprobs, atol=1e-4)
+    with pytest.raises(TokenizerError, match="prompt 0 has token id 260"):
+        contrast(large, weak, [[5, 260]])
+
+
 def test_without_beta_the_text_is_generate_s(bundle, weak):
     alone = Contrast(alpha=1e-30, beta=0.0)
     warm = dict(max_new_tokens=6, sampler=Categorical(0.9), key=jax.random.key(4))
@@ -167,6 +221,13 @@ def test_pairs_that_do_not_belong_together_are_refused(bundle, weak, tmp_path):
     folder = write_folder(tmp_path / "m")
     (folder / "tokenizer.json").write_text(json.dumps(made))
     with pytest.raises(ConfigError, match="other ids"):
+        contrast(bundle, load(folder), "x")
+    made = tokenizer_json()
+    first, second = made["added_tokens"]
+    first["content"], second["content"] = second["content"], first["content"]
+    folder = write_folder(tmp_path / "swapped", bos_token_id=257, eos_token_id=256)
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(ConfigError, match="'</s>' is 257 and 256"):
         contrast(bundle, load(folder), "x")
     with pytest.raises(ConfigError, match="258 and 61 tokens"):
         contrast(bundle, weak.replace(lm=EXPERT[0]), "x")

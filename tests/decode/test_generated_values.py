@@ -30,8 +30,8 @@ RANGES = {
     (Mirostat2, "eta"): lambda x: x >= 0,
     (Mirostat2, "temperature"): lambda x: x >= 0,
     (Contrast, "alpha"): lambda x: 0 < x <= 1,
-    (Contrast, "beta"): lambda x: x >= 0,
-    (Contrast, "temperature"): lambda x: x > 0,
+    (Contrast, "beta"): lambda x: 0 <= x <= 1000,
+    (Contrast, "temperature"): lambda x: x >= 0.001,
     (Categorical, "logit_bias"): lambda x: True,
 }
 IDS = [f"{kind.__name__}.{name}" for kind, name in RANGES]
@@ -103,7 +103,7 @@ BIAS = st.one_of(st.floats(-50, 50), st.just(-math.inf), st.just(-1e30), st.just
 def test_biases(biases):
     """Refused, or the likeliest token after adding them by hand."""
     if any(not 0 <= token < VOCAB for token in biases):
-        with pytest.raises(ConfigError, match="logit_bias names token"):
+        with pytest.raises(ConfigError, match="token id of logit_bias"):
             bias_array(biases, VOCAB)
         return
     bias = bias_array(biases, VOCAB)

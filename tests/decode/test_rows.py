@@ -178,9 +178,45 @@ def test_bad_calls_are_named():
         fork(lm, params, start(lm, params, TIME), 0, 4)
     with pytest.raises(ConfigError, match="slots is 0"):
         fork(lm, params, start(lm, params, TIME), 2, 0)
+    for bad in (2.5, True, "3", None):
+        with pytest.raises(ConfigError, match=r"slots is .*whole number"):
+            fork(lm, params, start(lm, params, TIME), 2, bad)
+        for call in (lambda bad=bad: fork(lm, params, start(lm, params, TIME), bad, 4),
+                     lambda bad=bad: repeat(start(lm, params, TIME), bad)):
+            with pytest.raises(ConfigError, match=r"particles is .*whole number"):
+                call()
     with pytest.raises(ConfigError, match="fork them"):
         repeat(shared, 2)
     with pytest.raises(ShapeError, match="12 rows"):
         gather(shared, jnp.zeros((3, 3), jnp.int32))
     with pytest.raises(ConfigError, match="then fork"):
         start(lm, params, TIME, cache=Shared(Dense(), Dense()))
+
+
+@pytest.mark.parametrize("ancestors, words", [
+    ([[0, 1, 2, 7], [0, 1, 2, 3], [0, 1, 2, 3]], "7.*indices from 0 to 3"),
+    ([[0, 1, 2, 3], [0, -1, 2, 3], [0, 1, 2, 3]], "-1.*indices from 0 to 3"),
+    ([[0, 1, 2, 2**32]] * 3, f"{2**32}.*indices from 0 to 3"),
+    ([list(range(12))], r"\(1, 12\).*share 3 prompts.*\(3, 4\)"),
+    ([[0, 1]] * 6, r"\(6, 2\).*share 3 prompts.*\(3, 4\)"),
+    ([[0.0, 1.0, 2.0, 3.0]] * 3, "float64.*whole numbers"),
+    ([[True, True, True, False]] * 3, "bool.*whole numbers"),
+], ids=str)
+def test_ancestors_that_are_none_of_the_prompt_s_rows_are_refused(ancestors, words):
+    *_, shared, copied = both("plain")
+    with pytest.raises(ShapeError, match=words):
+        gather(shared, np.array(ancestors))
+    if "share" not in words:
+        with pytest.raises(ShapeError, match=words):
+            gather(copied, np.array(ancestors))
+
+
+def test_traced_ancestors_outside_the_prompt_give_nan():
+    *_, shared, _ = both("plain")
+    right = jnp.array([[0, 0, 2, 3], [3, 3, 3, 3], [1, 0, 3, 2]])
+    moved, wrong = (jax.jit(gather)(shared, index) for index in (
+        right, right.at[0, 1].set(7).at[2, 3].set(-1)))
+    lost_B = np.isin(np.arange(12), [1, 11])
+    assert np.isnan(wrong.logits_BV[lost_B]).all()
+    np.testing.assert_array_equal(wrong.logits_BV[~lost_B], moved.logits_BV[~lost_B])
+    assert np.isfinite(moved.logits_BV).all()

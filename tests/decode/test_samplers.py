@@ -229,7 +229,12 @@ BAD = [
     (Categorical, "top_p", np.array([0.5, 1.5])), (Categorical, "top_k", jnp.array([3, -1])),
     (Mirostat2, "tau", 0.0), (Mirostat2, "eta", -0.1), (Mirostat2, "temperature", -1),
     (Contrast, "alpha", 0.0), (Contrast, "alpha", 1.5), (Contrast, "beta", -1.0),
-    (Contrast, "temperature", 0.0),
+    (Contrast, "temperature", 0.0), (Contrast, "temperature", 1e-38), (Contrast, "beta", 1e38),
+    (Categorical, "temperature", 1j), (Categorical, "top_k", np.complex64(1)),
+    (Categorical, "top_p", np.bool_(True)), (Categorical, "temperature", None),
+    *((kind, name, None) for kind, names in ((Mirostat2, ("tau", "eta", "temperature")),
+                                             (Contrast, ("alpha", "beta", "temperature")))
+      for name in names),
 ]
 
 
@@ -262,8 +267,64 @@ def test_shapes_that_do_not_fit_are_named():
         Categorical(np.ones(ROWS + 1)).step(keys(ROWS), example(), ())
     with pytest.raises(ShapeError, match="logit_bias is"):
         Categorical(logit_bias=np.zeros(VOCAB + 1)).step(keys(ROWS), example(), ())
-    with pytest.raises(ConfigError, match="token 9"):
-        bias_array({9: 1.0}, 9)
+    with pytest.raises(ShapeError, match=r"alpha is \(2,\)"):
+        Contrast(np.array([0.1, 0.2])).scores(example(), example())
+
+
+@pytest.mark.parametrize("biases, words", [
+    ({9: 1.0}, "id .* is 9; .*from 0 to 8"), ({-1: 1.0}, "id .* is -1"),
+    ({True: 2.0}, "id .* is True"), ({1.0: 2.0}, "id .* is 1.0"), ({"1": 2.0}, "id .* is '1'"),
+    ([1.0, 2.0], r"logit_bias is \[1.0, 2.0\]; expected biases by token id"),
+    ({1: None}, "of token 1 is None"), ({1: "2"}, "of token 1 is '2'"),
+    ({1: True}, "of token 1 is True"), ({1: float("nan")}, "of token 1 is nan"),
+    ({1: float("inf")}, "of token 1 is inf"), ({1: 1e39}, "of token 1 is 1e\\+39"), ({1: -1e39}, "of token 1 is -1e\\+39"),
+    ({1: 1j}, "of token 1 is 1j"), ({1: [2.0]}, "of token 1 is"),
+    ({1: np.ones(2)}, "of token 1 is"),
+], ids=str)
+def test_biases_that_are_none_are_refused(biases, words):
+    with pytest.raises(ConfigError, match=words):
+        bias_array(biases, 9)
+
+
+def test_biases_of_any_type_of_number():
+    given = {np.int64(0): 1, 1: np.float32(2), 2: jnp.float32(3), 3: np.array(4), 4: -np.inf}
+    assert bias_array(given, 6).tolist() == [1, 2, 3, 4, -np.inf, 0]
+
+
+@pytest.mark.parametrize("bias", [
+    np.full(5, -np.inf), jnp.full(5, -jnp.inf), np.full(5, -3.4e38),
+    np.stack([np.zeros(5), np.full(5, -np.inf)]),
+], ids=["numpy", "jax", "finite", "one row"])
+def test_a_bias_that_bans_every_token_is_named(bias):
+    with pytest.raises(ConfigError, match="logit_bias bans every token"):
+        Categorical(logit_bias=bias)
+    left = np.array(bias)
+    left[..., 2] = 0.0
+    assert Categorical(logit_bias=left).logit_bias.shape == bias.shape
+
+
+def test_the_ends_of_the_contrast_s_range_give_numbers():
+    """With tokens that the amateur bans too."""
+    amateur = example(seed=4).at[:, 3].set(-jnp.inf)
+    for rule in (Contrast(1e-30, 1e3, 1e-3), Contrast(1.0, 1e3, 1e-3), Contrast(1e-30, 0.0, 1e-3),
+                 Contrast(1e-30, 1e3, 1e30)):
+        for sampler in (Greedy(), Categorical(1e-3), Categorical(5.0)):
+            both = Against(sampler, rule, amateur)
+            token, logprob, _ = both.step(keys(ROWS), example(), ())
+            assert np.isfinite(logprob).all() and (np.asarray(logprob) <= 1e-5).all(), rule
+    best = Contrast(1e-30, 1e3, 1e-3).scores(example(), amateur).argmax(-1)
+    np.testing.assert_array_equal(best, 3)  # it is the least likely to the amateur
+
+
+def test_samplers_are_rebuilt_around_whatever_jax_puts_in_their_place():
+    filled = Categorical(0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.5,
+                         logit_bias=BIAS)
+    for sampler in (filled, Mirostat2(), Contrast()):
+        leaves, tree = jax.tree.flatten(sampler)
+        assert jax.tree.unflatten(tree, [object()] * len(leaves)) is not None
+        mapped = jax.vmap(lambda s, x: jax.tree.map(lambda y: y + 0 * x, s), (None, 0))(
+            sampler, jnp.arange(3.0))
+        assert jax.tree.structure(mapped) == tree
 
 
 def test_the_plain_name_is_the_chain():

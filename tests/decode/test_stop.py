@@ -131,6 +131,18 @@ def test_other_tokenizers_are_refused():
         token_bytes(byte_level_tokenizer(), size=10)
 
 
+def test_added_tokens_beyond_the_model_are_left_out():
+    """As Gemma 3's image token, one past the vocabulary of its text models."""
+    tokenizer = byte_level_tokenizer()
+    size, before = tokenizer.get_vocab_size(), token_bytes(tokenizer)
+    tokenizer.add_special_tokens(["<image>"])
+    assert tokenizer.token_to_id("<image>") == size == len(before)
+    assert token_bytes(tokenizer, size=size) == before
+    assert token_bytes(tokenizer) == token_bytes(tokenizer, size=size + 1) == [*before, b"<image>"]
+    with pytest.raises(TokenizerError, match=f"ids up to {size - 1}, the model {size - 1} tokens"):
+        token_bytes(tokenizer, size=size - 1)
+
+
 LETTERS = [bytes([65 + i]) if i < 26 else b"<%d>" % i for i in range(VOCAB)]
 
 

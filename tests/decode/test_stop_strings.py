@@ -19,7 +19,7 @@ from jaxlm.decode.stop import cut
 from jaxlm.decode.text import kept_bytes, text_rule
 from tests.decode.steps import Script
 from tests.decode.test_stop import SHORT, TEXT, byte_level_tokenizer, first_complete
-from tests.tiny import write_folder
+from tests.tiny import VOCAB, tokenizer_json, write_folder
 
 LENGTH = 24  # tokens a script, so that one compiled program serves
 WARM = Temperature(1.0)
@@ -181,3 +181,23 @@ def test_what_is_kept_for_certain_stays_whatever_comes(text, strings, include):
     for more in ("", "a", "b\n", *strings):
         later, _ = kept_bytes((text + more).encode(), strings, include)
         assert later == keep if complete else later >= keep
+
+
+def test_a_tokenizer_with_an_added_token_beyond_the_model(tmp_path):
+    """Gemma 3 1B: what loads and generates takes stop strings and delimiters too."""
+    made = tokenizer_json()
+    made["added_tokens"].append(made["added_tokens"][-1] | {"id": VOCAB, "content": "<image>"})
+    folder = write_folder(tmp_path / "m")
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    bundle = jaxlm.load(folder)
+    assert bundle.tokenizer.size == VOCAB + 1 == bundle.lm.config.vocab_size + 1
+    tokens = bundle.tokenizer.encode("ab\nA:c", special=False)
+    answer = generate(bundle, "go", sampler=Script(jnp.asarray(tokens)), stop="A:",
+                      max_new_tokens=len(tokens))
+    assert (answer.finish, answer.text) == ("string", "ab\n")
+    rule = text_rule(bundle, delimiters=["\n"])
+    match, held = jnp.zeros((1, 2), jnp.int32), []
+    for token in tokens:
+        match, _, held_B = rule.step(match, jnp.array([token]))
+        held.append(bool(held_B[0]))
+    assert held == [False, False, True, False, False, False]

@@ -9,7 +9,7 @@ from jaxlm.cache import Dense, Kivi
 from jaxlm.cache.policy import write_policy
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.generate import generate, stream
-from jaxlm.decode.samplers import Greedy
+from jaxlm.decode.samplers import Categorical, Greedy
 from jaxlm.decode.score import score
 from jaxlm.decode.state import layer_kinds, prefill
 from tests.tiny import model
@@ -21,6 +21,7 @@ BUNDLE = ["bundle is 'tiny'", "expected a Bundle", "jaxlm.load('tiny')"]
     ({"sampler": "greedy"}, ["sampler is 'greedy'", "jaxlm.Greedy()"]),
     ({"sampler": Greedy}, ["sampler is the class Greedy", "an instance", "jaxlm.Greedy()"]),
     ({"sampler": None}, ["sampler is None"]),
+    ({"sampler": Categorical(object())}, ["sampler holds <object", "expected numbers"]),
     ({"cache": Dense}, ["cache is the class Dense", "jaxlm.Dense()", "'kivi2'"]),
     ({"cache": 2}, ["cache is 2", "expected a kind"]),
     ({"cache": None}, ["cache is None", "expected a kind"]),
