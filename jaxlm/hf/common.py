@@ -62,12 +62,12 @@ def rope_from(source: Fields) -> Rope:
 
 def write_rope(rope: Rope) -> dict[str, Any]:
     """The `rope_parameters` of one setting."""
-    out: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    out: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": float(rope.theta)}
     if rope.kind != "default":
-        out["factor"] = rope.factor
+        out["factor"] = float(rope.factor)
     if rope.kind == "llama3":
-        out |= {"low_freq_factor": rope.low_freq_factor,
-                "high_freq_factor": rope.high_freq_factor,
+        out |= {"low_freq_factor": float(rope.low_freq_factor),
+                "high_freq_factor": float(rope.high_freq_factor),
                 "original_max_position_embeddings": rope.original_max_len}
     return out
 
@@ -170,6 +170,20 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": width, "layer_types": kinds}
 
 
+def divided(config: ModelConfig) -> ModelConfig:
+    """The config of a family whose width transformers holds to a multiple of its heads.
+
+    Raises: ConfigError for another width, `head_dim` given or not.
+    """
+    if config.dim % config.num_heads:
+        raise ConfigError(
+            f"dim {config.dim} is not a multiple of num_heads {config.num_heads}, which "
+            f"transformers asks of family {config.family!r}; choose another dim, or a family such "
+            "as 'qwen3'"
+        )
+    return config
+
+
 def write_common(config: ModelConfig, act: str = "hidden_act") -> dict[str, Any]:
     """The inverse of `read_common`."""
     activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
@@ -178,6 +192,6 @@ def write_common(config: ModelConfig, act: str = "hidden_act") -> dict[str, Any]
         "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "intermediate_size": config.ffn_dim, "max_position_embeddings": config.max_len,
-        "rms_norm_eps": config.norm_eps, act: activations[config.activation],
+        "rms_norm_eps": float(config.norm_eps), act: activations[config.activation],
         "tie_word_embeddings": config.tie_embeddings, "rope_parameters": write_rope(config.rope),
     }

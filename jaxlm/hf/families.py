@@ -8,6 +8,7 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.hf.common import (
     FULL,
     SLIDING,
+    divided,
     read_common,
     read_layers,
     read_window,
@@ -68,7 +69,7 @@ def read_llama(fields: Fields) -> ModelConfig:
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_llama`."""
-    return write_common(config) | {"attention_bias": False, "mlp_bias": False}
+    return write_common(divided(config)) | {"attention_bias": False, "mlp_bias": False}
 
 
 def read_mistral(fields: Fields) -> ModelConfig:
@@ -127,7 +128,7 @@ def read_gemma2(fields: Fields) -> ModelConfig:
 
 def write_gemma2(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_gemma2`."""
-    return _write_gemma(config) | {"attn_logit_softcapping": config.attention_softcap}
+    return _write_gemma(config) | {"attn_logit_softcapping": _real(config.attention_softcap)}
 
 
 def read_gemma3(fields: Fields) -> ModelConfig:
@@ -170,10 +171,15 @@ def _gemma_switches(fields: Fields) -> dict[str, Any]:
 
 def _write_gemma(config: ModelConfig) -> dict[str, Any]:
     scale = max(config.attention_scale or config.head_dim**-0.5, 1e-9)
-    return write_common(config, act="hidden_activation") | write_windows(config) | {
+    return write_common(divided(config), act="hidden_activation") | write_windows(config) | {
         "query_pre_attn_scalar": max(round(scale**-2), 1),
-        "final_logit_softcapping": config.logit_softcap,
+        "final_logit_softcapping": _real(config.logit_softcap),
     }
+
+
+def _real(value: float | None) -> float | None:
+    """A number as a float: transformers' strict configs refuse an int in its place."""
+    return None if value is None else float(value)
 
 
 def _gemma3_ropes(fields: Fields) -> tuple[Rope, Rope]:
@@ -219,10 +225,12 @@ def read_granite(fields: Fields) -> ModelConfig:
 
 def write_granite(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_granite`."""
-    return write_llama(config) | {
-        "embedding_multiplier": config.embed_scale, "residual_multiplier": config.residual_scale,
-        "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
-        "logits_scaling": config.logit_divisor,
+    return write_common(config) | {
+        "attention_bias": False, "mlp_bias": False,
+        "embedding_multiplier": float(config.embed_scale),
+        "residual_multiplier": float(config.residual_scale),
+        "attention_multiplier": float(config.attention_scale or config.head_dim**-0.5),
+        "logits_scaling": float(config.logit_divisor),
     }
 
 
