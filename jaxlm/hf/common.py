@@ -72,11 +72,14 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     return out
 
 
-def read_common(fields: Fields, *, act: str = "hidden_act", **switches: Any) -> ModelConfig:
+def read_common(
+    fields: Fields, *, max_len: int, act: str = "hidden_act", **switches: Any
+) -> ModelConfig:
     """The fields that every decoder family shares; `switches` are the family's own settings.
 
     A field that transformers would fill with a family's own default is read from the file or
-    given in `switches`; the defaults here are those that all families have in common.
+    given in `max_len` (where the file does not say how long a text may be) and `switches`; the
+    defaults here are those that all families have in common.
     """
     heads, dim = fields.count("num_attention_heads"), fields.count("hidden_size")
     head_dim = fields.take("head_dim", None)
@@ -106,7 +109,7 @@ def read_common(fields: Fields, *, act: str = "hidden_act", **switches: Any) -> 
         num_layers=read_layers(fields), num_heads=heads,
         num_kv_heads=fields.count("num_key_value_heads", heads), head_dim=head_dim,
         ffn_dim=fields.count("intermediate_size"),
-        max_len=fields.count("max_position_embeddings", 2048),
+        max_len=fields.count("max_position_embeddings", max_len),
         family=fields.take("model_type"), norm_eps=float(fields.number("rms_norm_eps", 1e-6)),
         rope=rope, activation=ACTIVATIONS[activation],
         tie_embeddings=fields.take("tie_word_embeddings", tied, bool), **switches,

@@ -64,7 +64,7 @@ class Family:
 
 def read_llama(fields: Fields) -> ModelConfig:
     """Llama 1 to 3.2, and SmolLM2, which is published as one; 3.1 and 3.2 scale slow rotations."""
-    return read_common(fields)
+    return read_common(fields, max_len=2048)
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def read_mistral(fields: Fields) -> ModelConfig:
     fields.count("num_key_value_heads")
     window = read_window(fields)
     windows = (window,) * read_layers(fields)
-    return read_common(fields, windows=windows)
+    return read_common(fields, max_len=131072, windows=windows)
 
 
 def write_mistral(config: ModelConfig) -> dict[str, Any]:
@@ -87,13 +87,13 @@ def write_mistral(config: ModelConfig) -> dict[str, Any]:
 
 def read_qwen2(fields: Fields) -> ModelConfig:
     """Qwen 2 and 2.5: biases on q, k and v; a window, if switched on, in the upper layers."""
-    return read_common(fields, qkv_bias=True, windows=_qwen_windows(fields))
+    return read_common(fields, max_len=32768, qkv_bias=True, windows=_qwen_windows(fields))
 
 
 def read_qwen3(fields: Fields) -> ModelConfig:
     """Qwen 3: no biases; every head's queries and keys are normalised before rotation."""
     fields.count("head_dim")  # need not be hidden_size / heads
-    return read_common(fields, qk_norm=True, windows=_qwen_windows(fields))
+    return read_common(fields, max_len=32768, qk_norm=True, windows=_qwen_windows(fields))
 
 
 def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
@@ -119,7 +119,7 @@ def read_gemma2(fields: Fields) -> ModelConfig:
     windowed, norm scales stored minus 1, embeddings times sqrt(D). Source: 2408.00118."""
     window = read_window(fields)
     return read_common(
-        fields, **_gemma_switches(fields),
+        fields, max_len=8192, **_gemma_switches(fields),
         windows=read_windows(fields, window, lambda layer: layer % 2 == 0),
         attention_softcap=unless_null(fields, "attn_logit_softcapping", 50.0),
         logit_softcap=unless_null(fields, "final_logit_softcapping", 30.0),
@@ -141,7 +141,8 @@ def read_gemma3(fields: Fields) -> ModelConfig:
     fields.expect("attn_logit_softcapping", None)
     rope, local_rope = _gemma3_ropes(fields)
     return read_common(
-        fields, **_gemma_switches(fields), rope=rope, local_rope=local_rope, qk_norm=True,
+        fields, max_len=131072, **_gemma_switches(fields), rope=rope, local_rope=local_rope,
+        qk_norm=True,
         windows=read_windows(fields, window, lambda layer: (layer + 1) % period != 0),
         logit_softcap=unless_null(fields, "final_logit_softcapping", None),
     )
@@ -215,7 +216,7 @@ def read_granite(fields: Fields) -> ModelConfig:
     """Granite 3: Llama with four multipliers: embeddings, residual branches and scores are
     multiplied, logits divided. Absent ones are 1, the score's too, as transformers has it."""
     return read_common(
-        fields,
+        fields, max_len=2048,
         embed_scale=float(fields.number("embedding_multiplier", 1.0)),
         residual_scale=float(fields.number("residual_multiplier", 1.0)),
         attention_scale=float(fields.number("attention_multiplier", 1.0)),

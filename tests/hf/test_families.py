@@ -99,6 +99,16 @@ def test_absent_fields_take_transformers_defaults():
     assert from_hf(without("qwen2_window", "max_window_layers")).windows == ()
 
 
+@pytest.mark.parametrize("name", sorted({raw["model_type"] for raw in twins.CONFIGS.values()}))
+def test_a_length_that_is_absent_is_the_family_s_own_as_transformers_has_it(name):
+    """Else `score` would cut a text into windows that the model does not need."""
+    transformers = pytest.importorskip("transformers")
+    found = from_hf(without(name, "max_position_embeddings"))
+    theirs = transformers.AutoConfig.for_model(name)
+    assert found.max_len == theirs.max_position_embeddings
+    assert to_hf(found)["max_position_embeddings"] == theirs.max_position_embeddings
+
+
 def test_both_forms_of_rotary_settings_may_agree():
     scaling = {"rope_type": "linear", "factor": 2.0}
     raw = twins.config_of("llama") | {
