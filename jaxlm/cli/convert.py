@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxlm.cli.options import note
-from jaxlm.eval.verify import TEXTS
+from jaxlm.eval.verify import TEXTS, check_verifiable
 from jaxlm.eval.verify import verify as compare_with_transformers
 from jaxlm.hf.convert import convert
 
@@ -26,13 +26,16 @@ def run(
       folder: where the new checkpoint goes.
       dtype: of the new tensors; default their own.
       overwrite: replace the folder if it exists.
-      verify: compare jaxlm on the new folder with transformers on the source (needs torch).
+      verify: compare jaxlm on the new folder with transformers on the source (needs torch, and a
+        language model; asked for before anything is converted).
       tolerance: largest difference of logits that passes; default 1e-2 where no weight was
         rounded. Top-1 agreement and KL have bounds of their own (jaxlm.eval.verify.BOUNDS).
       text: texts to compare on; default a few short ones.
       revision: of a hub id.
     Returns: the exit code, 1 where the verification failed.
     """
+    if verify:
+        check_verifiable(source, revision)
     written = convert(source, folder, dtype, overwrite=overwrite, revision=revision)
     print(f"wrote {written}")
     if not verify:

@@ -24,11 +24,11 @@ GIB = 2**30
 
 def run(
     model: str, target: Target, job: Literal["decode", "prefill", "train", "osft"] = "decode",
-    batch: int = 1, context: int = 4096, cache: str = "dense", dtype: Dtype = "bfloat16",
+    batch: int = 1, context: int | None = None, cache: str = "dense", dtype: Dtype | None = None,
     data: int | None = None, fsdp: int | None = None, tensor: int | None = None,
     revision: str | None = None,
-    unfreeze_ratio: float = 0.5,
-    form: Literal["update", "factored", "coordinates"] = "update",
+    unfreeze_ratio: float | None = None,
+    form: Literal["update", "factored", "coordinates"] | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Compile a job's real program for a chip that need not be here; print what it takes.
@@ -40,27 +40,31 @@ def run(
       job: the decode loop over a full cache, the prefill of a prompt, an AdamW step, or one that
         protects the leading singular directions (docs/osft.md).
       batch: rows in all.
-      context: tokens a row.
+      context: tokens a row, at most those that the model reads; default 4096, or fewer.
       cache: dense, squat2, kivi4, ..., or a file of `jaxlm tune-cache`; for decode and prefill.
-      dtype: of the parameters, and of a train step's compute.
+      dtype: of the parameters, and of a train step's compute; default bfloat16, on a T4, which
+        has none, float16 (float32 for Gemma and to train).
       data: mesh axis over the batch.
       fsdp: mesh axis over batch and parameters.
       tensor: mesh axis over heads and the feed-forward.
       revision: of a hub id.
-      unfreeze_ratio: for osft, the share of singular directions that may change.
-      form: for osft, how the constraint is kept.
+      unfreeze_ratio: for osft, the share of singular directions that may change; default 0.5.
+      form: for osft, how the constraint is kept; default update.
       json: print JSON instead of a table.
     """
     config = open_config(model, revision)
     note(f"compiling {job} for {target} ...")
-    start, tuning = time.perf_counter(), Osft(form, unfreeze_ratio)
+    start = time.perf_counter()
+    given: dict[str, Any] = {"form": form, "unfreeze_ratio": unfreeze_ratio}
+    given = {name: value for name, value in given.items() if value is not None}
+    tuning = Osft(**given) if given or job == "osft" else None
     found = fit(config, job, target, batch=batch, context=context,
                 cache=open_cache(cache, config), dtype=dtype, data=data, fsdp=fsdp, tensor=tensor,
                 tuning=tuning)
     record = summary(found) | {"seconds": time.perf_counter() - start}
     text = as_table(found)
-    if job == "osft" and dtype != "float16":  # which the trainer does not compute in
-        record["train"] = train_settings(tuning, found.mesh, batch, context, dtype)
+    if tuning and found.dtype != "float16":  # which the trainer does not compute in
+        record["train"] = train_settings(tuning, found.mesh, batch, found.context, found.dtype)
         text += f"\nthe settings of `jaxlm train` that give this step:\n{one_line(record['train'])}"
     print(json.dumps(record, indent=1) if json_ else text)
 
@@ -79,7 +83,8 @@ def summary(found: Fit) -> dict[str, Any]:
     """Everything measured, as plain values; bytes are those of one device."""
     program = found.program
     return {
-        "target": found.target.name, "job": found.job, "mesh": found.mesh, "fits": found.fits,
+        "target": found.target.name, "job": found.job, "context": found.context,
+        "dtype": found.dtype, "mesh": found.mesh, "fits": found.fits,
         "device_bytes": found.target.bytes_per_device, "total_bytes": program.total,
         "argument_bytes": program.arguments, "temporary_bytes": program.temporaries,
         "parameter_bytes_all": found.param_bytes, "cache_bytes_all": found.cache_bytes,
@@ -117,7 +122,7 @@ def as_table(found: Fit) -> str:
     source = {"compiler": "by the compiler's estimate"}.get(
         program.flops_source, "matrix products, counted before optimisation")
     rows: list[list[Any]] = [
-        ["a device", "of", found.target.name],
+        ["a device", "of", f"{found.target.name}, in {found.dtype}, {found.context} tokens a row"],
         ["arguments", gib(program.arguments), "parameters, caches and inputs"],
         ["temporaries", gib(program.temporaries), "what the program needs besides"],
         ["total", gib(program.total), f"of {gib(limit)}"],

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.local import place_kind
+from jaxlm.cache.policy import read_kinds
 from jaxlm.core.aot import Program, compile_program
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.core.mesh import make_mesh, partition, shardings
@@ -32,12 +33,16 @@ from jaxlm.train.tuning import Tuning
 
 JOBS = ("decode", "prefill", "train", "osft")
 TRAIN = ("train", "osft")
+CONTEXT = 4096  # tokens a row where nobody says, or the model's own length where that is less
 RESERVE = 0.05  # of a device: the runtime's own, the program's code, fragments
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One job on one target: the program, the memory of a device, and the parts of the state."""
+    """One job on one target: the program, the memory of a device, and the parts of the state.
+
+    context, dtype: what was compiled, asked for or by default.
+    """
 
     target: Target
     mesh: dict[str, int]
@@ -45,6 +50,8 @@ class Fit:
     program: Program
     param_bytes: int
     cache_bytes: int
+    context: int
+    dtype: str
 
     @property
     def fits(self) -> bool:
@@ -54,8 +61,8 @@ class Fit:
 
 
 def fit(
-    config: ModelConfig, job: str, target_name: str, *, batch: int = 1, context: int = 4096,
-    cache: CacheKind | Kinds = Dense(), dtype: Any = jnp.bfloat16,
+    config: ModelConfig, job: str, target_name: str, *, batch: int = 1,
+    context: int | None = None, cache: CacheKind | Kinds = Dense(), dtype: Any = None,
     data: int | None = None, fsdp: int | None = None, tensor: int | None = None,
     tuning: Tuning | None = None,
 ) -> Fit:
@@ -66,14 +73,28 @@ def fit(
         `context`), "train" (AdamW in float32, bf16 compute, rematerialised), or "osft" (the same
         by `tuning`, by default `Osft()`).
       target_name: as `jaxlm.core.targets.target`.
-      batch: rows in all. context: tokens a row.
+      batch: rows in all.
+      context: tokens a row, at most those that the model reads; default `CONTEXT`, or fewer.
+      cache: of decode and prefill. dtype: default `default_dtype`. tuning: of osft.
       data, fsdp, tensor: mesh axes; by default tensor takes what divides the kv heads, and the
         rest goes to data (fsdp when training; "train" has no tensor axis).
     Raises: ConfigError, DeviceError.
     """
     if job not in JOBS:
         raise ConfigError(f"job is {job!r}; expected one of {JOBS}")
-    batch, context = whole("batch", batch), whole("context", context, 2)
+    batch = whole("batch", batch)
+    context = min(CONTEXT, config.max_len) if context is None else whole("context", context, 2)
+    if context > config.max_len:
+        raise ConfigError(f"context is {context}; the model reads at most {config.max_len} tokens, "
+                          "so no job has more: ask about that or less")
+    cache = read_kinds(cache, config)
+    if job in TRAIN and cache != Dense():
+        raise ConfigError(f"cache is {cache!r}, but job {job!r} keeps none; leave it out, or ask "
+                          "about decode or prefill")
+    if job != "osft" and tuning is not None:
+        raise ConfigError(f"tuning is {tuning!r} (form, unfreeze_ratio), of which job {job!r} "
+                          "makes no use; leave it out, or ask about osft")
+    dtype = jnp.dtype(default_dtype(config, job, target_name) if dtype is None else dtype)
     chips = target(target_name)
     sizes = mesh_sizes(len(chips.devices), config.num_kv_heads, job, data, fsdp, tensor)
     mesh = make_mesh(**sizes, devices=list(chips.devices))
@@ -81,7 +102,22 @@ def fit(
     build: Any = {"decode": _decode, "prefill": _prefill, "train": _train,
              "osft": partial(_tuned, tuning or Osft())}[job]
     program, param_bytes, cache_bytes = build(config, mesh, batch, context, cache, dtype)
-    return Fit(chips, sizes, job, program, param_bytes, cache_bytes)
+    return Fit(chips, sizes, job, program, param_bytes, cache_bytes, context, dtype.name)
+
+
+def default_dtype(config: ModelConfig, job: str, target_name: str) -> str:
+    """bfloat16, but on a T4, which has none.
+
+    There it is float16, or float32 for Gemma, whose activations outgrow float16, and for training,
+    which `jaxlm.train` does not do in float16.
+
+    >>> small = ModelConfig(8, 8, 1, 1, 1, 8, 8)
+    >>> [default_dtype(small, job, "t4") for job in ("decode", "train")]
+    ['float16', 'float32']
+    """
+    if target_name.lower().partition(":")[0] != "t4":
+        return "bfloat16"
+    return "float32" if job in TRAIN or config.family.startswith("gemma") else "float16"
 
 
 def mesh_sizes(

@@ -18,14 +18,14 @@ import numpy as np
 
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
-from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, whole
+from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, number, whole
 from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
 from jaxlm.core.tree import Params
 from jaxlm.decode.generate import BUCKET, check_strings, generate, round_up
 from jaxlm.decode.samplers import Categorical, Greedy, Sampler
 from jaxlm.decode.score import window_logprobs
-from jaxlm.decode.state import Kinds
+from jaxlm.decode.state import Kinds, layer_kinds
 from jaxlm.decode.text import vocabulary
 from jaxlm.hf.bundle import Bundle, load
 from jaxlm.hf.tokenizer import Tokenizer
@@ -34,6 +34,8 @@ from jaxlm.models.lm import LM, count_params, pick
 SLICE = 32  # positions whose logits are held at once
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+LOADING = ("dtype", "revision", "device")
+OPTIONS = ("batch_size", "max_length", "max_gen_toks", "cache", "seed", "prefix_token_id")
 NEUTRAL = {"num_beams": 1, "use_cache": True, "num_return_sequences": 1}
 
 
@@ -59,12 +61,29 @@ class Evaluator:
         prefix_token_id: int | None = None,
     ):
         super().__init__()
-        limit = bundle.lm.config.max_len
-        self.bundle, self.kinds, self.seed = bundle, cache, seed
+        limit, vocab = bundle.lm.config.max_len, bundle.lm.config.vocab_size
+        self.bundle, self.kinds = bundle, layer_kinds(bundle.lm, cache)
+        self.seed = whole("seed", seed, 0, 2**32 - 1)
         self.batch_size = whole("batch_size", batch_size)
         self.max_length = limit if max_length is None else whole("max_length", max_length, 2, limit)
         self.max_gen_toks = whole("max_gen_toks", max_gen_toks)
-        self.prefix = prefix_of(bundle) if prefix_token_id is None else prefix_token_id
+        self.prefix = (prefix_of(bundle) if prefix_token_id is None
+                       else whole("prefix_token_id", prefix_token_id, 0, vocab - 1))
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> Any:
+        """From the harness's model_args: `pretrained`, what `load` takes, and options of both."""
+        given, known = dict(arg_dict), ("pretrained", *LOADING, *OPTIONS)
+        if unknown := sorted(set(given) - set(known)):
+            raise ConfigError(f"model_args {unknown} are not known; expected {', '.join(known)}")
+        if not isinstance(given.get("pretrained"), str):
+            raise ConfigError(f"model_args has pretrained={given.get('pretrained')!r}; expected a "
+                              "folder, a hub id or 'tiny', as in pretrained=FOLDER")
+        size = (additional_config or {}).get("batch_size")  # its `device` is torch's
+        if size is not None:
+            given["batch_size"] = int(size) if str(size).isdigit() else size
+        loading = {name: given.pop(name) for name in LOADING if name in given}
+        return cls(load(given.pop("pretrained"), **loading), **given)
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -273,24 +292,33 @@ def generation_settings(
 ) -> tuple[tuple[str, ...], int, dict[str, float]]:
     """Stop strings, new tokens, and the sampler's numbers ({} is greedy), from a request's own.
 
+    Raises: ConfigError for what is not known, and for values that cannot be.
+
     >>> generation_settings({"until": ["\\n"], "do_sample": False, "temperature": 0.7}, 256)
     (('\\n',), 256, {})
     """
     given = {key: value for key, value in settings.items() if value is not None}
     until = given.pop("until", [])
     until = [until] if isinstance(until, str) else until
-    stop = check_strings([string for string in until if string])  # the harness ignores ""
+    if not isinstance(until, list | tuple):
+        raise ConfigError(f"until is {until!r}; expected a string or a list of strings")
+    stop = check_strings([string for string in until if string != ""])  # the harness ignores ""
     rooms = [given.pop(name) for name in LENGTH_NAMES if name in given]
     room = whole("max_gen_toks", rooms[0] if rooms else default_room)
-    sample = given.pop("do_sample", given.get("temperature", 0.0) > 0)
     numbers = {name: given.pop(name) for name in SAMPLING if name in given}
+    for name, value in numbers.items():
+        number(name, value)
+    sample = given.pop("do_sample", numbers.get("temperature", 0.0) > 0)
+    if not isinstance(sample, bool):
+        raise ConfigError(f"do_sample is {sample!r}; expected true or false")
     if unknown := {k: v for k, v in given.items() if NEUTRAL.get(k) != v}:
         known = ", ".join(("until", "do_sample", *LENGTH_NAMES, *SAMPLING))
         raise ConfigError(f"generation settings {unknown} are not known; expected {known}")
-    if sample:
-        return stop, room, {"temperature": 1.0} | numbers
     penalty = numbers.get("repetition_penalty", 1.0)
-    return stop, room, {} if penalty == 1 else {"temperature": 0.0, "repetition_penalty": penalty}
+    cold = {} if penalty == 1 else {"temperature": 0.0, "repetition_penalty": penalty}
+    used = {"temperature": 1.0} | numbers if sample else cold
+    sampler_of(used)  # holds them to their ranges
+    return stop, room, used
 
 
 def sampler_of(numbers: dict[str, float]) -> Sampler:
@@ -340,15 +368,6 @@ def lm_eval_class() -> type:
 
     class JaxLM(Evaluator, HarnessLM):
         """A bundle, or what `load` takes under the harness's name `pretrained`."""
-
-        @classmethod
-        def create_from_arg_obj(cls, arg_dict, additional_config=None):
-            given = dict(arg_dict)
-            size = (additional_config or {}).get("batch_size")  # its `device` is torch's
-            if size is not None:
-                given["batch_size"] = int(size) if str(size).isdigit() else size
-            loading = {k: given.pop(k) for k in ("dtype", "revision", "device") if k in given}
-            return cls(load(given.pop("pretrained"), **loading), **given)
 
         @classmethod
         def create_from_arg_string(cls, arg_string, additional_config=None):

@@ -16,6 +16,7 @@ from jaxlm.core.errors import CheckpointError, ConfigError, ShapeError
 from jaxlm.core.tree import Params
 from jaxlm.decode.generate import BUCKET, round_up, to_ids
 from jaxlm.hf.bundle import load, resolve
+from jaxlm.hf.config import labels_from_hf, read_json
 from jaxlm.hf.weights import DTYPES, locate, open_file
 from jaxlm.models.lm import LM
 
@@ -107,6 +108,8 @@ def verify(
         raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1")
     folder = resolve(source, revision)
     origin = folder if reference is None else resolve(reference, revision)
+    for model in (folder, origin):
+        _check_text(model)
     theirs = _Reference(origin)
     bundle = load(folder, dtype=jnp.float32)
     config = bundle.lm.config
@@ -127,6 +130,37 @@ def verify(
     rounded = stored_dtype(folder) if stored_dtype(folder) != stored_dtype(origin) else "float32"
     bounds = BOUNDS[rounded]
     return judge(found, bounds if tolerance is None else replace(bounds, max_logit_error=tolerance))
+
+
+def check_verifiable(source: str | os.PathLike, revision: str | None = None) -> None:
+    """What `verify` will ask for, before a model is converted for it.
+
+    Raises: ConfigError where torch is absent, or `source` is no language model.
+    """
+    _theirs()
+    _check_text(resolve(source, revision))
+
+
+def _check_text(folder: pathlib.Path) -> None:
+    """ConfigError for a reward model or a classifier."""
+    if labels_from_hf(read_json(folder / "config.json"))[0] is not None:
+        raise ConfigError(
+            f"{folder} is a model that gives labels; verification compares the logits of language "
+            "models. Leave it out, and compare bundle.lm.classify with transformers' own class"
+        )
+
+
+def _theirs() -> tuple[Any, Any]:
+    """torch, which is in an extra, and transformers, which is slow to import."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            f"verification compares with transformers on torch, which is not here ({error}); "
+            "pip install torch"
+        ) from error
+    return torch, transformers
 
 
 def judge(found: Verification, bounds: Bounds) -> Verification:
@@ -224,20 +258,12 @@ class _Reference:
     """transformers' model and tokenizer of a folder, on the CPU."""
 
     def __init__(self, folder: os.PathLike):
-        try:
-            import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError as error:
-            raise ConfigError(
-                f"verification compares with transformers on torch, which is not here ({error}); "
-                "pip install torch"
-            ) from error
-        self.torch: Any = torch
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+        self.torch, transformers = _theirs()
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self.torch.float32, attn_implementation="eager", local_files_only=True,
             trust_remote_code=False,
         ).eval()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
 

@@ -62,21 +62,24 @@ def rope_from(source: Fields) -> Rope:
 
 def write_rope(rope: Rope) -> dict[str, Any]:
     """The `rope_parameters` of one setting."""
-    out: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    out: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": float(rope.theta)}
     if rope.kind != "default":
-        out["factor"] = rope.factor
+        out["factor"] = float(rope.factor)
     if rope.kind == "llama3":
-        out |= {"low_freq_factor": rope.low_freq_factor,
-                "high_freq_factor": rope.high_freq_factor,
+        out |= {"low_freq_factor": float(rope.low_freq_factor),
+                "high_freq_factor": float(rope.high_freq_factor),
                 "original_max_position_embeddings": rope.original_max_len}
     return out
 
 
-def read_common(fields: Fields, *, act: str = "hidden_act", **switches: Any) -> ModelConfig:
+def read_common(
+    fields: Fields, *, max_len: int, act: str = "hidden_act", **switches: Any
+) -> ModelConfig:
     """The fields that every decoder family shares; `switches` are the family's own settings.
 
     A field that transformers would fill with a family's own default is read from the file or
-    given in `switches`; the defaults here are those that all families have in common.
+    given in `max_len` (where the file does not say how long a text may be) and `switches`; the
+    defaults here are those that all families have in common.
     """
     heads, dim = fields.count("num_attention_heads"), fields.count("hidden_size")
     head_dim = fields.take("head_dim", None)
@@ -106,7 +109,7 @@ def read_common(fields: Fields, *, act: str = "hidden_act", **switches: Any) -> 
         num_layers=read_layers(fields), num_heads=heads,
         num_kv_heads=fields.count("num_key_value_heads", heads), head_dim=head_dim,
         ffn_dim=fields.count("intermediate_size"),
-        max_len=fields.count("max_position_embeddings", 2048),
+        max_len=fields.count("max_position_embeddings", max_len),
         family=fields.take("model_type"), norm_eps=float(fields.number("rms_norm_eps", 1e-6)),
         rope=rope, activation=ACTIVATIONS[activation],
         tie_embeddings=fields.take("tie_word_embeddings", tied, bool), **switches,
@@ -170,6 +173,20 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": width, "layer_types": kinds}
 
 
+def divided(config: ModelConfig) -> ModelConfig:
+    """The config of a family whose width transformers holds to a multiple of its heads.
+
+    Raises: ConfigError for another width, `head_dim` given or not.
+    """
+    if config.dim % config.num_heads:
+        raise ConfigError(
+            f"dim {config.dim} is not a multiple of num_heads {config.num_heads}, which "
+            f"transformers asks of family {config.family!r}; choose another dim, or a family such "
+            "as 'qwen3'"
+        )
+    return config
+
+
 def write_common(config: ModelConfig, act: str = "hidden_act") -> dict[str, Any]:
     """The inverse of `read_common`."""
     activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
@@ -178,6 +195,6 @@ def write_common(config: ModelConfig, act: str = "hidden_act") -> dict[str, Any]
         "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "intermediate_size": config.ffn_dim, "max_position_embeddings": config.max_len,
-        "rms_norm_eps": config.norm_eps, act: activations[config.activation],
+        "rms_norm_eps": float(config.norm_eps), act: activations[config.activation],
         "tie_word_embeddings": config.tie_embeddings, "rope_parameters": write_rope(config.rope),
     }

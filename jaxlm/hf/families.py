@@ -8,6 +8,7 @@ from jaxlm.core.errors import ConfigError
 from jaxlm.hf.common import (
     FULL,
     SLIDING,
+    divided,
     read_common,
     read_layers,
     read_window,
@@ -63,12 +64,12 @@ class Family:
 
 def read_llama(fields: Fields) -> ModelConfig:
     """Llama 1 to 3.2, and SmolLM2, which is published as one; 3.1 and 3.2 scale slow rotations."""
-    return read_common(fields)
+    return read_common(fields, max_len=2048)
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_llama`."""
-    return write_common(config) | {"attention_bias": False, "mlp_bias": False}
+    return write_common(divided(config)) | {"attention_bias": False, "mlp_bias": False}
 
 
 def read_mistral(fields: Fields) -> ModelConfig:
@@ -76,7 +77,7 @@ def read_mistral(fields: Fields) -> ModelConfig:
     fields.count("num_key_value_heads")
     window = read_window(fields)
     windows = (window,) * read_layers(fields)
-    return read_common(fields, windows=windows)
+    return read_common(fields, max_len=131072, windows=windows)
 
 
 def write_mistral(config: ModelConfig) -> dict[str, Any]:
@@ -86,13 +87,13 @@ def write_mistral(config: ModelConfig) -> dict[str, Any]:
 
 def read_qwen2(fields: Fields) -> ModelConfig:
     """Qwen 2 and 2.5: biases on q, k and v; a window, if switched on, in the upper layers."""
-    return read_common(fields, qkv_bias=True, windows=_qwen_windows(fields))
+    return read_common(fields, max_len=32768, qkv_bias=True, windows=_qwen_windows(fields))
 
 
 def read_qwen3(fields: Fields) -> ModelConfig:
     """Qwen 3: no biases; every head's queries and keys are normalised before rotation."""
     fields.count("head_dim")  # need not be hidden_size / heads
-    return read_common(fields, qk_norm=True, windows=_qwen_windows(fields))
+    return read_common(fields, max_len=32768, qk_norm=True, windows=_qwen_windows(fields))
 
 
 def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
@@ -118,7 +119,7 @@ def read_gemma2(fields: Fields) -> ModelConfig:
     windowed, norm scales stored minus 1, embeddings times sqrt(D). Source: 2408.00118."""
     window = read_window(fields)
     return read_common(
-        fields, **_gemma_switches(fields),
+        fields, max_len=8192, **_gemma_switches(fields),
         windows=read_windows(fields, window, lambda layer: layer % 2 == 0),
         attention_softcap=unless_null(fields, "attn_logit_softcapping", 50.0),
         logit_softcap=unless_null(fields, "final_logit_softcapping", 30.0),
@@ -127,7 +128,7 @@ def read_gemma2(fields: Fields) -> ModelConfig:
 
 def write_gemma2(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_gemma2`."""
-    return _write_gemma(config) | {"attn_logit_softcapping": config.attention_softcap}
+    return _write_gemma(config) | {"attn_logit_softcapping": _real(config.attention_softcap)}
 
 
 def read_gemma3(fields: Fields) -> ModelConfig:
@@ -140,7 +141,8 @@ def read_gemma3(fields: Fields) -> ModelConfig:
     fields.expect("attn_logit_softcapping", None)
     rope, local_rope = _gemma3_ropes(fields)
     return read_common(
-        fields, **_gemma_switches(fields), rope=rope, local_rope=local_rope, qk_norm=True,
+        fields, max_len=131072, **_gemma_switches(fields), rope=rope, local_rope=local_rope,
+        qk_norm=True,
         windows=read_windows(fields, window, lambda layer: (layer + 1) % period != 0),
         logit_softcap=unless_null(fields, "final_logit_softcapping", None),
     )
@@ -170,10 +172,15 @@ def _gemma_switches(fields: Fields) -> dict[str, Any]:
 
 def _write_gemma(config: ModelConfig) -> dict[str, Any]:
     scale = max(config.attention_scale or config.head_dim**-0.5, 1e-9)
-    return write_common(config, act="hidden_activation") | write_windows(config) | {
+    return write_common(divided(config), act="hidden_activation") | write_windows(config) | {
         "query_pre_attn_scalar": max(round(scale**-2), 1),
-        "final_logit_softcapping": config.logit_softcap,
+        "final_logit_softcapping": _real(config.logit_softcap),
     }
+
+
+def _real(value: float | None) -> float | None:
+    """A number as a float: transformers' strict configs refuse an int in its place."""
+    return None if value is None else float(value)
 
 
 def _gemma3_ropes(fields: Fields) -> tuple[Rope, Rope]:
@@ -209,7 +216,7 @@ def read_granite(fields: Fields) -> ModelConfig:
     """Granite 3: Llama with four multipliers: embeddings, residual branches and scores are
     multiplied, logits divided. Absent ones are 1, the score's too, as transformers has it."""
     return read_common(
-        fields,
+        fields, max_len=2048,
         embed_scale=float(fields.number("embedding_multiplier", 1.0)),
         residual_scale=float(fields.number("residual_multiplier", 1.0)),
         attention_scale=float(fields.number("attention_multiplier", 1.0)),
@@ -219,10 +226,12 @@ def read_granite(fields: Fields) -> ModelConfig:
 
 def write_granite(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_granite`."""
-    return write_llama(config) | {
-        "embedding_multiplier": config.embed_scale, "residual_multiplier": config.residual_scale,
-        "attention_multiplier": config.attention_scale or config.head_dim**-0.5,
-        "logits_scaling": config.logit_divisor,
+    return write_common(config) | {
+        "attention_bias": False, "mlp_bias": False,
+        "embedding_multiplier": float(config.embed_scale),
+        "residual_multiplier": float(config.residual_scale),
+        "attention_multiplier": float(config.attention_scale or config.head_dim**-0.5),
+        "logits_scaling": float(config.logit_divisor),
     }
 
 

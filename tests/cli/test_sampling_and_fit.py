@@ -141,6 +141,32 @@ def test_of_a_policy_every_layer_s_kind_is_asked_about(tmp_path, monkeypatch, ca
     assert capsys.readouterr().err.endswith("jaxlm: asked\n")
 
 
+@pytest.mark.parametrize("argv, expected", [
+    (("--job", "train", "--cache", "squat2"), "job 'train' keeps none"),
+    (("--form", "factored"), "job 'decode' makes no use"),
+    (("--job", "train", "--unfreeze-ratio", "0.25"), "unfreeze_ratio=0.25"),
+    (("--context", "65536"), "context is 65536; the model reads at most"),
+])
+def test_options_that_would_do_nothing_are_refused(capsys, argv, expected):
+    assert main(["fit", "--model", "tiny", "--target", "v5e:1x1", *argv]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_train_cell_of_the_table_names_the_cache_that_it_lacks(monkeypatch):
+    """`--cache dense` and `--dtype`, as experiments/fit_table.py says them, ask for nothing."""
+    asked = {}
+
+    def ask(config, job, target, **settings):
+        asked.update(settings)
+        raise ConfigError("asked")
+
+    monkeypatch.setattr(fit, "fit", ask)
+    argv = ["fit", "--model", "tiny", "--target", "t4", "--job", "train", "--cache", "dense"]
+    assert main([*argv, "--dtype", "float16"]) == 2
+    assert asked["cache"] == jaxlm.Dense() and asked["dtype"] == "float16"
+    assert asked["tuning"] is None and asked["context"] is None
+
+
 @pytest.mark.parametrize("kind, name", [
     ("TPU v5 lite", "v5e:1x1"), ("TPU v5e", "v5e:1x1"), ("TPU v5", "v5p:1x1"),
     ("TPU v5p", "v5p:1x1"), ("TPU v6 lite", "v6e:1x1"), ("TPU v4", "v4:1x1"), ("Tesla T4", "t4"),

@@ -15,8 +15,19 @@ from jaxlm.core.count import count
 from jaxlm.core.errors import ConfigError, DeviceError
 from jaxlm.core.hlo import collective_bytes
 from jaxlm.core.mesh import make_mesh
-from jaxlm.core.targets import CARDS, describe, target
-from jaxlm.eval.fit import _decode, _prefill, _train, _tuned, fit, mesh_sizes, tuned_program
+from jaxlm.core.targets import CARDS, Target, describe, target
+from jaxlm.eval.fit import (
+    JOBS,
+    TRAIN,
+    _decode,
+    _prefill,
+    _train,
+    _tuned,
+    default_dtype,
+    fit,
+    mesh_sizes,
+    tuned_program,
+)
 from jaxlm.hf.bundle import load
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.lm import LM, count_params
@@ -63,6 +74,48 @@ def test_unknown_jobs_and_sizes():
         fit(SMALL, "sing", "v5e:1x1")
     with pytest.raises(ConfigError, match="batch is 0"):
         fit(SMALL, "decode", "v5e:1x1", batch=0)
+
+
+def test_no_job_is_longer_than_what_the_model_reads():
+    for job in JOBS:
+        with pytest.raises(ConfigError, match="context is 2049; the model reads at most 2048"):
+            fit(SMALL, job, "v5e:1x1", context=2049)
+
+
+def test_what_a_job_makes_no_use_of_is_refused():
+    for job in TRAIN:
+        with pytest.raises(ConfigError, match=f"cache is Squat.*job '{job}' keeps none"):
+            fit(SMALL, job, "v5e:1x1", cache=parse_cache("squat2"))
+    for job in ("decode", "prefill", "train"):
+        with pytest.raises(ConfigError, match=f"unfreeze_ratio.*job '{job}' makes no use"):
+            fit(SMALL, job, "v5e:1x1", tuning=Osft())
+
+
+@pytest.mark.parametrize(("family", "job", "chip", "expected"), [
+    ("qwen2", "decode", "t4", "float16"), ("qwen2", "prefill", "T4:2", "float16"),
+    ("gemma2", "decode", "t4", "float32"), ("gemma3_text", "prefill", "t4", "float32"),
+    ("qwen2", "train", "t4", "float32"), ("qwen2", "osft", "t4", "float32"),
+    ("gemma2", "decode", "v5e:1x1", "bfloat16"), ("qwen2", "train", "a100", "bfloat16"),
+])
+def test_a_t4_is_asked_for_no_bfloat16(family, job, chip, expected):
+    assert default_dtype(SMALL.replace(family=family), job, chip) == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, ("float16", 2048)), ({"dtype": jnp.bfloat16, "context": 64}, ("bfloat16", 64)),
+    ({"dtype": "float32"}, ("float32", 2048)),
+], ids=str)
+def test_what_is_not_said_is_the_chip_s_and_the_model_s(given, expected, monkeypatch):
+    """A job's own compilation is stood in for: what reaches it is what is said of it."""
+    reached = []
+    here = Target("t4", tuple(jax.devices()[:1]), 2**34)
+    monkeypatch.setattr("jaxlm.eval.fit.target", lambda name: here)
+    stand_in = lambda *args: reached.append(args) or (None, 1, 1)
+    monkeypatch.setattr("jaxlm.eval.fit._decode", stand_in)
+    found = fit(SMALL, "decode", "t4", **given)
+    assert (found.dtype, found.context) == expected
+    *_, context, _, dtype = reached[0]
+    assert (dtype, context) == (jnp.dtype(expected[0]), expected[1])
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])

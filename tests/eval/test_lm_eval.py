@@ -181,6 +181,39 @@ def test_settings():
             generation_settings(bad, 7)
 
 
+@pytest.mark.parametrize("settings, expected", [
+    ({"temperature": "0.5"}, "temperature is '0.5'; expected a number"),
+    ({"until": 5}, "until is 5; expected a string or a list"), ({"until": [0]}, r"stop is \[0\]"),
+    ({"top_k": -1}, "top_k is -1"), ({"do_sample": True, "top_k": -1}, "top_k is -1"),
+    ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5"), ({"do_sample": "no"}, "do_sample is 'no'"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0"), ({"min_p": True}, "min_p is True"),
+], ids=str)
+def test_settings_that_cannot_be(settings, expected):
+    with pytest.raises(ConfigError, match=expected):
+        generation_settings(settings, 7)
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ({}, "pretrained=None; expected a folder"), ({"pretrained": 3}, "pretrained=3"),
+    ({"pretrained": "tiny", "trust_remote_code": True}, r"\['trust_remote_code'\] are not known"),
+    ({"pretrained": "tiny", "cache": "nosuch"}, "cache 'nosuch' is unknown"),
+    ({"pretrained": "tiny", "seed": "x"}, "seed is 'x'"),
+    ({"pretrained": "tiny", "prefix_token_id": 1000000}, "prefix_token_id is 1000000.* 0 to 99"),
+    ({"pretrained": "tiny", "max_length": "long"}, "max_length is 'long'"),
+], ids=str)
+def test_model_args_that_cannot_be(tiny, arguments, expected):
+    with pytest.raises(ConfigError, match=expected):
+        Evaluator.create_from_arg_obj(arguments)
+
+
+def test_model_args(tiny):
+    given = {"pretrained": "tiny", "dtype": "bfloat16", "cache": "squat2", "seed": 3}
+    found = Evaluator.create_from_arg_obj(given, {"batch_size": "5", "device": "cuda:0"})
+    assert (found.batch_size, found.seed) == (5, 3)
+    assert found.kinds == (jaxlm.parse_cache("squat2"),) * tiny.lm.config.num_layers
+    assert found.get_model_info()["model_dtype"] == "bfloat16"
+
+
 def test_requests_that_cannot_be_served(bundle, evaluator):
     with pytest.raises(ConfigError, match="no room for a context"):
         evaluator.generate_until(asked(("x", {"max_gen_toks": 128})), True)

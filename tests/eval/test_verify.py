@@ -160,6 +160,32 @@ def test_without_torch_the_error_says_what_to_install(twin, monkeypatch):
         verify(twin("llama"), TEXTS)
 
 
+def converted(capsys, source, folder):
+    """What `jaxlm convert --verify` says where it refuses; nothing was written."""
+    assert main(["convert", str(source), str(folder), "--verify"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and not folder.exists()
+    return err
+
+
+def test_the_command_asks_for_torch_before_it_converts(twin, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "pip install torch" in converted(capsys, twin("llama"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_a_model_that_gives_labels_is_refused_before_it_is_converted(
+    head, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("jaxlm.eval.verify._theirs", lambda: None)
+    folder = twins.write(twins.config_of("llama", head), tmp_path / "rm")
+    assert "gives labels" in converted(capsys, folder, tmp_path / "out")
+    text = twins.write(twins.config_of("llama"), tmp_path / "text")
+    for source, reference in ((folder, None), (text, folder)):
+        with pytest.raises(ConfigError, match=r"rm is a model that gives labels.*classify"):
+            verify(source, TEXTS, reference=reference)
+
+
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not here")
 def test_live(twin):
     """Where torch is, in the quick tests too: a right checkpoint passes, a wrong one is found."""

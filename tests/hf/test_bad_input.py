@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from experiments import twins
-from jaxlm.core.errors import CheckpointError, JaxlmError
+from jaxlm.core.errors import CheckpointError, ConfigError, JaxlmError
 from jaxlm.hf.config import from_hf, labels_from_hf, to_hf
 from jaxlm.hf.families import family_of
 from jaxlm.hf.weights import load_params
@@ -76,6 +76,10 @@ def check(raw: dict, changes: dict) -> None:
         untied = field == "tie_word_embeddings" and value is False
         if field in MEANING and (not off or untied):
             assert MEANING[field](config) == pytest.approx(value, rel=1e-12), field
+    if config.dim % config.num_heads and config.family in ("llama", "gemma2", "gemma3_text"):
+        with pytest.raises(ConfigError, match="is not a multiple of num_heads"):
+            to_hf(config)
+        return
     assert from_hf(to_hf(config)) == config
 
 

@@ -1,6 +1,7 @@
 """config.json both ways: published ones, defaults, and every field that would change the maths."""
 
 import copy
+import json
 
 import pytest
 
@@ -98,6 +99,16 @@ def test_absent_fields_take_transformers_defaults():
     assert from_hf(without("qwen2_window", "max_window_layers")).windows == ()
 
 
+@pytest.mark.parametrize("name", sorted({raw["model_type"] for raw in twins.CONFIGS.values()}))
+def test_a_length_that_is_absent_is_the_family_s_own_as_transformers_has_it(name):
+    """Else `score` would cut a text into windows that the model does not need."""
+    transformers = pytest.importorskip("transformers")
+    found = from_hf(without(name, "max_position_embeddings"))
+    theirs = transformers.AutoConfig.for_model(name)
+    assert found.max_len == theirs.max_position_embeddings
+    assert to_hf(found)["max_position_embeddings"] == theirs.max_position_embeddings
+
+
 def test_both_forms_of_rotary_settings_may_agree():
     scaling = {"rope_type": "linear", "factor": 2.0}
     raw = twins.config_of("llama") | {
@@ -113,6 +124,41 @@ def test_equal_models_hash_equal():
                           local_rope=config.rope)
     assert same == config and hash(same) == hash(config)
     assert config.replace(attention_scale=0.5) != config
+
+
+AS_INTEGERS = {
+    "llama": {"norm_eps": 1, "rope": Rope(10000, "llama3", 8, 1, 4, 128)}, "mistral": {},
+    "qwen2": {}, "qwen3": {}, "gemma2": {"logit_softcap": 30, "attention_softcap": 50},
+    "gemma3_text": {"logit_softcap": 30},
+    "granite": {"embed_scale": 12, "residual_scale": 1, "logit_divisor": 16},
+}
+
+
+@pytest.mark.parametrize("name", AS_INTEGERS)
+def test_numbers_given_as_integers_are_written_as_transformers_reads_them(name, tmp_path):
+    """Its strict configs refuse an int where a float belongs."""
+    transformers = pytest.importorskip("transformers")
+    config = from_hf(twins.config_of(name)).replace(**{"norm_eps": 1, **AS_INTEGERS[name]})
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert theirs.rms_norm_eps == 1 and from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize("name", AS_INTEGERS)
+def test_a_width_that_transformers_refuses_is_not_written(name, tmp_path):
+    """Whether a family's width must be a multiple of its heads is for transformers to say."""
+    transformers = pytest.importorskip("transformers")
+    raw = twins.config_of(name) | {"hidden_size": 30}
+    config = from_hf(raw)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    try:
+        transformers.AutoConfig.from_pretrained(tmp_path)
+    except Exception as error:  # the strict validator's own class
+        assert "is not a multiple" in str(error)
+        with pytest.raises(ConfigError, match="dim 30 is not a multiple of num_heads 4"):
+            to_hf(config)
+    else:
+        assert from_hf(to_hf(config)) == config
 
 
 @pytest.mark.parametrize("change", [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import jaxlm
 from experiments import twins
-from jaxlm.core.errors import JaxlmError
+from jaxlm.core.errors import ConfigError, JaxlmError
 from jaxlm.core.tree import flatten
 from jaxlm.decode import generate as module
 from jaxlm.hf.config import from_hf, labels_from_hf, to_hf
@@ -21,6 +21,7 @@ from tests.source_tree import documented_cases
 
 NAMES = sorted(twins.CONFIGS)
 VOCAB, LIMIT = twins.VOCAB, twins.BASE["max_position_embeddings"]
+DIVIDED = ("llama", "gemma2", "gemma3_text")  # transformers holds their width to their heads
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -102,6 +103,10 @@ def test_valid_configurations(name, sizes, window):
                                  "max_position_embeddings"))
     assert set(filter(None, config.windows or ())) <= {window}
     assert count_params(LM(config)) == parameters(raw)
+    if config.dim % config.num_heads and config.family in DIVIDED:
+        with pytest.raises(ConfigError, match="is not a multiple of num_heads"):
+            to_hf(config)
+        return
     assert from_hf(to_hf(config)) == config
 
 

@@ -6,12 +6,16 @@ import re
 import sys
 from argparse import Namespace
 
+import jax.numpy as jnp
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 
 import jaxlm
 from jaxlm.eval.verify import stored_dtype
+from jaxlm.models.lm import LM, count_params
+from jaxlm.models.presets import preset
 from tests.source_tree import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -89,11 +93,50 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path, monkeypatch):
     assert after[:5] == marked and sorted(after[5:]) == sorted(lines[5:])
 
 
+def run_part(text, kinds, names, assigned=()):
+    """The cell that holds `text`, after its statements of some kinds were run among `names`."""
+    cell = next(source for source in code_cells(read(YOURS)) if text in source)
+    for node in ast.parse(cell).body:
+        to = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else None
+        if isinstance(node, kinds) or to in assigned:
+            exec(ast.unparse(node), names)
+    return cell
+
+
+IMPORTS = (ast.Import, ast.ImportFrom)
+
+
+def test_the_weights_are_on_the_chip_once(tmp_path):
+    """What was saved is compared with the bundle tensor by tensor, never loaded beside it."""
+    assert "\n".join(code_cells(read(YOURS))).count("jaxlm.load(") == 1
+    names = {"np": np}
+    run_part("def holds", (*IMPORTS, ast.FunctionDef), names)
+    bundle = jaxlm.load("tiny")
+    folder = jaxlm.save(bundle, tmp_path / "saved")
+    assert names["holds"](folder, bundle)
+    assert names["holds"](folder, jaxlm.load(folder, dtype="bfloat16"))
+    last = bundle.params["final_norm"]["scale"]
+    other = {**bundle.params, "final_norm": {"scale": last.at[-1].add(1)}}
+    assert not names["holds"](folder, bundle.replace(params=other))
+
+
+@pytest.mark.parametrize("model, target, dtype", [
+    ("gemma-2-2b", "t4", "float32"), ("gemma-3-1b", "t4", "float32"), ("qwen3-4b", "t4", "float16"),
+    ("gemma-2-2b", "v5e:1x1", "bfloat16")])
+def test_the_arithmetic_and_the_compiler_are_asked_in_the_dtype_of_the_chip(model, target, dtype):
+    config = preset(model)
+    names = {"config": config, "TARGET": target}
+    asked = ("DTYPE", "(BATCH, CONTEXT)", "each", "weights", "cache")
+    cell = run_part("DTYPE =", IMPORTS, names, asked)
+    assert names["DTYPE"] == dtype and "dtype=DTYPE)" in cell
+    assert names["weights"] == jnp.dtype(dtype).itemsize * count_params(LM(config))
+    values = 8 * min(2048, config.max_len) * config.num_layers * config.num_kv_heads
+    assert names["cache"] == jnp.dtype(dtype).itemsize * 2 * values * config.head_dim
+
+
 def test_a_model_that_does_not_fit_stops_the_notebook_with_advice():
-    cell = next(source for source in code_cells(read(YOURS)) if "def too_large" in source)
-    defined = next(node for node in ast.parse(cell).body if isinstance(node, ast.FunctionDef))
     names = {"name": "org/big", "TARGET": "v5e:1x1", "BATCH": 8, "CONTEXT": 2048}
-    exec(ast.unparse(defined), names)
+    cell = run_part("def too_large", ast.FunctionDef, names)
     said = names["too_large"](Namespace(fits=False))
     assert "org/big does not fit one v5e:1x1" in said and "smaller one, such as" in said
     assert names["too_large"](Namespace(fits=True)) is None is names["too_large"](None)
