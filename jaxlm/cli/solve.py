@@ -86,8 +86,9 @@ def run(
     with ExitStack() as stack:
         request = Request(
             bundle, reward_of(prm, bundle, found.task, aggregate, max_steps),
-            temperature=temperature, steps=steps, cache=cache, rows=rows, **reading(TASKS[found.task], stack),
-            memory=None if memory_mb is None else memory_mb << 20)
+            temperature=temperature, steps=steps, cache=cache, rows=rows,
+            memory=None if memory_mb is None else memory_mb << 20,
+            **reading(TASKS[found.task], stack))
         results = solving.Results(out, settings)
         stack.callback(results.close)
         solve_all(found.problems, request, jobs, results, seed, batch, retry_failed)

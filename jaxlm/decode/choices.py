@@ -46,7 +46,8 @@ class Choices:
         _check(prompts, "prompts")
         _check(choices, "choices")
         last = [] if end is None else [end]
-        heads, tails = [], []
+        heads: list[list[int]] = []
+        tails: list[list[list[int]]] = []
         for prompt in prompts:
             ids, _ = to_ids(bundle, [prompt + choice for choice in choices])
             alike = common([*ids, bundle.tokenizer.encode(prompt)] if prompt else ids)
@@ -59,8 +60,8 @@ class Choices:
         answers_NCA = np.zeros((*counts_NC.shape, int(counts_NC.max())), np.int32)
         for n, (head, row) in enumerate(zip(heads, tails, strict=True)):
             prompts_NT[n, :len(head)] = head
-            for c, ids in enumerate(row):
-                answers_NCA[n, c, :len(ids)] = ids
+            for c, tail in enumerate(row):
+                answers_NCA[n, c, :len(tail)] = tail
         return cls(prompts_NT, lengths_N, answers_NCA, counts_NC)
 
     def logprobs(self, bundle: Bundle, batch: int = 32) -> np.ndarray:
@@ -160,6 +161,7 @@ def _logprobs(
     def one(answer):
         tokens_BA, counts_B = answer
         _, later_BAV = extend(lm, params, state, tokens_BA, counts_B, "all")
+        assert later_BAV is not None  # asked for
         logits_BAV = jnp.concatenate([state.logits_BV[:, None], later_BAV[:, :-1]], 1)
         own_BA = jnp.take_along_axis(logits_BAV, tokens_BA[..., None], -1)[..., 0]
         logprobs_BA = own_BA - jax.nn.logsumexp(logits_BAV, -1)
