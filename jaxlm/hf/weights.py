@@ -317,7 +317,7 @@ def _check_finite(tensors: dict[str, np.ndarray]) -> None:
         if not _finite(array):
             raise CheckpointError(
                 f"tensor {name!r} to be written holds NaN or infinity in float32, and could not be "
-                "loaded again; save the parameters of before"
+                "loaded again; save those of an earlier step, or mend them"
             )
 
 
