@@ -20,14 +20,14 @@ def reach(budgets: list[int], values: Any, wanted: float) -> tuple[float, bool]:
     >>> reach([4, 16], [0.5, 0.75], 0.5), reach([4, 16], [0.5, 0.75], 0.8)
     ((4.0, False), (16.0, True))
     """
-    wanted -= 1e-9  # shares over seeds that are the same but for their rounding
+    near = wanted - 1e-9  # shares over seeds may be the same but for their rounding
     x, y = np.log2(budgets), np.maximum.accumulate(values)
-    if y[-1] < wanted:
+    if y[-1] < near:
         return float(budgets[-1]), True
-    i = int(np.argmax(y >= wanted))
+    i = int(np.argmax(y >= near))
     if i == 0:
         return float(budgets[0]), False
-    share = (wanted - y[i - 1]) / (y[i] - y[i - 1])
+    share = min((wanted - y[i - 1]) / (y[i] - y[i - 1]), 1.0)
     return float(2 ** (x[i - 1] + share * (x[i] - x[i - 1]))), False
 
 
