@@ -3,7 +3,8 @@
 Memory is that of the weights in bfloat16 plus a dense cache of one text of 8,192 tokens (or the
 model's own length) in bfloat16; the chip is the smallest of the list that keeps a tenth free. For
 the compiler's own count of a given job use `jaxlm fit`. A T4 computes in float16; Gemma, whose
-activations outgrow that, in float32, at twice the memory.
+activations outgrow that, in float32, at twice the memory. What no chip holds is loaded onto a mesh
+of eight.
 """
 
 from experiments.verify_hub import CHECKPOINTS
@@ -26,8 +27,9 @@ def row(name: str) -> str:
     dtypes = {chip: "" for chip in CHIPS} | {"T4": "float32" if "gemma" in name else "float16"}
     fits = lambda chip: total * (1 + (dtypes[chip] == "float32")) <= (1 - FREE) * CHIPS[chip]
     chip = next(filter(fits, CHIPS), "several")
-    dtype = f', dtype="{dtypes[chip]}"' if dtypes.get(chip) else ""
-    return (f'| {name} | `jaxlm.load("{(CHECKPOINTS | FOLDERS)[name]}"{dtype})` '
+    more = f', dtype="{dtypes[chip]}"' if dtypes.get(chip) else ""
+    more = ", mesh=jaxlm.make_mesh(tensor=8)" if chip == "several" else more
+    return (f'| {name} | `jaxlm.load("{(CHECKPOINTS | FOLDERS)[name]}"{more})` '
             f"| {weights / 2**30:.1f} GiB | {total / 2**30:.1f} GiB | {chip} | no |")
 
 

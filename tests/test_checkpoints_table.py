@@ -1,7 +1,10 @@
 """The page of checkpoints says what the code computes."""
 
-from experiments.checkpoints_table import FOLDERS, cache_bytes, row, table
+import json
+
+from experiments.checkpoints_table import CHIPS, FOLDERS, FREE, cache_bytes, row, table
 from experiments.verify_hub import CHECKPOINTS
+from jaxlm.models.lm import LM, count_params
 from jaxlm.models.presets import PRESETS, preset
 from tests.source_tree import ROOT
 
@@ -13,6 +16,23 @@ def test_every_preset_has_a_checkpoint():
 def test_the_page_holds_the_table():
     page = (ROOT / "docs" / "checkpoints.md").read_text()
     assert table() in page, 'python -c "import experiments.checkpoints_table as t; t.main()"'
+
+
+def test_what_no_chip_holds_is_loaded_onto_a_mesh():
+    line = row("llama-3.1-70b")
+    assert "| several |" in line and ", mesh=jaxlm.make_mesh(tensor=8))`" in line
+    assert "mesh=" not in row("llama-3.1-8b")
+    config = preset("llama-3.1-70b")
+    held = 2 * count_params(LM(config)) + cache_bytes(config)
+    assert config.num_kv_heads % 8 == 0  # so that the cache is split too
+    assert held / 8 < (1 - FREE) * CHIPS["v6e"]
+
+
+def test_the_page_names_the_transformers_of_the_committed_result():
+    result = json.loads((ROOT / "experiments/results/parity/cpu.json").read_text())
+    version = result["versions"]["transformers"].rpartition(".")[0]
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    assert f"against transformers {version} (`python\nexperiments/parity.py`" in page
 
 
 def test_an_8b_model_does_not_fit_a_16_gb_chip():

@@ -4,6 +4,7 @@ with labels, and exported. Committed reference numbers by default; live where ma
 import json
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from jaxlm.core.tree import flatten
 from jaxlm.decode.generate import prefill_jit
 from jaxlm.decode.state import compact
 from jaxlm.hf.config import from_hf
+from jaxlm.hf.families import family_of, tensor_name
 from jaxlm.hf.weights import to_ours
 from jaxlm.models.attention import Mask, visible
 
@@ -24,8 +26,10 @@ CLASSIFIERS = ("SequenceClassification", "TokenClassification")
 LABELLED = [(name, head) for name in NAMES for head in CLASSIFIERS
             if twins.config_of(name, head)["architectures"][0]]
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
-# Our path of a sub-module's input or output -> transformers' sub-module.
-PARTS = [("attn/q", 0, "input_layernorm"), ("attn/o", 1, "self_attn"), ("mlp/down", 1, "mlp")]
+# transformers' sub-module of a layer -> ours
+PARTS = {"input_layernorm": "attn_norm", "self_attn": "attn", "mlp": "mlp"}
+OTHERS = {"post_attention_layernorm": "mlp_norm"}
+GEMMA = {"post_attention_layernorm": "attn_post_norm", "pre_feedforward_layernorm": "mlp_norm"}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,24 @@ def forward(lm, params, tokens, lengths=None):
 
 def logits_of(bundle, tokens, lengths=None):
     return forward(bundle.lm, bundle.params, jnp.asarray(tokens), lengths)
+
+
+def modules_of(bundle, tokens):
+    """What every module of the decoder is given and gives, by its path among the parameters."""
+    def run(params, tokens):
+        seen = {}
+
+        def keep(call, args, kwargs, context):
+            output = call(*args, **kwargs)
+            if context.method_name == "__call__":
+                seen["/".join(context.module.path)] = (args[0] if args else None, output)
+            return output
+
+        with nn.intercept_methods(keep):
+            bundle.lm.apply(params, tokens)
+        return seen
+
+    return jax.jit(run)(bundle.params, jnp.asarray(tokens))
 
 
 def start(bundle, tokens, lengths):
@@ -86,17 +108,40 @@ def test_left_padded(name, bundle_of, golden_of):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_sub_module(name, bundle_of, golden_of):
+    """All that the goldens hold of them, which is the first row's."""
     golden, bundle = golden_of(name), bundle_of(name)
-    taps = jax.jit(lambda params, x: bundle.lm.apply(params, x, want=("taps",)).taps)(
-        bundle.params, jnp.asarray(golden["tokens"][:1])
-    )
-    before_mlp = "pre_feedforward_layernorm" if "gemma" in name else "post_attention_layernorm"
-    for layer in range(bundle.lm.config.num_layers):
-        for path, side, part in [*PARTS, ("mlp/gate", 0, before_mlp)]:
-            np.testing.assert_allclose(
-                taps[f"layers_{layer}/{path}"][side][0], golden[f"layers_{layer}/{part}"],
-                **TOLERANCE, err_msg=f"layer {layer}: {path}",
-            )
+    ours = PARTS | (GEMMA if "gemma" in name else OTHERS)
+    held = {part for part in golden.files if part.startswith("layers_")}
+    assert held == {f"layers_{i}/{part}" for i in range(bundle.lm.config.num_layers)
+                    for part in ours}
+    found = modules_of(bundle, golden["tokens"][:1])
+    for part in sorted(held):
+        layer, theirs = part.split("/")
+        output = found[f"{layer}/{ours[theirs]}"][1]
+        np.testing.assert_allclose(output[0], golden[part], **TOLERANCE, err_msg=part)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_norm_and_the_embedding(name, bundle_of):
+    """Both rows, by the families' published equations in float64, from the tensors on disk."""
+    raw, bundle, tokens = twins.config_of(name), bundle_of(name), twins.tokens_of()
+    family, stored = family_of(raw["model_type"]), twins.weights_of(raw)
+    found = modules_of(bundle, tokens)
+    norms = [path.removesuffix("/scale") for path in flatten(bundle.params)
+             if path.endswith("/scale")]
+    kinds = {path.split("/")[-1] for path in norms}
+    assert kinds == {"attn_norm", "mlp_norm", "final_norm"} | (
+        {"q_norm", "k_norm"} if name in ("qwen3", "gemma3_text") else set()
+    ) | ({"attn_post_norm", "mlp_post_norm"} if "gemma" in name else set())
+    for path in norms:
+        x, y = (np.asarray(value, np.float64) for value in found[path])
+        scale = stored[tensor_name(f"{path}/scale", family)] + float("gemma" in name)
+        rms = np.sqrt((x**2).mean(-1, keepdims=True) + raw["rms_norm_eps"])
+        assert len(x) == 2
+        np.testing.assert_allclose(y, x / rms * scale, rtol=0, atol=1e-5, err_msg=path)
+    times = raw["hidden_size"] ** 0.5 if "gemma" in name else raw.get("embedding_multiplier", 1.0)
+    rows = stored["model.embed_tokens.weight"].astype(np.float64)[tokens] * times
+    np.testing.assert_allclose(found["embed"][1], rows, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
