@@ -84,7 +84,7 @@ def gather(
 
     Args: when: bool, whether caches move at all; False only where all ancestors are themselves.
       Or bool (R,), by prompt: the time is then that of the prompts that move; on one device alone.
-    Raises: ShapeError when the indices do not cover the rows by prompt, or are outside [0, P); under
+    Raises: ShapeError when the indices do not cover the rows by prompt, or are outside [0, P); in
       a jit the latter cannot be seen, and gives the row NaN logits.
     """
     ancestors_RP = check_ancestors(state, ancestors_RP)

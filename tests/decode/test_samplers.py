@@ -277,7 +277,8 @@ def test_shapes_that_do_not_fit_are_named():
     ([1.0, 2.0], r"logit_bias is \[1.0, 2.0\]; expected biases by token id"),
     ({1: None}, "of token 1 is None"), ({1: "2"}, "of token 1 is '2'"),
     ({1: True}, "of token 1 is True"), ({1: float("nan")}, "of token 1 is nan"),
-    ({1: float("inf")}, "of token 1 is inf"), ({1: 1e39}, "of token 1 is 1e\\+39"), ({1: -1e39}, "of token 1 is -1e\\+39"),
+    ({1: float("inf")}, "of token 1 is inf"), ({1: 1e39}, "of token 1 is 1e\\+39"),
+    ({1: -1e39}, "of token 1 is -1e\\+39"),
     ({1: 1j}, "of token 1 is 1j"), ({1: [2.0]}, "of token 1 is"),
     ({1: np.ones(2)}, "of token 1 is"),
 ], ids=str)
