@@ -16,7 +16,7 @@ class Row:
     """One line of the table.
 
     Args:
-      rates: what is tried for it first, as many for each row, next to each other on `GRID`; where
+      rates: one that is not tuned; or what is tried for it first, as many for each row, next to each other on `GRID`; where
         the best is at an edge, those beyond come next.
       replay: a tenth of each pass is drawn from earlier tasks.
       kind: "course" (the tasks in turn), "alone" (a model for each task) or "joint" (all tasks
@@ -56,6 +56,8 @@ def osft(**how: object) -> Osft:
 ROWS = {
     "full": Row(Full(), FULL),
     "full, matrices alone": Row(osft(unfreeze_ratio=1.0), FULL),
+    **{f"full, matrices alone, {rate:g}": Row(osft(unfreeze_ratio=1.0), (rate,))
+       for rate in PART[:2]},  # beside OSFT at the rate that it chose
     "lora": Row(Lora(), PART),
     "olora": Row(OLora(), PART),
     "ewc": Row(Ewc(), FULL),

@@ -18,7 +18,9 @@ on validation parts, in another order with another seed.
 - `learnt`: accuracy on each task just after it; `lost_share`: what of that, above chance where
   answers are chosen, is lost at the end, of all courses of a row together.
 - `accuracy_minus_olora_points`, `forgetting_minus_olora_points`: paired over the courses; the same
-  against `matrices`, the row "full, matrices alone", which differs from OSFT in the subspaces.
+  against `matrices`, the row "full, matrices alone"; against `same_rate`, that row at the rate of
+  the OSFT row, which then differs in the subspaces alone; against `replay`. `_over_seeds`: with
+  intervals of three seeds' means, for the courses of a seed share texts.
 - `osft_forgets_least`: whether an OSFT row forgets less than every other, that is no reference.
 - `general`: perplexity and token accuracy of Wikipedia and of instructions' answers, `format` of
   the replies, before and after; the share of the updates in protected and free subspaces, and of
@@ -51,7 +53,8 @@ SEEDS, TUNING_SEED = 3, 100
 FURTHER = 2  # times that rates beyond an edge are tried
 SIZES, LENGTH = Sizes(train=1000, test=80, other=30), Length(epochs=1)
 HEADLINE, OTHER = "osft importance", "olora"  # compared; chosen before any course was run
-AGAINST = {OTHER: OTHER, "matrices": "full, matrices alone"}
+AGAINST = {OTHER: OTHER, "matrices": "full, matrices alone",
+           "same_rate": "full, matrices alone, {rate:g}", "replay": "replay"}
 REFERENCES = ("alone", "joint")
 ANY = "any"  # the order of what has none
 
@@ -137,7 +140,8 @@ def tuned(run: "Courses", rows: Iterable[str]) -> dict[Cell, dict[str, Any]]:
 
 def tuning_cells(rows: Iterable[str]) -> list[Cell]:
     """Every row at each of its rates, in an order and with a seed that are not scored."""
-    return [Cell(row, "tuning", TUNING_SEED, rate) for row in rows for rate in ROWS[row].rates]
+    return [Cell(row, "tuning", TUNING_SEED, rate) for row in rows for rate in ROWS[row].rates
+            if len(ROWS[row].rates) > 1]
 
 
 def scored_cells(
@@ -195,7 +199,8 @@ def summary(scored: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
         chances = lambda row: [[one["chance"][task] for task in one["order"]] for one in of(row)]
         found[f"{prefix}lost_share"] = {row: lost_share(
             [one[score] for one in of(row)], chances(row) if prefix else ()) for row in turns}
-    return found | paired(values, turns) | {"general": general(scored, turns)}
+    rates = {cell.row: cell.rate for cell in scored}
+    return found | paired(values, turns, rates) | {"general": general(scored, turns)}
 
 
 def scores(
@@ -239,19 +244,30 @@ def lost_share(
     return -float(np.mean([backward_transfer(one) for one in matrices])) / had if had > 0 else 0.0
 
 
-def paired(values: dict[str, dict[str, list[float]]], turns: list[str]) -> dict[str, Any]:
-    """Differences of the same courses: every row and two others, in points; who forgets least."""
+def paired(
+    values: dict[str, dict[str, list[float]]], turns: list[str], rates: dict[str, float]
+) -> dict[str, Any]:
+    """Differences of the same courses, in points: every row and some others; who forgets least.
+
+    `same_rate`: of OSFT's rows alone, with the control at the rate of the row. The rows of a metric
+    are by seed and then by order: `over_seeds` has the interval of the three seeds' means.
+    """
     found: dict[str, Any] = {}
     for name in ("accuracy", "forgetting", "chosen_accuracy", "chosen_forgetting"):
         by = values[name]
         for short, other in AGAINST.items():
-            if other not in by:
+            pairs = {row: other.format(rate=rates[row]) for row in turns
+                     if short != "same_rate" or row.startswith("osft")}
+            gaps = {row: 100 * (np.array(by[row]) - np.array(by[to])) for row, to in pairs.items()
+                    if to in by and to != row}
+            if not gaps:
                 continue
-            found[f"{name}_minus_{short}"] = {
-                row: interval(100 * (np.array(by[row]) - np.array(by[other])))
-                for row in turns if row != other}
-            points = found[f"{name}_minus_{short}"][HEADLINE]
-            found[f"{name}_minus_{short}_points"] = points["mean"]
+            found[f"{name}_minus_{short}"] = {row: interval(x) for row, x in gaps.items()}
+            found[f"{name}_minus_{short}_over_seeds"] = {
+                row: interval(x.reshape(-1, len(ORDERS)).mean(1)) for row, x in gaps.items()
+                if len(x) % len(ORDERS) == 0}
+            if HEADLINE in gaps:
+                found[f"{name}_minus_{short}_points"] = float(gaps[HEADLINE].mean())
     for prefix in ("", "chosen_"):
         means = {row: float(np.mean(values[f"{prefix}forgetting"][row])) for row in turns}
         least = min(means, key=means.__getitem__)
@@ -296,7 +312,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows = [OTHER, HEADLINE, "joint"] if args.smoke else list(ROWS)
     orders, seeds = (["tuning"], (0,)) if args.smoke else (list(ORDERS), range(args.seeds))
     tried = {} if args.smoke else tuned(run, rows)
-    rates = best_rates(tried) if tried else {row: ROWS[row].rates[0] for row in rows}
+    rates = {row: ROWS[row].rates[0] for row in rows} | best_rates(tried)
     scored = run.all(scored_cells(rates, orders, seeds), "courses")
     return summary(scored) | {
         "rates": rates, "rates_tried": {row: sorted(cell.rate for cell in tried if cell.row == row)
