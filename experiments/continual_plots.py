@@ -4,11 +4,14 @@ from typing import Any
 
 import numpy as np
 
+from experiments.continual_table import WORDS
+from experiments.continual_tasks import ORDERS
 from jaxlm.eval.plots import LIGHT, Draw
 
 SHOWN = ("full", "replay", "ewc", "olora", "osft importance")
 COLOURS = (*LIGHT["series"], "#c92a2a", "#868e96", "#364fc7", "#f06595",
            "#000000", "#99711b", "#66d9e8", "#1b4332", "#e8590c", "#862e9c")
+OURS, THEIRS = "ovPpXdH", "s^D<>*h84123"  # a marker a row: colours alone do not tell so many apart
 
 
 def tradeoff(metrics: dict[str, Any], prefix: str = "") -> Draw:
@@ -17,16 +20,18 @@ def tradeoff(metrics: dict[str, Any], prefix: str = "") -> Draw:
                             for name in ("accuracy", "forgetting"))
 
     def drawing(axes, colours):
-        for i, row in enumerate(forgetting):
+        marks = {True: iter(OURS), False: iter(THEIRS)}
+        for i, row in enumerate(row for row in forgetting if row in WORDS):
             (x, y), ours = (accuracy[row], forgetting[row]), row.startswith("osft")
             off = [[[one["mean"] - one["low"]], [one["high"] - one["mean"]]] for one in (x, y)]
-            axes.errorbar(x["mean"], y["mean"], xerr=off[0], yerr=off[1], label=row, capsize=2,
-                          fmt="o" if ours else "s", markersize=5, linewidth=0.8,
+            axes.errorbar(x["mean"], y["mean"], xerr=off[0], yerr=off[1], label=WORDS[row],
+                          capsize=2, fmt=next(marks[ours]), markersize=6, linewidth=0.8,
                           color=COLOURS[i % len(COLOURS)], alpha=1.0 if ours else 0.7)
         for row in accuracy:
             if row not in forgetting:
                 axes.axvline(accuracy[row]["mean"], color=colours["soft"], linewidth=0.8,
-                             linestyle="--" if row == "joint" else ":", label=f"{row} (reference)")
+                             linestyle="--" if row == "joint" else ":",
+                             label=f"{WORDS[row]} (reference)")
         axes.set_xlabel("average accuracy after the last task")
         axes.set_ylabel("forgetting (lower is better)")
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -42,8 +47,8 @@ def through(metrics: dict[str, Any], score: str = "accuracy") -> Draw:
         middles = []
         for block, row in enumerate(rows):
             mean = np.mean([one[score] for key, one in metrics["courses"].items()
-                            if key.startswith(f"{row}, ")
-                            and one["rate"] == metrics["rates"][row]], axis=0)
+                            if key.startswith(tuple(f"{row}, {order}, seed " for order in ORDERS))],
+                           axis=0)
             steps, tasks = mean.shape
             start = block * (steps + 0.5)
             for j in range(tasks):

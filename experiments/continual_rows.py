@@ -16,8 +16,8 @@ class Row:
     """One line of the table.
 
     Args:
-      rates: one that is not tuned; or what is tried for it first, as many for each row, next to each other on `GRID`; where
-        the best is at an edge, those beyond come next.
+      rates: one that is not tuned; or what is tried for it first, as many for each row, next to
+        each other on `GRID`; where the best is at an edge, those beyond come next.
       replay: a tenth of each pass is drawn from earlier tasks.
       kind: "course" (the tasks in turn), "alone" (a model for each task) or "joint" (all tasks
         mixed, one run).

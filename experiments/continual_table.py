@@ -4,9 +4,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from experiments.continual_tasks import ORDERS
+
 BEGIN, END = "<!-- {}: experiments/readme_tables.py -->", "<!-- end of {} -->"
 WORDS = {
     "full": "full fine-tuning", "full, matrices alone": "full, embeddings and norms frozen",
+    "full, matrices alone, 0.001": "control: the same at 0.001",
+    "full, matrices alone, 0.003": "control: the same at 0.003",
     "lora": "LoRA, a new one a task, merged", "olora": "O-LoRA", "ewc": "EWC",
     "replay": "full, a tenth replayed", "osft uniform": "OSFT, uniform ranks",
     "osft uniform, rest trained": "OSFT, uniform, the rest trained",
@@ -90,19 +94,39 @@ def general(metrics: dict[str, Any]) -> list[list[str]]:
 
 
 def compared(metrics: dict[str, Any], prefix: str = "") -> list[list[str]]:
-    """Every row's difference from two others, paired over the courses, in points."""
-    others = {"olora": "O-LoRA", "matrices": "full, embeddings and norms frozen"}
+    """Every row's difference from some others, paired over the courses, in points."""
+    others = {"olora": "O-LoRA", "same_rate": "the control of the same rate", "replay": "replay"}
     names = ("accuracy", "forgetting")
-    by = {(short, name): metrics[f"{prefix}{name}_minus_{short}"]
+    by = {(short, name): metrics.get(f"{prefix}{name}_minus_{short}", {})
           for short in others for name in names}
     head = [f"{name} minus that of {words}" for words in others.values() for name in names]
-    return [["points", *head], ["---"] * 5] + [
+    return [["points", *head], ["---"] * 7] + [
         [words, *(span(rows[row], "{:+.1f}") if row in rows else "" for rows in by.values())]
         for row, words in WORDS.items() if row in metrics["forgetting"]]
 
 
-TABLES = {"five tasks in turn": table, "chosen among its own": chosen, "other text": general,
-          "in pairs": compared,
+def known(metrics: dict[str, Any]) -> list[list[str]]:
+    """Of the two tasks that are learnt at all, where another follows: after it, and at the end."""
+    head = ["row", *(f"{task}, {score}: {when}" for task in ("AG News", "DBpedia")
+                     for score in ("answered", "chosen") for when in ("learnt", "end"))]
+    lines = [head, ["---"] * len(head)]
+    for row, words in WORDS.items():
+        if row not in metrics["forgetting"]:
+            continue
+        starts = tuple(f"{row}, {order}, seed " for order in ORDERS)
+        mine = [one for key, one in metrics["courses"].items() if key.startswith(starts)]
+        line = [words]
+        for task in ("ag", "dbpedia"):
+            for score in ("accuracy", "chosen"):
+                seen = [(one[score][at + 1][at], one[score][-1][at]) for one in mine
+                        if (at := one["order"].index(task)) < len(one["order"]) - 1]
+                line += [f"{sum(x) / len(x):.2f}" for x in zip(*seen, strict=True)]
+        lines.append(line)
+    return lines
+
+
+TABLES = {"five tasks in turn": table, "chosen among its own": chosen, "the two learnt": known,
+          "other text": general, "in pairs": compared,
           "chosen, in pairs": partial(compared, prefix="chosen_")}
 
 

@@ -41,7 +41,7 @@ from jaxlm.train.leak import leaks
 from jaxlm.train.ranks import kept
 
 SEEDS, FIRST, SECOND = 3, "dbpedia", "ag"
-RATES = (3e-3, 1e-3)  # what osft_continual.py chose for uniform ranks, and for all matrices free
+RATES = (3e-3, 1e-3)  # what osft_continual.py chose for uniform ranks, and for other rows of OSFT
 SHARES = {RATES[0]: (0.05, 0.25, 0.5, 1.0), RATES[1]: (0.25, 1.0)}
 SIZES = Sizes(train=1000, test=200, other=1)
 BATCHES, ASKED, TOGETHER = 16, 100, 56  # inputs looked at; samples of `choice`, rows at once

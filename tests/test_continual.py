@@ -89,14 +89,17 @@ def test_short_chats_keep_whole_answers():
 
 
 def test_every_row_tries_as_many_rates():
-    assert {len(set(row.rates)) for row in ROWS.values()} == {3}
+    tuned = {name: row for name, row in ROWS.items() if len(row.rates) > 1}
+    assert {len(set(row.rates)) for row in tuned.values()} == {3}
+    controls = set(ROWS) - set(tuned)
+    assert all(name == f"full, matrices alone, {ROWS[name].rates[0]:g}" for name in controls)
     forms = {row.tuning.form for row in ROWS.values() if isinstance(row.tuning, Osft)}
     assert forms == {"update", "coordinates", "factored"}
     assert [name for name, row in ROWS.items() if isinstance(row.tuning, Osft)
             and row.tuning.others != "freeze"] == ["osft uniform, rest trained"]
     for row in ROWS.values():
         at = GRID.index(row.rates[0])
-        assert row.rates == GRID[at:at + 3]
+        assert row.rates == GRID[at:at + len(row.rates)]
     tunings = ROWS["osft scheduled"].tunings(5)
     assert [(one.task, one.tasks) for one in tunings] == [(i, 5) for i in range(1, 6)]
 
@@ -105,16 +108,16 @@ def test_rates_are_chosen_by_validation_alone_and_scored_cells_cover_all():
     cells = study.tuning_cells(ROWS)
     assert {(cell.order, cell.seed) for cell in cells} == {("tuning", study.TUNING_SEED)}
     assert study.TUNING_SEED >= study.SEEDS
-    good = {row: ROWS[row].rates[1] for row in ROWS}
+    good = {row: ROWS[row].rates[1] for row in ROWS if len(ROWS[row].rates) > 1}
     made = {cell: {"accuracy": [[cell.rate]],
                    "chosen": [[0.5, 0.5 + 0.1 * (cell.rate == good[cell.row])]]}
             for cell in cells}
     assert study.best_rates(made) == good
     level = {cell: {"accuracy": [[cell.rate]], "chosen": [[0.5, 0.5]]} for cell in cells}
-    assert study.best_rates(level) == {row: min(ROWS[row].rates) for row in ROWS}
+    assert study.best_rates(level) == {row: min(ROWS[row].rates) for row in good}
     scored = study.scored_cells(good, ORDERS, range(study.SEEDS))
-    count = {row: sum(cell.row == row for cell in scored) for row in ROWS}
-    assert {count[row] for row in ROWS if ROWS[row].kind == "course"} == {9}
+    count = {row: sum(cell.row == row for cell in scored) for row in good}
+    assert {count[row] for row in good if ROWS[row].kind == "course"} == {9}
     assert {count[row] for row in study.REFERENCES} == {3}
     assert len({cell.key for cell in scored}) == len(scored)
 
@@ -149,7 +152,7 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 def fake(accuracy: list[list[float]]) -> dict:
     """A course as `continual_courses.course` gives it."""
     return {"accuracy": accuracy, "chosen": [[0.5 + x / 2 for x in line] for line in accuracy],
-            "order": list("abcde")[:len(accuracy[0])], "chance": dict.fromkeys("abcde", 0.5),
+            "order": list(SOURCES)[:len(accuracy[0])], "chance": dict.fromkeys(SOURCES, 0.5),
             "notes": [{"free_share": 1.0, "leak_left": 1e-7, "subspaces/protected_share": 0.6}],
             "format": [1.0, 0.5], "others": {"wikitext": {"perplexity": [10.0, 12.0]}}}
 
@@ -224,7 +227,7 @@ def test_plots_and_tables_can_be_made_of_it(metrics):
     assert "old" not in new and new.count("a\n<!--") == len(continual_table.TABLES)
     assert continual_table.filled(new, metrics) == new
     for row in metrics["rates"]:
-        assert new.count(f"| {continual_table.WORDS[row]} |") == (2 if row == "joint" else 5)
+        assert new.count(f"| {continual_table.WORDS[row]} |") == (2 if row == "joint" else 6)
     assert new.count("| 1 (edge) |") == 4 and new.count("| 2 | 3 |") == 1  # rates
     with pytest.raises(ValueError, match="once each"):
         continual_table.filled("nothing", metrics)

@@ -59,11 +59,13 @@ def test_figures_in_the_prose_of_what_we_found_are_those_of_the_results():
     page = " ".join(tables.FOUND.read_text().split())
     load = lambda name: json.loads((tables.RESULTS / name / "cpu.json").read_text())["metrics"]
     share, turns = load("osft_share"), load("osft_continual")
-    best, full = (share["by_share_and_rate"][name] for name in ("0.25, 0.003", "1, 0.001"))
-    assert f"{best['choice_kept']:.3f} and {full['choice_kept']:.3f}, the three seeds" in page
-    apart = [a["choice_kept"] - b["choice_kept"] for a, b in zip(
-        share["runs"]["0.25, 0.003"], share["runs"]["1, 0.001"], strict=True)]
-    assert "{:+.2f}, {:+.2f} and {:+.2f}".format(*apart) in page
+    of, chance = share["by_share_and_rate"], 1 / 14
+    kept = lambda one: (one["choice_kept"] - chance) / (one["choice_learnt"] - chance)
+    assert (f"keeps {100 * kept(of['0.25, 0.003']):.0f} % of its accuracy among its own labels at "
+            f"u = 0.25 and {100 * kept(of['0.5, 0.003']):.0f} % at 0.5") in page
+    assert abs(kept(of["1, 0.003"])) < 0.02  # "nothing at that rate"
+    assert (f"{of['0.25, 0.001']['choice_kept']:.3f} at u = 0.25, "
+            f"{of['1, 0.001']['choice_kept']:.3f} with all free") in page
     half = share["by_share_and_rate"]["0.5, 0.003"]
     assert f"only {half['update_protected']:.0%}".replace("%", " %") in page
     assert f"random directions ({half['update_protected_random']:.0%})".replace("%", " %") in page
@@ -74,11 +76,23 @@ def test_figures_in_the_prose_of_what_we_found_are_those_of_the_results():
                 right.get(task, []).append(one["accuracy"][i + 1][i])
     means = [f"{100 * sum(x) / len(x):.0f} %" for x in right.values()]
     assert "right on {} of AG News and {} of DBpedia".format(*means) in page
-    minus = {row: one for row, one in turns["chosen_forgetting_minus_matrices"].items()
-             if row.startswith("osft")}
-    means = [one["mean"] for one in minus.values()]
-    assert f"{-min(means):.1f} points less and {max(means):.1f} points more (chosen)" in page
-    assert all(one["low"] < 0 < one["high"] for one in minus.values()) and len(minus) == 6
+    below = ("osft importance", "osft scheduled", "osft factored")
+    same = turns["forgetting_minus_same_rate"]
+    assert {turns["rates"][row] for row in below} == {0.001}
+    less = sorted(-same[row]["mean"] for row in below)
+    assert f"forget {less[0]:.1f} to {less[-1]:.1f} points less of the answers" in page
+    over = turns["forgetting_minus_same_rate_over_seeds"]
+    assert all(same[row]["high"] < 0 and over[row]["high"] < 0 for row in below)
+    assert all(turns["accuracy_minus_same_rate"][row]["high"] > 0 for row in below)
+    control = "full, matrices alone, 0.001"
+    assert all(turns["learnt"][row] < turns["learnt"][control] - 0.02 for row in below)
+    more = turns["chosen_accuracy_minus_same_rate"]["osft uniform"]
+    assert f"are {more['mean']:.1f} points more accurate than their control" in page
+    assert more["low"] > 0
+    against = turns["chosen_accuracy_minus_replay"]["ewc"]
+    assert f"{against['mean']:.1f} points of accuracy are barely told" in page
+    seeds = turns["chosen_forgetting_minus_replay_over_seeds"]["ewc"]
+    assert seeds["low"] < 0 < seeds["high"]
     lost = turns["chosen_lost_share"]
     assert 0.3 < lost["ewc"] < 0.4 and 0.55 < lost["replay"] < 0.65
     assert min(x for row, x in lost.items() if row not in ("ewc", "replay")) > 0.75
