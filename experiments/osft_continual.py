@@ -1,4 +1,4 @@
-"""Does it forget less? Five tasks of real text in turn, fourteen ways of tuning and two controls, one table.
+"""Does it forget less? Five tasks of real text in turn, fourteen ways of tuning, one table.
 
 Command: python experiments/osft_continual.py --out experiments/results/osft_continual/cpu.json
 Hardware: 2 CPU cores, 3 GB.
