@@ -22,6 +22,7 @@ Expected: `first_kept` about 0 at every u, though at u = 0.05 nearly all of `upd
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,13 @@ from jaxlm.train.bases import bases_of, matrix
 from jaxlm.train.data import open_examples
 from jaxlm.train.leak import leaks
 from jaxlm.train.ranks import kept
+from jaxlm.train.tasks import Asked
 
 SEEDS, FIRST, SECOND = 3, "dbpedia", "ag"
 RATES = (3e-3, 1e-3)  # what osft_continual.py chose for uniform ranks, and for other rows of OSFT
 SHARES = {RATES[0]: (0.05, 0.25, 0.5, 1.0), RATES[1]: (0.25, 1.0)}
 SIZES = Sizes(train=1000, test=200, other=1)
-BATCHES, ASKED, TOGETHER = 16, 100, 56  # inputs looked at; samples of `choice`, rows at once
+BATCHES, ASKED = 16, 100  # inputs looked at; samples of `choice`
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,38 +94,15 @@ def course(
     known = [choice(made, first, config, out) for made in (between.bundle, last.bundle)]
     return {"first_learnt": before, "first_kept": after, "second": last.accuracy[-1][0],
             "choice_learnt": known[0], "choice_kept": known[1],
-            "choice_chance": 1 / len(labels(first)),
+            "choice_chance": 1 / len(first.choices),
             **where(tuning, bundle, between.bundle, first, config)}
 
 
-def labels(task: Task) -> list[str]:
-    """The answers that a task's training samples have."""
-    return sorted({one["completion"] for one in lines(task.train[0])})
-
-
-def lines(path: str) -> list[dict[str, str]]:
-    """The samples of a file."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def choice(bundle: Bundle, task: Task, config: Config, out: Path) -> float:
-    """How often the right answer is the likeliest of the task's own."""
-    asked, answers, lm = lines(task.eval[0])[:ASKED], labels(task), bundle.lm
-    path = text_model.write_lines([one | {"completion": answer} for one in asked
-                                   for answer in answers], out / "choices.jsonl")
-    examples = open_examples([path], setup.reader(bundle, config), WINDOW)
-    batches = setup.plain(examples, config.replace(batch=TOGETHER), None, packed=False)
-
-    @jax.jit
-    def score(params, batch):
-        logprobs_BT = lm.logprobs(params, batch["tokens"][:, :-1], batch["tokens"][:, 1:],
-                                  segments_BT=batch["segments"], positions_BT=batch["positions"])
-        return (batch["weights"] * logprobs_BT).sum(1)
-
-    scores = np.concatenate([score(bundle.params, batch) for batch in batches])
-    best = scores[:len(asked) * len(answers)].reshape(len(asked), -1).argmax(1)
-    return float(np.mean([answers[i] == one["completion"]
-                          for i, one in zip(best, asked, strict=True)]))
+    """How often the right answer is the likeliest of the task's own, by its first samples."""
+    asked = Path(task.eval[0]).read_text().splitlines(keepends=True)[:ASKED]
+    (path := out / "asked.jsonl").write_text("".join(asked))
+    return Asked.of(bundle, config, replace(task, eval=(str(path),)))(bundle)
 
 
 def where(
