@@ -86,7 +86,8 @@ def run(row: Row, pytest_arguments: list[str]) -> str:
     except subprocess.CalledProcessError as error:
         return f"FAILED: the installation: {error}"
     print(f"== {row.name}: {versions(inside)}", flush=True)
-    command = [inside, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *pytest_arguments]
+    command = [inside, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile",
+               "--max-worker-restart", "0", *pytest_arguments]
     code = subprocess.run(command, cwd=ROOT).returncode
     result = "passed" if code == 0 else f"FAILED: pytest exit code {code}"
     return f"{result} in {time.monotonic() - start:.0f} s ({versions(inside)})"

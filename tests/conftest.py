@@ -20,6 +20,9 @@ def _configure_jax() -> None:
     # A third less processor time: the programs are small, and most of a test is their compilation.
     if "xla_backend_optimization_level" not in flags and "xla_gpu" not in flags:
         flags += " --xla_backend_optimization_level=0"
+    # Eight devices on two busy cores may meet late; XLA ends the process after 40 s of waiting.
+    if "xla_cpu_collective_call_terminate" not in flags:
+        flags += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
     os.environ["XLA_FLAGS"] = flags
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # libtpu only compiles here: two workers may load it at once, and no TPU need be looked for.
