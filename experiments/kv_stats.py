@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 ORIGINS = ("c", "real", "tiny")  # how the names of quant_ablation's cases begin
+MARGIN = 0.1  # of the best rival's divergence: so much more is still as good
 CAPACITY = {"bf16": "16-bit", "int8": "int8", "4-bit": "4-bit", "2-bit": "2-bit",
             "2-bit, 8-bit scales": "2-bit, 8-bit scales"}  # kv_capacity's kinds, as columns
+
 
 def drop(exact: Sequence[Sequence[bool]], rough: Sequence[Sequence[bool]],
          resamplings: int = 2000) -> dict[str, Any]:
@@ -41,11 +43,10 @@ def mcnemar(lost: int, won: int) -> float:
 def best_share(
     rows: Sequence[dict[str, Any]], bits: Sequence[int], method: str = "squat"
 ) -> tuple[float, list]:
-    """How often a method's divergence is least, or its difference from the least is within noise.
+    """How often a method's divergence is the least of all kinds that take no more bytes, or tied.
 
-    In every (text, seed), of all kinds of others that take no more bytes at these bits: `squat` and
-    `rsquat` are no rivals of each other. Noise: 1.96 standard errors of the paired difference over
-    the rows of text.
+    In every (text, seed), beside the best of the others at these bits: `squat` and `rsquat` are no
+    rivals of each other. `against` says what tied is.
     """
     cells: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -63,15 +64,23 @@ def best_share(
 
 
 def against(ours: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One kind beside the best of its rivals; ties are won."""
+    """One kind beside the best of its rivals, and whether it is better or as good.
+
+    `outcome`, by the 95% interval of the paired difference over the rows of text: "less" or "more"
+    where it holds no 0; "tied" where it ends below a tenth of the rival's divergence; else "open":
+    the texts do not tell. Won are the first and the third.
+    """
     mean = lambda row: float(np.mean(row["by_row"]))
     rival = min(rivals, key=mean)
     gap = np.asarray(ours["by_row"]) - np.asarray(rival["by_row"])
     noise = 1.96 * gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
+    low, high = gap.mean() - noise, gap.mean() + noise
+    outcome = ("less" if high < 0 else "more" if low > 0 else
+               "tied" if high <= MARGIN * mean(rival) else "open")
     return {"best_rival": rival["kind"], "rivals": len(rivals),
             "over_best_rival": mean(ours) / mean(rival),
             "rival_bytes": rival["bytes_per_token"] / ours["bytes_per_token"],
-            "won": bool(gap.mean() <= noise)}
+            "outcome": outcome, "won": outcome in ("less", "tied")}
 
 
 def reached(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -116,17 +125,19 @@ def lost(metrics: dict[str, Any]) -> list[list[str]]:
 
 
 def beside(metrics: dict[str, Any]) -> list[list[str]]:
-    """SQuat and the best rival of no more bytes, by text and bits, over seeds."""
-    cells = [["text", "bits", "least or tied", "best rival", "divergence over its, by seed"],
+    """SQuat, plain and rotated, and the best rival of no more bytes, by text and bits, by seed."""
+    cells = [["text", "bits", "best rival", "`squat`: divergence over its", "`rsquat`: the same"],
              ["---"] * 5]
-    groups: dict[tuple, list] = {}
-    for cell in metrics["best_cells"]:
-        groups.setdefault((cell["text"], cell["bits"]), []).append(cell)
+    groups: dict[tuple, dict[str, list]] = {}
+    for name in ("best_cells", "best_cells_rotated"):
+        for cell in metrics[name]:
+            groups.setdefault((cell["text"], cell["bits"]), {}).setdefault(name, []).append(cell)
+    said = lambda cells: ", ".join(f"{cell['over_best_rival']:.2f} {cell['outcome']}"
+                                   for cell in cells)
     for (text, bits), found in groups.items():
-        rivals = sorted({f"`{cell['best_rival']}`" for cell in found})
-        cells.append([text, str(bits), f"{sum(cell['won'] for cell in found)} of {len(found)}",
-                      ", ".join(rivals), ", ".join(f"{cell['over_best_rival']:.2f}"
-                                                   for cell in found)])
+        rivals = sorted({f"`{cell['best_rival']}`" for cells in found.values() for cell in cells})
+        cells.append([text, str(bits), ", ".join(rivals), said(found.get("best_cells", [])),
+                      said(found.get("best_cells_rotated", []))])
     return cells
 
 
