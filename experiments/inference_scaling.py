@@ -2,8 +2,8 @@
 
 Command: python experiments/inference_scaling.py --quick --budgets 1 4 8 16 32 --out FILE
 Hardware: 2 CPU cores.
-Minutes: 58; about 430 without --quick, --budgets and --prm (reckoned from a few batches of the
-  cells); a stopped run goes on where it was (--parts)
+Minutes: 58; about 190 of both cores without --quick and --budgets, with --prm (reckoned from the
+  tokens of its cells and 5,500 a second and core); a stopped run goes on where it was (--parts)
 Expected: of 16 answers the particle filter 95.5 %, DVTS 95.5 % and best-of-n 94.5 % by the exact
   checker, 92.5, 90.5 and 84.0 % by the one with wrong verdicts; by that one best-of-n needs 8 times
   the filter's budget of 4, and never reaches that of 8 (docs/search.md)
@@ -11,8 +11,9 @@ Expected: of 16 answers the particle filter 95.5 %, DVTS 95.5 % and best-of-n 94
 Held-out hard sums, the bundled model at temperature 0.8. Rewards: the exact checker of steps, the
 same with some of its verdicts turned round, and with --prm FOLDER a learned process reward model
 (`train_prm.py`).
-Methods that only select share one set of rollouts; the smaller budgets take their first ones. Bands
-are 95 % of problems drawn anew (a bootstrap over problems, seeds averaged). `budget_ratios`: at
+Methods that only select share one set of rollouts, by all rewards that read texts; the smaller
+budgets take their first ones. The filter, DVTS and best-of-n go to 128 answers by the exact
+checker, all else to 64, what steers by wrong verdicts to 32. Bands are 95 % of problems drawn anew (a bootstrap over problems, seeds averaged). `budget_ratios`: at
 each budget of the filter, how many times that another method needs to be right as often, with such
 a band; no ratio is above the other's largest budget over the filter's, and `at_least` says so.
 With --larger FOLDER, a larger sibling (`make_models.py`): `budget_to_match_larger`, the answers a
@@ -37,10 +38,13 @@ from jaxlm.eval.arithmetic_reward import arithmetic_reward
 from jaxlm.eval.solve import key_for
 from jaxlm.eval.tasks import ANSWER_LINE, Problem, held_out
 from jaxlm.rewards.answers import extract
+from jaxlm.rewards.host import HostReward
 from jaxlm.rewards.process import process_reward
 from jaxlm.search import perplexity, select
 from jaxlm.search.base import Steps
 from jaxlm.search.methods import METHODS, Request, as_rollouts, draw
+from jaxlm.search.select import Rollouts
+from jaxlm.train.setup import weights_hash
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128)
 LONG = ("particle-filter", "dvts", "best-of-n")  # to 128, as published; the others to 64
@@ -52,9 +56,10 @@ SELECTIONS: dict[str, Callable] = {
     "self-consistency": select.self_consistency,
     "perplexity-consistency": perplexity.perplexity_consistency, "rpc": perplexity.rpc,
 }
-UNREWARDED = ("self-consistency", "perplexity-consistency", "rpc")
+REWARDED = tuple(name for name in SELECTIONS
+                 if name not in ("self-consistency", "perplexity-consistency", "rpc"))
 NOISES = (0.1, 0.3)
-NOISY = ("particle-filter", "beam", "dvts")  # beside the selections
+NOISY = ("particle-filter", "beam", "dvts")  # by rewards that err, beside the selections
 KEPT = 50_000  # characters of which problems were right, in all; beyond, they are left out
 
 
@@ -94,25 +99,39 @@ def searched(request: Request, name: str, budget: int, problems: list[Problem], 
             "seconds": time.perf_counter() - began}
 
 
-def selected(request: Request, budgets: list[int], problems: list[Problem], seed: int,
-             rows: int, names: tuple[str, ...]) -> dict[str, Any]:
-    """All cells of the methods that select: one set of rollouts, its first ones for less."""
+def selected(
+    request: Request, judges: dict[str, Any], budgets: list[int], problems: list[Problem],
+    seed: int, args: argparse.Namespace,
+) -> dict[str, Any]:
+    """All cells of the methods that select, by every judge: one set of rollouts, its first ones for
+    less. What was drawn holds the scores of the first judge; others, on the host, score its texts.
+    """
     most, began = max(budgets), time.perf_counter()
-    found = in_batches(problems, seed, rows // most, lambda prompts, keys: [
-        (as_rollouts(request, [one]), one.tokens_drawn)
-        for one in draw(request, prompts, keys, most)])
+    found = in_batches(problems, seed, args.rows // most, lambda prompts, keys: [
+        as_rollouts(request, [one]) for one in draw(request, prompts, keys, most)])
     cells: dict[str, Any] = {}
-    for name in names:
-        for budget in budgets:
-            parts = [drawn.take(slice(budget)) for drawn, _ in found]
-            right = [part.answers[SELECTIONS[name](part).index] == problem.gold
-                     for part, problem in zip(parts, problems, strict=True)]
-            cells[f"{name}|{budget}"] = {
-                "right": right, "tokens": float(np.mean([p.lengths_P.sum() for p in parts]))}
+    for number, (reward, judge) in enumerate(judges.items()):
+        judged = found if number == 0 else [scored(judge, problem, drawn)
+                                            for problem, drawn in zip(problems, found, strict=True)]
+        for name in SELECTIONS if number == 0 and reward == "checker" else REWARDED:
+            for budget in (b for b in budgets if b <= longest(name)):
+                parts = [drawn.take(slice(budget)) for drawn in judged]
+                right = [part.answers[SELECTIONS[name](part).index] == problem.gold
+                         for part, problem in zip(parts, problems, strict=True)]
+                cells[f"{name}|{reward}|{budget}"] = {
+                    "right": right, "tokens": float(np.mean([p.lengths_P.sum() for p in parts]))}
     any_right = [[answer == problem.gold for answer in drawn.answers]
-                 for (drawn, _), problem in zip(found, problems, strict=True)]
+                 for drawn, problem in zip(found, problems, strict=True)]
     return {"cells": cells, "one": float(np.mean(any_right)),
             "seconds": time.perf_counter() - began}
+
+
+def scored(judge: HostReward, problem: Problem, drawn: Rollouts) -> Rollouts:
+    """The same rollouts by another judge of their texts."""
+    count = len(drawn.texts)
+    scores, failed = judge.values([problem.prompt] * count, drawn.texts, [0] * count)
+    assert not failed, failed
+    return replace(drawn, rewards_P=scores)
 
 
 def rewards_of(args: argparse.Namespace, bundle: jaxlm.Bundle) -> tuple[dict[str, Any], list[str]]:
@@ -120,8 +139,9 @@ def rewards_of(args: argparse.Namespace, bundle: jaxlm.Bundle) -> tuple[dict[str
     found: dict[str, Any] = {"checker": arithmetic_reward()}
     left_out = []
     if args.prm:
-        found["prm"] = process_reward(jaxlm.load(str(args.prm)), bundle,
-                                      aggregate="prod")  # as train_prm.py judges it
+        judge = jaxlm.load(str(args.prm), dtype=jnp.float32)
+        args.judge = weights_hash(judge.params)
+        found["prm"] = process_reward(judge, bundle, aggregate="prod")  # as train_prm.py judges it
     else:
         left_out.append("the learned reward: no --prm")
     if not args.quick and not args.smoke:
@@ -137,13 +157,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     problems, bundle = problems_of(args), jaxlm.load(args.model, dtype=jnp.float32)
     rewards, left_out = rewards_of(args, bundle)
     settings = {name: str(getattr(args, name)) for name in
-                ("model", "prm", "problems", "seeds", "budgets", "seed", "smoke")}
+                ("model", "problems", "seed", "smoke")}
     parts = _harness.Resumable(args.parts, settings)
     cells: dict[str, dict[str, list]] = {}
     for seed in range(args.seed, args.seed + args.seeds):
+        for names in together(rewards):
+            judges = {name: rewards[name] for name in names}
+            first = request_of(bundle, rewards[names[0]])
+            add_selected(cells, parts, first, judges, problems, seed, args)
         for reward, made in rewards.items():
-            request = request_of(bundle, made)
-            add_cells(cells, parts, request, reward, problems, seed, args)
+            add_searched(cells, parts, request_of(bundle, made), reward, problems, seed, args)
     metrics = table(cells, len(problems), args)
     metrics["larger"] = larger(args, parts, problems, left_out)
     metrics["budget_to_match_larger"] = matching(metrics["accuracy"], metrics["larger"])
@@ -156,47 +179,64 @@ def plan(args: argparse.Namespace) -> None:
     """Sizes: a smoke run, the subset of a half hour, or everything."""
     if args.smoke:
         args.problems, args.seeds, args.budgets, args.rows = 4, 1, [1, 4], 16
-    args.most_noisy = 16 if args.quick and not args.budgets else 64
+    args.most_noisy = 16 if args.quick and not args.budgets else 32
     args.budgets = args.budgets or ([1, 4, 16, 64] if args.quick else list(BUDGETS))
     args.seeds = args.seeds or (1 if args.quick else 3)
     default = args.out or Path("inference_scaling.json")
     args.parts = args.parts or default.with_name(f".{default.stem}.parts.json")
 
 
-def add_cells(
+def together(rewards: dict[str, Any]) -> list[list[str]]:
+    """Rewards that may score the same rollouts: those that read texts; each other draws anew."""
+    texts = [name for name, reward in rewards.items() if isinstance(reward, HostReward)]
+    return [texts, *([name] for name in rewards if name not in texts)]
+
+
+def add_selected(
+    cells: dict[str, dict[str, list]], parts: _harness.Resumable, request: Request,
+    judges: dict[str, Any], problems: list[Problem], seed: int, args: argparse.Namespace,
+) -> None:
+    """The methods that select, of one seed, into `cells`: method|reward -> budget -> a cell a seed.
+    """
+    names = ", ".join(known(name, args) for name in judges)
+    shared = parts(f"rollouts to {args.budgets}, {names}, seed {seed}", lambda: selected(
+        request, judges, args.budgets, problems, seed, args))
+    for key, cell in shared["cells"].items():
+        name, reward, budget = key.split("|")
+        cells.setdefault(f"{name}|{reward}", {}).setdefault(budget, []).append(cell)
+
+
+def add_searched(
     cells: dict[str, dict[str, list]], parts: _harness.Resumable, request: Request, reward: str,
     problems: list[Problem], seed: int, args: argparse.Namespace,
 ) -> None:
-    """All of one reward and one seed, into `cells`: method|reward -> budget -> a cell a seed."""
-    names = tuple(SELECTIONS) if reward == "checker" else tuple(
-        name for name in SELECTIONS if name not in UNREWARDED)
-    budgets = [b for b in args.budgets if b <= min(most("", reward, args), 64)]
-    shared = parts(f"rollouts, {reward}, seed {seed}", lambda: selected(
-        request, budgets, problems, seed, args.rows, names)) if budgets else {"cells": {}}
-    for key, cell in shared["cells"].items():
-        name, budget = key.split("|")
-        cells.setdefault(f"{name}|{reward}", {}).setdefault(budget, []).append(cell)
-    if 128 in args.budgets and reward in ("checker", "prm"):
-        more = parts(f"rollouts of 128, {reward}, seed {seed}", lambda: selected(
-            request, [128], problems, seed, args.rows, ("best-of-n",)))
-        cells.setdefault(f"best-of-n|{reward}", {}).setdefault("128", []).append(
-            more["cells"]["best-of-n|128"])
+    """The methods that steer, by one reward and of one seed, into `cells`."""
     for name in searches(reward, args):
         for budget in args.budgets:
             if budget > most(name, reward, args) or not shared_out(name, budget):
                 continue
-            cell = parts(f"{name}, {budget}, {reward}, seed {seed}", lambda: searched(
+            cell = parts(f"{name}, {budget}, {known(reward, args)}, seed {seed}", lambda: searched(
                 request, name, budget, problems, seed, args.rows))  # noqa: B023
             print(f"{name} {budget} {reward} seed {seed}: {np.mean(cell['right']):.3f}, "
                   f"{cell['seconds']:.0f} s", flush=True)
             cells.setdefault(f"{name}|{reward}", {}).setdefault(str(budget), []).append(cell)
 
 
+def known(reward: str, args: argparse.Namespace) -> str:
+    """A reward's name among the parts: of a learned one, with its weights."""
+    return f"prm {args.judge[:8]}" if reward == "prm" else reward
+
+
+def longest(name: str) -> int:
+    """The largest budget that is asked of a method by the exact checker."""
+    return 128 if name in LONG else 64
+
+
 def most(name: str, reward: str, args: argparse.Namespace) -> int:
-    """The largest budget that a method is asked for."""
+    """The largest budget that a method which steers is asked for."""
     if "noise" in reward:
         return args.most_noisy
-    return 128 if name in LONG else 64
+    return longest(name) if reward == "checker" else 64
 
 
 def shared_out(name: str, budget: int) -> bool:
@@ -212,7 +252,7 @@ def searches(reward: str, args: argparse.Namespace) -> tuple[str, ...]:
     """The methods that steer by this reward in this plan."""
     if args.smoke:
         return ("particle-filter",)
-    if "noise" in reward:
+    if reward != "checker":
         return NOISY
     return ("particle-filter", "dvts") if args.quick else SEARCHES
 
@@ -264,7 +304,7 @@ def larger(args: argparse.Namespace, parts: _harness.Resumable, problems: list[P
 
     def compute() -> dict[str, Any]:
         cell = searched(request, "greedy", 1, problems, args.seed, 16)
-        shared = selected(request, [16], problems, args.seed, args.rows, ("self-consistency",))
+        shared = selected(request, {"none": None}, [16], problems, args.seed, args)
         return {"greedy": float(np.mean(cell["right"])), "one_sample": shared["one"],
                 "seconds": cell["seconds"] + shared["seconds"]}
 

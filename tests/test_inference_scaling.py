@@ -2,12 +2,16 @@
 
 import argparse
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxlm
 from experiments import inference_scaling as scaling
 from experiments import scaling_table
 from jaxlm.core.errors import ConfigError
+from jaxlm.eval.arithmetic_reward import arithmetic_reward
+from jaxlm.search.methods import as_rollouts, draw
 
 CELLS = {"1": 0.5, "4": 0.6, "16": 0.6, "64": 0.8}
 ACCURACY = {name: {n: {"value": value + more} for n, value in CELLS.items()}
@@ -88,12 +92,11 @@ def test_which_problems_were_right_is_kept_where_it_is_short(monkeypatch):
 def test_only_budgets_that_cannot_be_shared_are_left_out(monkeypatch):
     args = argparse.Namespace(smoke=False, quick=False, budgets=[4, 8], rows=16)
     done = []
-    keep = lambda name, compute: done.append(name) or (
-        {"cells": {}} if name.startswith("rollouts") else compute())
+    keep = lambda name, compute: done.append(name) or compute()
     cell = lambda request, name, budget, *rest: {"right": [True], "tokens": 1.0, "seconds": 0.0}
     monkeypatch.setattr(scaling, "searched", cell)
-    scaling.add_cells({}, keep, None, "checker", [], 0, args)
-    asked = {tuple(name.split(", ")[:2]) for name in done[1:]}
+    scaling.add_searched({}, keep, None, "checker", [], 0, args)
+    asked = {tuple(name.split(", ")[:2]) for name in done}
     assert ("particle-gibbs", "4") in asked and ("parallel-tempering", "8") in asked
     assert ("parallel-tempering", "4") not in asked and ("dvts", "4") in asked
 
@@ -102,4 +105,28 @@ def test_only_budgets_that_cannot_be_shared_are_left_out(monkeypatch):
 
     monkeypatch.setattr(scaling, "searched", broken)
     with pytest.raises(ConfigError, match="something else"):
-        scaling.add_cells({}, keep, None, "checker", [], 0, args)
+        scaling.add_searched({}, keep, None, "checker", [], 0, args)
+
+
+@pytest.mark.slow
+def test_rewards_that_read_texts_share_their_rollouts_and_score_as_in_a_search():
+    """A draw scored by the exact checker, judged again by one that errs, is a draw by that one."""
+    bundle, problems = jaxlm.load("tiny", dtype=jnp.float32), scaling.problems_of(
+        argparse.Namespace(problems=3))
+    rewards = {"checker": arithmetic_reward(), "noise": arithmetic_reward(0.3), "model": object()}
+    assert scaling.together(rewards) == [["checker", "noise"], ["model"]]
+
+    def drawn(reward):
+        request = scaling.request_of(bundle, rewards[reward])
+        return scaling.in_batches(problems, 0, 3, lambda prompts, keys: [
+            as_rollouts(request, [one]) for one in draw(request, prompts, keys, 4)])
+
+    for problem, exact, noisy in zip(problems, drawn("checker"), drawn("noise"), strict=True):
+        again = scaling.scored(rewards["noise"], problem, exact)
+        assert again.texts == noisy.texts
+        np.testing.assert_allclose(again.rewards_P, noisy.rewards_P)
+    args = argparse.Namespace(rows=16)
+    found = scaling.selected(scaling.request_of(bundle, rewards["checker"]), {
+        name: rewards[name] for name in ("checker", "noise")}, [1, 4], problems, 0, args)["cells"]
+    assert {key.split("|")[0] for key in found if "noise" in key} == set(scaling.REWARDED)
+    assert found["best-of-n|checker|4"]["tokens"] == found["best-of-n|noise|4"]["tokens"]
