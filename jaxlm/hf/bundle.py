@@ -1,21 +1,18 @@
 """Bundle: a model, its parameters and its tokenizer, read from and written to a model folder."""
 
-import ctypes
 import json
 import os
 import pathlib
-import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from safetensors import SafetensorError
 
 from jaxlm.core.device import backend, require
 from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError
@@ -25,6 +22,7 @@ from jaxlm.core.tree import Params, flatten
 from jaxlm.hf.config import from_hf, has_deep_head, labels_from_hf, read_json, to_hf
 from jaxlm.hf.families import family_of
 from jaxlm.hf.hub import fetch
+from jaxlm.hf.staging import staged
 from jaxlm.hf.tokenizer import FILES, Tokenizer
 from jaxlm.hf.weights import DTYPES, load_params, save_params
 from jaxlm.models.lm import LM
@@ -223,17 +221,22 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
     """Write a folder that transformers loads: config, safetensors, tokenizer.
 
     All is written beside `folder` under a temporary name and then put in place in one move, so
-    a full disk or a kill leaves what was there. Other files of an overwritten folder are kept, and
-    so are its permissions; a new one's are the umask's.
+    a full disk or a kill leaves what was there. Where the system cannot swap two folders in one
+    call (macOS, some network disks) the move is two renames, and a kill between them leaves what
+    was there as `NAME.old-xxxxxxxx` beside it: rename it back. Other files of an overwritten folder
+    are kept, links as links, and so are its permissions; a new one's are the umask's.
     Parameters that span processes: all call, the first one writes, and none returns before it has.
 
     Raises:
-      CheckpointError: `folder` exists and `overwrite` is false, or it holds the working directory;
+      CheckpointError: `folder` is no path; it exists and `overwrite` is false, or it holds the
+        working directory;
         the parameters do not fit the model, are no floats or not finite (`load` would refuse
         them); or the disk is full.
       ConfigError: the family's config.json cannot express the model (a plan, say).
     """
     check_bundle(bundle)
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise CheckpointError(f"folder is {folder!r}; expected the path of a folder to write")
     shared = spans_processes(bundle.params)
     with ExitStack() as exits:
         stage = pathlib.Path()
@@ -300,77 +303,3 @@ def _check_fit(bundle: Bundle) -> None:
                 f"parameter {path!r} is {found[path].dtype}; expected one of "
                 f"{list(DTYPES.values())}, or the folder could not be loaded again"
             )
-
-
-@contextmanager
-def staged(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well."""
-    folder = folder.expanduser().resolve()  # a link's target is replaced, not the link
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists; pass overwrite=True or choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; expected a folder, or a name not yet taken")
-    if _holds_working_directory(folder):
-        raise CheckpointError(f"{folder} is or holds the working directory, which would be gone "
-                              "when another takes its place; change directory first")
-    stage = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        stage = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-        # nobody else reads what replaces a folder before it has that folder's permissions
-        stage.mkdir(0o700 if folder.exists() else 0o777)
-        yield stage
-        if folder.exists():
-            _keep(folder, stage)
-            _exchange(stage, folder)
-        else:
-            os.rename(stage, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} was not written ({error}); what was there is untouched. Make room or choose "
-            "another place"
-        ) from error
-    finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def _holds_working_directory(folder: pathlib.Path) -> bool:
-    """Whether this process stands in `folder`, at any depth."""
-    try:
-        return pathlib.Path.cwd().is_relative_to(folder)
-    except FileNotFoundError:  # it is gone already
-        return False
-
-
-def _keep(folder: pathlib.Path, stage: pathlib.Path) -> None:
-    """Carry over what stays of an overwritten folder: files not of a model, and permissions."""
-    for old in folder.iterdir():
-        new = stage / old.name
-        if new.exists():
-            shutil.copymode(old, new)
-        elif not _is_ours(old.name):
-            (shutil.copytree if old.is_dir() else shutil.copy2)(old, new)
-    shutil.copymode(folder, stage)
-
-
-def _is_ours(name: str) -> bool:
-    """Files that belong to one model, and must not be left over from another."""
-    return name in FILES or name.endswith((".safetensors", ".safetensors.index.json"))
-
-
-def _exchange(stage: pathlib.Path, folder: pathlib.Path) -> None:
-    """Swap two folders: in one system call where Linux has it, else by two renames."""
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        at_cwd, exchange = -100, 2
-        done = libc.renameat2(
-            at_cwd, os.fsencode(stage), at_cwd, os.fsencode(folder), ctypes.c_uint(exchange)
-        ) == 0
-    except (OSError, AttributeError):
-        done = False
-    if not done:
-        aside = stage.with_name(stage.name + "-old")
-        os.rename(folder, aside)
-        os.rename(stage, folder)
-        os.rename(aside, stage)
