@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxlm.cli import clock
 from jaxlm.core.errors import JaxlmError
 
 COMMANDS = {
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       jaxlm 0.1.0
       0
     """
+    clock.start(own=argv is None)
     name, *arguments = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())

@@ -9,6 +9,7 @@ import jax
 import tyro
 
 from jaxlm.cache.policy import open_cache
+from jaxlm.cli import clock
 from jaxlm.cli.options import Device, Dtype, Model, note, open_model, read_text
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.decode.generate import Generation, generate
@@ -50,7 +51,6 @@ def run(
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
       revision: of a hub id.
     """
-    began = time.perf_counter()
     bundle = open_model(model, device, dtype, revision)
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "cache": open_cache(cache, bundle.lm.config),
@@ -61,7 +61,7 @@ def run(
     }
     text = read_text("-") if prompt == "-" else prompt
     if stream:
-        show(stream_text(bundle, text, chunk=CHUNK, **arguments), began)
+        show(stream_text(bundle, text, chunk=CHUNK, **arguments))
         return
     start = time.perf_counter()
     answer = generate(bundle, text, **arguments)
@@ -115,9 +115,9 @@ def read_bias(pairs: Sequence[str], vocab: int) -> Any:
     return bias_array(biases, vocab) if biases else None
 
 
-def show(pieces: Generator[str, None, Generation], began: float) -> None:
-    """Print pieces as they come, then the speed."""
-    times = []
+def show(pieces: Generator[str, None, Generation]) -> None:
+    """Print pieces as they come, then the speed; the start is the process's."""
+    times, began = [], clock.began()
     try:
         while True:
             sys.stdout.write(next(pieces))

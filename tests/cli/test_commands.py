@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.cli import COMMANDS, main, options
+from jaxlm.cli import COMMANDS, clock, main, options
 from jaxlm.hf.bundle import BUNDLED
 from tests.source_tree import ROOT
 
@@ -121,6 +121,25 @@ def test_the_speed_is_always_told(capsys, tiny, flags, included):
     rate = re.search(r", (\d+\.?\d*) tokens/s(.*);", err)
     assert rate and float(rate[1]) > 0, err
     assert rate[2] == (f", {included} included" if included else " after the first 8")
+
+
+def test_the_first_text_is_timed_from_the_start(capsys, tiny, monkeypatch):
+    told = lambda: float(re.search(r"first text (\d+\.\d+) s", outcome(
+        capsys, "generate", "tiny", PROMPT, "--max-new-tokens", str(WIDTH))[2])[1])
+    assert told() < 500  # this process is older than the command that it runs
+    monkeypatch.setattr(clock, "start", lambda own: None)
+    monkeypatch.setattr(clock, "_began", clock.began() - 1000)
+    assert told() > 1000
+
+
+def test_a_command_of_its_own_process_began_with_it():
+    code = ("import time; time.sleep(0.5); from jaxlm.cli import clock; seen = {}\n"
+            "for own in (True, False): clock.start(own); "
+            "seen[own] = time.perf_counter() - clock.began()\n"
+            "print(seen[True], seen[False], clock.process_age())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    own, other, age = map(float, done.stdout.split())
+    assert 0.5 < own <= age + 0.05 and other < own
 
 
 def test_generate_stops_at_strings(capsys, tiny):
