@@ -38,7 +38,7 @@ def minima(project: str) -> tuple[str, ...]:
     lines = block[1].splitlines() if block else []
     found = [re.match(r'  "([\w.-]+)>=([\w.]+)",', line) for line in lines]
     if not found or not all(found):
-        raise ValueError('pyproject.toml: expected dependencies of one line `"name>=version",` each')
+        raise ValueError('pyproject.toml: expected a dependency a line, each `"name>=version",`')
     return tuple(f"{match[1]}=={match[2]}" for match in found if match)
 
 

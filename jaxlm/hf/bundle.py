@@ -108,6 +108,7 @@ def _load(
     config = from_hf(raw, ignore_fields)
     labels, per_token = labels_from_hf(raw)
     lm = LM(config, labels=labels, per_token=per_token, deep_head=has_deep_head(raw))
+    _check_token_ids(raw, folder, config.vocab_size)
     tokenizer = Tokenizer(folder)
     if check_tokenizer:
         _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
@@ -166,8 +167,8 @@ def _check_tokenizer(
     tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
 ) -> None:
     """The tokenizer can be this model's: its ids fit, with no more to spare than padding takes."""
-    other = ("it belongs to another model; put the model's own beside the weights, or pass "
-             "check_tokenizer=False to jaxlm.load if this is it")
+    other = ("it belongs to another model; put the model's own beside the weights, or, if this is "
+             "it, pass check_tokenizer=False to jaxlm.load, or to a command --no-check-tokenizer")
     if tokenizer.base_size > vocab or not is_padding(tokenizer.size, vocab):
         raise TokenizerError(
             f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} but the model's "
@@ -180,6 +181,15 @@ def _check_tokenizer(
             raise TokenizerError(f"{words}; {other}")
         # a special token of both, as in the Qwens that DeepSeek distilled with its own marks
         warnings.warn(f"{words}; texts begin as the tokenizer has it", stacklevel=4)
+
+
+def _check_token_ids(raw: dict[str, Any], folder: pathlib.Path, vocab: int) -> None:
+    """config.json's begin and padding tokens are tokens; published files say none by null or -1."""
+    for name in ("bos_token_id", "pad_token_id"):
+        value = raw.get(name)
+        if value is not None and (type(value) is not int or not -1 <= value < vocab):
+            raise ConfigError(f"{folder}: {name} is {value!r}; expected an id from 0 to "
+                              f"{vocab - 1}, or null; mend config.json")
 
 
 def is_padding(size: int, vocab: int) -> bool:

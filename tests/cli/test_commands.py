@@ -13,8 +13,10 @@ import pytest
 
 import jaxlm
 from jaxlm.cli import COMMANDS, clock, main, options
+from jaxlm.cli.fit import open_config
 from jaxlm.hf.bundle import BUNDLED
 from tests.source_tree import ROOT
+from tests.tiny import write_folder
 
 PROMPT = "Q:12+34=\n"
 WIDTH = 24  # new tokens everywhere, so that one compiled program serves
@@ -208,12 +210,19 @@ def test_score_honours_window_and_stride(capsys, tiny):
 
 
 def test_bad_requests_are_one_line_and_exit_code_2(capsys, tiny, tmp_path):
+    bare, odd = write_folder(tmp_path / "bare"), write_folder(tmp_path / "odd", unheard_of=3)
+    (bare / "tokenizer.json").unlink()
+    swapped = write_folder(tmp_path / "swapped", bos_token_id=5)
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9")
     cases = {
         ("genrate", "x"): "did you mean 'generate'",
         ("generate", "no-such-model", "x"): "neither a folder",
         ("generate", str(latin), "x"): "is a file",
+        ("generate", str(bare), "x"): "has no tokenizer.json",
+        ("generate", str(odd), "x"): "or to a command --ignore-fields unheard_of",
+        ("fit", "--model", str(odd), "--target", "v5e:1x1"): "--ignore-fields unheard_of",
+        ("score", str(swapped), "--text", "x"): "or to a command --no-check-tokenizer",
         ("generate", "tiny", ""): "empty",
         ("generate", "tiny", "x", "--temperature", "-1"): "temperature is -1.0",
         ("generate", "tiny", "x", "--max-new-tokens", "0"): "max_new_tokens is 0",
@@ -236,6 +245,33 @@ def test_bad_requests_are_one_line_and_exit_code_2(capsys, tiny, tmp_path):
     for argv, expected in cases.items():
         assert expected in refused(capsys, *argv), argv
     assert latin.read_bytes() == b"caf\xe9"
+
+
+def test_without_a_tokenizer_nothing_but_our_line_is_said(tmp_path):
+    """transformers' own advice, that torch is not there, is silent; its words are the cause."""
+    folder = write_folder(tmp_path / "bare")
+    (folder / "tokenizer.json").unlink()
+    ended = process("score", str(folder), "--text", "x")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "tokenizer files beside the weights" in ended.stderr
+    with pytest.raises(jaxlm.JaxlmError) as told:
+        jaxlm.load(folder)
+    assert told.value.__cause__ is not None
+
+
+def test_what_load_may_pass_over_commands_may_too(capsys, tmp_path):
+    folder = write_folder(tmp_path / "m", unheard_of=3, bos_token_id=5)
+    flags = ("--ignore-fields", "unheard_of", "--no-check-tokenizer")
+    code, out, err = outcome(capsys, "score", str(folder), "--text", "abc", *flags)
+    assert code == 0 and "text 0" in out, err
+    code, out, _ = outcome(capsys, "convert", str(folder), str(tmp_path / "out"), *flags)
+    assert code == 0 and (tmp_path / "out" / "config.json").exists()
+    assert open_config(str(folder), ignore_fields=["unheard_of"]).vocab_size == 258
+    for name in ("generate", "score", "solve", "serve", "tune-cache", "convert", "demo"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        told = capsys.readouterr().out
+        assert "--ignore-fields" in told and "--no-check-tokenizer" in told, name
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator to be found")

@@ -112,7 +112,8 @@ def test_only_what_the_dead_left_is_swept(bundle, tmp_path):
     folder = tmp_path / "m"
     own, end = staging._prefix(folder), "-0123abcd"
     swept = f"{own}{DEAD}{end}"
-    kept = {f"{own}{os.getpid()}{end}", f"{own}1{end}", f"{own}{DEAD}{end}0", f"{own}{DEAD}-0123ABCD",
+    kept = {f"{own}{os.getpid()}{end}", f"{own}1{end}", f"{own}{DEAD}{end}0",
+            f"{own}{DEAD}-0123ABCD",
             f"{own}x{end}", f".m-00000000-{DEAD}{end}", f"{own}{DEAD}{end}-old",
             staging._prefix(tmp_path / "n") + f"{DEAD}{end}", ".m-0123abcd"}
     for name in (swept, *kept):
