@@ -72,7 +72,9 @@ def call(name: str, arguments: list[str]) -> int:
     command = importlib.import_module(f"jaxlm.cli.{name.replace('-', '_')}")
     if hasattr(command, "main"):  # its arguments depend on a file that one of them names
         return command.main(arguments)
-    code = tyro.cli(command.run, prog=f"jaxlm {name}", args=arguments)
+    from jaxlm.cli.arguments import in_words
+
+    code = tyro.cli(in_words(command.run), prog=f"jaxlm {name}", args=arguments)
     sys.stdout.flush()
     return code or 0
 
