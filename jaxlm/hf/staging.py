@@ -9,7 +9,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from safetensors import SafetensorError
 
@@ -34,7 +34,8 @@ def staged(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     stage = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        with suppress(OSError):  # a parent that cannot be listed can be written
+            _sweep(folder)
         stage = folder.with_name(f"{_prefix(folder)}{os.getpid()}-{secrets.token_hex(4)}")
         # nobody else reads what replaces a folder before it has that folder's permissions
         stage.mkdir(0o700 if folder.exists() else 0o777)
