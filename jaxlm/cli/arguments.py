@@ -17,7 +17,8 @@ def in_words(run: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(run)
     hints = typing.get_type_hints(run, include_extras=True)
     for name, argument in signature.parameters.items():
-        shown = {"metavar": word} if (word := _metavar(hints[name])) else {}
+        word = _metavar(hints[name])
+        shown: dict[str, Any] = {} if word is None else {"metavar": word}
         if argument.default == ():
             shown["help_behavior_hint"] = "(default: none)"
         if shown:
