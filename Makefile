@@ -12,7 +12,7 @@ ALL := not gpu and not gpu_target and not tpu and not network
 help:
 	@echo "make demo              install into $(VENV), run the main job, write report/"
 	@echo "make test              the quick tests on $(JOBS) cores (JOBS=n for more)"
-	@echo "make test-all          also the slow ones, against torch, and real TPU compiles"
+	@echo "make test-all          also the slow ones, against torch, real TPU compiles, site and wheel"
 	@echo "make test-matrix       the quick tests on every supported Python and jax"
 	@echo "make test-gpu-targets  compile for NVIDIA cards without owning one (4.4 GB of wheels)"
 	@echo "make lint docs wheel check-wheel report clean"
@@ -65,7 +65,7 @@ $(VENV)/.dev: $(VENV)/.base
 	touch $@
 
 $(VENV)/.all: $(VENV)/.dev
-	$(PIP) -e ".[dev,torch,eval,serve-test]" libtpu
+	$(PIP) -e ".[dev,torch,eval,serve-test,docs]" build libtpu
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base

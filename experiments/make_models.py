@@ -4,38 +4,52 @@ Command: python experiments/make_models.py --out experiments/results/make_models
 Hardware: 2 CPU cores, 4 GB; a GPU shortens it.
 Minutes: 5.3 processor hours in all (small 1.0, large 3.5, each sibling 0.3), so 2.7 hours on 2 idle
   cores at the least, by `--pace`, which times a few steps of each and makes nothing; `--only NAME`
-  makes one. A stopped run goes on where it was; what is finished is not made again.
-Expected: every folder loads; siblings beat the model they come from on their own skill's loss. Not
-  run whole yet: only `--smoke` and `--pace` were
+  makes one. A stopped run goes on where it was; what is finished is not made again, unless its
+  recipe or its base has changed or a folder of it is gone.
+Expected: every folder loads; siblings beat the model they come from on their own skill, or are
+  named under `not_better`. Not run whole yet: only `--smoke` and `--pace` were
 
 FOLDER/small/step_N and FOLDER/large/step_N are trained as the bundled model is, six checkpoints
 along each run, the last its end. FOLDER/minus, times and recall are the bundled model fine-tuned
-on one skill each: three-digit subtraction, products of larger numbers, and recall alone.
+on one skill each: three-digit subtraction, products of larger numbers, and recall alone. Every
+checkpoint gets a held-out loss, the last of each run a few problems of each kind.
 """
 
 import argparse
+import hashlib
+import json
+import shutil
+import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import _harness
 from experiments.tiny_data import Mix
 from experiments.tiny_training import (
     Recipe,
+    described,
     fit,
     held_out_loss,
+    init,
     model_config,
     pace,
     short_run,
     write_folder,
 )
-from experiments.train_tiny import RATE, SMOKE, curriculum
+from experiments.train_tiny import LAST, RATE, SMOKE, curriculum
+from jaxlm.decode.generate import generate
+from jaxlm.eval import arithmetic
 from jaxlm.eval.arithmetic import Level
-from jaxlm.hf.bundle import load
+from jaxlm.eval.skills import share, solve_arithmetic, solve_recall
+from jaxlm.hf.bundle import Bundle, load
 from jaxlm.models.lm import LM, count_params
 
 SIZES = {"small": dict(dim=96, layers=8, ffn=256), "large": dict(dim=256, layers=12, ffn=704)}
@@ -47,18 +61,53 @@ SKILLS = {
     "recall": Mix(recall=1.0, lengths=(64, 256)),
 }
 CHECKPOINTS, SIBLING_STEPS = 6, 300
+PROBLEMS, DOCUMENTS, LENGTHS = 64, 24, (64, 256, 1024)
 
 
-def make_size(name: str, folder: Path, smoke: bool, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Part:
+    """One model to make: what it depends on, in a few digits, and the folders that it leaves."""
+
+    name: str
+    digest: str
+    folders: tuple[Path, ...]
+    make: Callable[[], dict[str, Any]]
+
+    @property
+    def lost(self) -> list[Path]:
+        """The folders that are not there."""
+        return [folder for folder in self.folders if not (folder / "config.json").exists()]
+
+
+def digest_of(*what: Any) -> str:
+    """A short name for plain values."""
+    return hashlib.sha256(json.dumps(_harness.plain(what)).encode()).hexdigest()[:12]
+
+
+def size(name: str, args: argparse.Namespace) -> Part:
     """One size, trained as the bundled model is, with checkpoints along the run."""
-    lm, recipe = LM(model_config(**SIZES[name])), Recipe(curriculum, RATE, seed=seed)
-    if smoke:
+    lm, recipe = LM(model_config(**SIZES[name])), Recipe(curriculum, RATE, seed=args.seed)
+    if args.smoke:
         lm = LM(model_config(dim=32, layers=2, ffn=64))
-        recipe = Recipe(lambda step: SMOKE, short_run(CHECKPOINTS), seed=seed)
+        recipe = Recipe(lambda step: SMOKE, short_run(CHECKPOINTS), seed=args.seed)
     at = [recipe.steps * i // CHECKPOINTS for i in range(1, CHECKPOINTS + 1)]
-    marks = {n: partial(write_folder, lm, folder=folder / name / f"step_{n}") for n in at}
-    _, summary = fit(lm, recipe, folder / ".work" / name, marks=marks)
-    return {"parameters": count_params(lm), "checkpoints": at, **summary}
+    digest = digest_of(described(lm, recipe, None), at)
+    folders = {n: args.folder / name / f"step_{n}" for n in at}
+    work = args.folder / ".work" / f"{name}-{digest}"
+    part = Part(name, digest, tuple(folders.values()), lambda: make())
+
+    def make() -> dict[str, Any]:
+        marks = {n: partial(write_folder, lm, folder=folder) for n, folder in folders.items()}
+        _, summary = fit(lm, recipe, work, marks=marks)
+        if part.lost:  # the run went on behind them
+            shutil.rmtree(work)
+            _, summary = fit(lm, recipe, work, marks=marks)
+        mix, opened = SMOKE if args.smoke else LAST, partial(load, dtype=jnp.float32)
+        losses = {n: loss_of(opened(folder), mix, args.seed) for n, folder in folders.items()}
+        return {"parameters": count_params(lm), "checkpoints": at, "held_out_loss": losses,
+                "skills": skills(opened(folders[at[-1]]), args), **summary}
+
+    return part
 
 
 def sibling_recipe(name: str, seed: int, steps: int = SIBLING_STEPS, **change: Any) -> Recipe:
@@ -67,16 +116,85 @@ def sibling_recipe(name: str, seed: int, steps: int = SIBLING_STEPS, **change: A
     return Recipe(lambda step: mix, short_run(steps), lr=0.002, adam_lr=0.0006, seed=seed + 1)
 
 
-def make_sibling(name: str, base: str, folder: Path, smoke: bool, seed: int) -> dict[str, Any]:
-    """The bundled model, fine-tuned on one skill."""
-    bundle, recipe = load(base, dtype=jnp.float32), sibling_recipe(name, seed)
-    if smoke:
-        recipe = sibling_recipe(name, seed, steps=3, shape=(2, 128), lengths=(48, 96))
-    mix = recipe.mix(0)
-    params, summary = fit(bundle.lm, recipe, folder / ".work" / name, params=bundle.params)
-    write_folder(bundle.lm, params, folder / name)
-    return {"loss_before": held_out_loss(bundle.lm, bundle.params, mix, seed),
-            "loss_after": held_out_loss(bundle.lm, params, mix, seed), **summary}
+def sibling(name: str, args: argparse.Namespace) -> Part:
+    """The base, fine-tuned on one skill, and whether it got better at that."""
+    base, recipe = load(args.base, dtype=jnp.float32), sibling_recipe(name, args.seed)
+    if args.smoke:
+        recipe = sibling_recipe(name, args.seed, steps=3, shape=(2, 128), lengths=(48, 96))
+    digest = digest_of(described(base.lm, recipe, base.params))  # with a hash of the weights
+    folder, work = args.folder / name, args.folder / ".work" / f"{name}-{digest}"
+
+    def make() -> dict[str, Any]:
+        params, summary = fit(base.lm, recipe, work, params=base.params)
+        write_folder(base.lm, params, folder)
+        found: dict[str, Any] = {}
+        for when, bundle in (("before", base), ("after", load(folder, dtype=jnp.float32))):
+            found[f"loss_{when}"] = loss_of(bundle, recipe.mix(0), args.seed)
+            found[f"accuracy_{when}"] = own_skill(name, bundle, args)
+        found["better"] = better(found)
+        return found | {"skills": skills(load(folder, dtype=jnp.float32), args)} | summary
+
+    return Part(name, digest, (folder,), make)
+
+
+def better(found: dict[str, Any]) -> bool:
+    """Whether a sibling beats its base at its own skill: by the loss, with no fewer answers right
+    beyond the standard errors.
+
+    >>> few, many = {"value": 0.25, "error": 0.05}, {"value": 0.5, "error": 0.06}
+    >>> better({"loss_before": 1, "loss_after": 0.9, "accuracy_before": many,
+    ...         "accuracy_after": few})
+    False
+    """
+    before, after = found["accuracy_before"], found["accuracy_after"]
+    error = float(np.hypot(before["error"], after["error"]))
+    return bool(found["loss_after"] < found["loss_before"]
+                and after["value"] >= before["value"] - error)
+
+
+def loss_of(bundle: Bundle, mix: Mix, seed: int) -> float:
+    """The held-out loss of a model as it was written, in bf16."""
+    return held_out_loss(bundle.lm, bundle.params, mix, seed)
+
+
+def asked(args: argparse.Namespace) -> tuple[int, int, tuple[int, ...]]:
+    """Problems a level, documents a length, and the lengths."""
+    return (2, 2, LENGTHS[:1]) if args.smoke else (PROBLEMS, DOCUMENTS, LENGTHS)
+
+
+def skills(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
+    """What of a few problems of every level and length is answered right, greedily."""
+    problems, documents, lengths = asked(args)
+    solve = partial(solve_arithmetic, bundle, problems=problems, samples=1, seed=args.seed)
+    levels = list(arithmetic.LEVELS)[: 1 if args.smoke else None]
+    return {"arithmetic": {level: asdict(solve(level).greedy) for level in levels},
+            "recall": {n: asdict(solve_recall(bundle, n, documents=documents,
+                                              seed=args.seed).accuracy) for n in lengths}}
+
+
+def own_skill(name: str, bundle: Bundle, args: argparse.Namespace) -> dict[str, float]:
+    """What of a sibling's own kind of problems is answered right, greedily."""
+    problems, documents, lengths = asked(args)
+    if SKILLS[name].recall:
+        longest = max(n for n in lengths if n <= SKILLS[name].lengths[1])
+        return asdict(solve_recall(bundle, longest, documents=documents, seed=args.seed).accuracy)
+    rng, level = np.random.default_rng(args.seed), SKILLS[name].levels[0][0]
+    drawn = [arithmetic.sample(rng, level, "test") for _ in range(problems)]
+    answers = generate(bundle, [problem.prompt for problem in drawn], max_new_tokens=64)
+    right = [arithmetic.check_steps(problem, answer.text).correct
+             for problem, answer in zip(drawn, answers, strict=True)]
+    return asdict(share(sum(right), problems))
+
+
+def made(store: _harness.Resumable, part: Part) -> dict[str, Any]:
+    """A part's findings; made now where it is not there whole, of this recipe and this base."""
+    key = f"{part.name} {part.digest}"
+    stale = [k for k in store.parts if k.split()[0] == part.name and (k != key or part.lost)]
+    if stale:  # before their folders change
+        for other in stale:
+            del store.parts[other]
+        _harness.write_json({"settings": store.settings, "parts": store.parts}, store.path)
+    return store(key, part.make)
 
 
 def paces(seed: int) -> dict[str, Any]:
@@ -90,14 +208,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Make what is asked for and is not there yet."""
     if args.pace:
         return {"pace": paces(args.seed)}
-    if args.smoke:
-        args.folder = Path(tempfile.mkdtemp())
-    made = _harness.Resumable(args.folder / "made.json", {"seed": args.seed, "base": args.base})
-    makers = {name: partial(make_size, name) for name in SIZES}
-    makers |= {name: partial(make_sibling, name, args.base) for name in SKILLS}
-    chosen = [args.only] if args.only else list(makers)
-    return {name: made(name, partial(makers[name], args.folder, args.smoke, args.seed))
-            for name in chosen}
+    if not args.smoke:
+        return make_all(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        args.folder, args.base = Path(scratch), str(Path(scratch) / "base")
+        lm = LM(model_config(dim=32, layers=2, ffn=64))
+        write_folder(lm, init(lm, jax.random.key(args.seed)), Path(args.base))
+        return make_all(args)
+
+
+def make_all(args: argparse.Namespace) -> dict[str, Any]:
+    """The parts, one after another, and which siblings are no better than their base."""
+    store = _harness.Resumable(args.folder / "made.json", {"parts": "by what they depend on"})
+    kinds = dict.fromkeys(SIZES, size) | dict.fromkeys(SKILLS, sibling)
+    chosen = [args.only] if args.only else list(kinds)
+    found = {name: made(store, kinds[name](name, args)) for name in chosen}
+    worse = [name for name in chosen if not found[name].get("better", True)]
+    if worse:
+        print(f"no better than their base at their own skill: {', '.join(worse)}", file=sys.stderr)
+    return found | {"not_better": worse}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

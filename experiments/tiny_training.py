@@ -213,8 +213,13 @@ class _Log:
 
 def held_out_loss(lm: LM, params: Params, mix: Mix, seed: int, batches: int = 4) -> float:
     """The mean training loss on batches of the test side of the split."""
-    loss = jax.jit(lambda data: loss_fn(lm, params, data)[0])
-    return float(np.mean([loss(batch(mix, seed, i, "test")) for i in range(batches)]))
+    losses = [_loss(lm, params, batch(mix, seed, i, "test")) for i in range(batches)]
+    return float(np.mean(losses))
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss(lm: LM, params: Params, data: dict[str, Any]) -> jax.Array:
+    return loss_fn(lm, params, data)[0]
 
 
 def write_folder(lm: LM, params: Params, folder: Path) -> None:

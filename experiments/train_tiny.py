@@ -60,12 +60,16 @@ def curriculum(step: int) -> Mix:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Train, write the folder, report the run."""
-    lm, recipe = LM(model_config()), Recipe(curriculum, RATE, seed=args.seed)
-    if args.smoke:
-        lm = LM(model_config(dim=32, layers=2, ffn=64))
-        recipe = Recipe(lambda step: SMOKE, short_run(6), seed=args.seed)
-        scratch = Path(tempfile.mkdtemp())
-        args.work, args.model = scratch / "work", scratch / "model"
+    if not args.smoke:
+        return make(LM(model_config()), Recipe(curriculum, RATE, seed=args.seed), args)
+    with tempfile.TemporaryDirectory() as scratch:
+        args.work, args.model = Path(scratch) / "work", Path(scratch) / "model"
+        return make(LM(model_config(dim=32, layers=2, ffn=64)),
+                    Recipe(lambda step: SMOKE, short_run(6), seed=args.seed), args)
+
+
+def make(lm: LM, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
+    """One model by one recipe."""
     params, summary = fit(lm, recipe, args.work)
     write_folder(lm, params, args.model)
     size = sum(file.stat().st_size for file in args.model.iterdir())

@@ -19,7 +19,14 @@ if [ -z "$found" ]; then
 fi
 
 echo "make_env.sh: $("$found" --version) -> $folder" >&2
-if ! "$found" -m venv --clear "$folder" >/dev/null 2>&1; then
-  "$found" -m venv --clear --without-pip "$folder"
-  "$found" -m pip --python "$folder/bin/python" install --quiet pip
+# Without ensurepip (Debian's python3 without python3-venv) the pip of that Python serves.
+if ! said=$("$found" -m venv --clear "$folder" 2>&1); then
+  if ! more=$({ "$found" -m venv --clear --without-pip "$folder" &&
+                "$found" -m pip --python "$folder/bin/python" install --quiet pip; } 2>&1); then
+    rm -rf "$folder"
+    printf '%s\n' "$said" "$more" "make_env.sh: $found can neither make an environment with pip nor" \
+      "put one there: install python3-venv (apt install python3-venv) or pip for it, or name" \
+      "another Python: make PYTHON=/path/to/python3.12 ..." >&2
+    exit 1
+  fi
 fi

@@ -8,6 +8,7 @@ skipped, loudly. With --strict that is a failure; without, only when no row ran.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,23 @@ class Row:
     pins: tuple[str, ...] = ()
 
 
+def minima(project: str) -> tuple[str, ...]:
+    """The base dependencies of a pyproject.toml, each at the lowest version that it allows.
+
+    >>> minima('dependencies = [\\n  "jax>=0.7.2",  # why\\n  "numpy>=2.0",  # why\\n]\\n')
+    ('jax==0.7.2', 'numpy==2.0')
+    """
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.S | re.M)
+    lines = block[1].splitlines() if block else []
+    found = [re.match(r'  "([\w.-]+)>=([\w.]+)",', line) for line in lines]
+    if not found or not all(found):
+        raise ValueError('pyproject.toml: expected a dependency a line, each `"name>=version",`')
+    return tuple(f"{match[1]}=={match[2]}" for match in found if match)
+
+
 ROWS = (
+    # The oldest Python alone: the newer ones have no wheels of the oldest numpy.
+    Row("py311-minimum", "3.11", minima((ROOT / "pyproject.toml").read_text())),
     Row("py311-jax0.10.2", "3.11", ("jax==0.10.2", "flax==0.12.8")),
     Row("py312-newest", "3.12"),
     Row("py313-newest", "3.13"),

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 from scripts import test_matrix as matrix
+from tests.source_tree import ROOT
 
 PINNED, NEWEST = matrix.Row("old", "3.11", ("jax==0.10.2",)), matrix.Row("new", "3.12")
 
@@ -46,3 +48,17 @@ def test_rows_without_pins_are_upgraded_each_time(monkeypatch, tmp_path):
         calls.clear()
         matrix.prepare(row, "python")
         assert len(calls) == (0 if row.pins else 1) and all("eager" in call for call in calls)
+
+
+def test_a_row_pins_every_base_dependency_to_its_minimum():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (row,) = [row for row in matrix.ROWS if row.name.endswith("minimum")]
+    assert row.pins == tuple(d.replace(">=", "==") for d in project["dependencies"])
+    assert project["requires-python"] == f">={row.python}"
+
+
+@pytest.mark.parametrize("line", ['  "jax",', '  "jax>=0.7,<1",', "  'jax>=0.7',", None])
+def test_a_dependency_without_a_plain_minimum_is_refused(line):
+    text = "" if line is None else f"dependencies = [\n{line}\n]\n"
+    with pytest.raises(ValueError, match="a dependency a line"):
+        matrix.minima(text)

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxlm.cli import clock
 from jaxlm.core.errors import JaxlmError
 
 COMMANDS = {
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       jaxlm 0.1.0
       0
     """
+    clock.start(own=argv is None)
     name, *arguments = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
@@ -70,7 +72,9 @@ def call(name: str, arguments: list[str]) -> int:
     command = importlib.import_module(f"jaxlm.cli.{name.replace('-', '_')}")
     if hasattr(command, "main"):  # its arguments depend on a file that one of them names
         return command.main(arguments)
-    code = tyro.cli(command.run, prog=f"jaxlm {name}", args=arguments)
+    from jaxlm.cli.arguments import in_words
+
+    code = tyro.cli(in_words(command.run), prog=f"jaxlm {name}", args=arguments)
     sys.stdout.flush()
     return code or 0
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxlm.cli.options import note
+from jaxlm.cli.options import Names, note
 from jaxlm.eval.verify import TEXTS, check_verifiable
 from jaxlm.eval.verify import verify as compare_with_transformers
 from jaxlm.hf.convert import convert
@@ -17,7 +17,8 @@ def run(
     source: Source, folder: Folder, /,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     overwrite: bool = False, verify: bool = False, tolerance: float | None = None,
-    text: tuple[str, ...] = (), revision: str | None = None,
+    text: tuple[str, ...] = (), revision: str | None = None, ignore_fields: Names = (),
+    check_tokenizer: bool = True,
 ) -> int:
     """Read a checkpoint, check every tensor, and write a folder that transformers loads.
 
@@ -32,11 +33,14 @@ def run(
         rounded. Top-1 agreement and KL have bounds of their own (jaxlm.eval.verify.BOUNDS).
       text: texts to compare on; default a few short ones.
       revision: of a hub id.
+      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
+      check_tokenizer: refuse a tokenizer that looks like another model's.
     Returns: the exit code, 1 where the verification failed.
     """
     if verify:
         check_verifiable(source, revision)
-    written = convert(source, folder, dtype, overwrite=overwrite, revision=revision)
+    written = convert(source, folder, dtype, overwrite=overwrite, revision=revision,
+                      ignore_fields=ignore_fields, check_tokenizer=check_tokenizer)
     print(f"wrote {written}")
     if not verify:
         return 0

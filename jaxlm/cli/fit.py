@@ -4,12 +4,13 @@ import json
 import pathlib
 import re
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from jaxlm.cache.policy import open_cache
-from jaxlm.cli.options import Dtype, columns, note
+from jaxlm.cli.options import Dtype, Names, columns, note
 from jaxlm.eval.fit import Fit, fit
 from jaxlm.hf.bundle import BUNDLED, resolve
 from jaxlm.hf.config import from_hf, read_json
@@ -29,6 +30,7 @@ def run(
     revision: str | None = None,
     unfreeze_ratio: float | None = None,
     form: Literal["update", "factored", "coordinates"] | None = None,
+    ignore_fields: Names = (),
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Compile a job's real program for a chip that need not be here; print what it takes.
@@ -50,9 +52,10 @@ def run(
       revision: of a hub id.
       unfreeze_ratio: for osft, the share of singular directions that may change; default 0.5.
       form: for osft, how the constraint is kept; default update.
+      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
       json: print JSON instead of a table.
     """
-    config = open_config(model, revision)
+    config = open_config(model, revision, ignore_fields)
     note(f"compiling {job} for {target} ...")
     start = time.perf_counter()
     given: dict[str, Any] = {"form": form, "unfreeze_ratio": unfreeze_ratio}
@@ -69,14 +72,16 @@ def run(
     print(json.dumps(record, indent=1) if json_ else text)
 
 
-def open_config(model: str, revision: str | None = None) -> ModelConfig:
+def open_config(
+    model: str, revision: str | None = None, ignore_fields: Sequence[str] = ()
+) -> ModelConfig:
     """A folder's or hub id's config.json, the bundled model's, or a preset by name."""
     folder = pathlib.Path(model).expanduser()
     if "/" not in model and model not in BUNDLED and not folder.is_dir():
         return preset(model)
     hub_id = not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)
     found = fetch(model, revision, only="config.json") if hub_id else resolve(model)
-    return from_hf(read_json(found / "config.json"))
+    return from_hf(read_json(found / "config.json"), ignore_fields)
 
 
 def summary(found: Fit) -> dict[str, Any]:

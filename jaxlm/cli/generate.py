@@ -9,7 +9,8 @@ import jax
 import tyro
 
 from jaxlm.cache.policy import open_cache
-from jaxlm.cli.options import Device, Dtype, Model, note, open_model, read_text
+from jaxlm.cli import clock
+from jaxlm.cli.options import Device, Dtype, Model, Names, note, open_model, read_text
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.decode.generate import Generation, generate
 from jaxlm.decode.generate import stream as stream_text
@@ -26,6 +27,7 @@ def run(
     logit_bias: tuple[str, ...] = (), seed: int = 0, stop: tuple[str, ...] = (),
     include_stop: bool = False, cache: str = "dense", stream: bool = True,
     device: Device | None = None, dtype: Dtype | None = None, revision: str | None = None,
+    ignore_fields: Names = (), check_tokenizer: bool = True,
 ) -> None:
     """Continue a prompt: the text goes to stdout, the speed to stderr.
 
@@ -49,9 +51,10 @@ def run(
       device: where to run; default what jax finds.
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
       revision: of a hub id.
+      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
+      check_tokenizer: refuse a tokenizer that looks like another model's.
     """
-    began = time.perf_counter()
-    bundle = open_model(model, device, dtype, revision)
+    bundle = open_model(model, device, dtype, revision, ignore_fields, check_tokenizer)
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "cache": open_cache(cache, bundle.lm.config),
         "key": jax.random.key(whole("--seed", seed, -2**63, 2**63 - 1)),
@@ -61,7 +64,7 @@ def run(
     }
     text = read_text("-") if prompt == "-" else prompt
     if stream:
-        show(stream_text(bundle, text, chunk=CHUNK, **arguments), began)
+        show(stream_text(bundle, text, chunk=CHUNK, **arguments))
         return
     start = time.perf_counter()
     answer = generate(bundle, text, **arguments)
@@ -115,9 +118,9 @@ def read_bias(pairs: Sequence[str], vocab: int) -> Any:
     return bias_array(biases, vocab) if biases else None
 
 
-def show(pieces: Generator[str, None, Generation], began: float) -> None:
-    """Print pieces as they come, then the speed."""
-    times = []
+def show(pieces: Generator[str, None, Generation]) -> None:
+    """Print pieces as they come, then the speed; the start is the process's."""
+    times, began = [], clock.began()
     try:
         while True:
             sys.stdout.write(next(pieces))

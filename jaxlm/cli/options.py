@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -14,10 +15,12 @@ from jaxlm.hf.bundle import Bundle, load
 Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
 Device = Literal["cpu", "gpu", "tpu"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
 
 
 def open_model(
-    model: str, device: str | None = None, dtype: str | None = None, revision: str | None = None
+    model: str, device: str | None = None, dtype: str | None = None, revision: str | None = None,
+    ignore_fields: Sequence[str] = (), check_tokenizer: bool = True,
 ) -> Bundle:
     """Load a model, with compiled programs kept on disk from run to run."""
     try:
@@ -25,7 +28,8 @@ def open_model(
             enable_compilation_cache()
     except OSError as error:
         note(f"compiled programs are not kept, so each start compiles anew: {error}")
-    return load(model, device=device, dtype=dtype, revision=revision)
+    return load(model, device=device, dtype=dtype, revision=revision,
+                ignore_fields=ignore_fields, check_tokenizer=check_tokenizer)
 
 
 def read_text(source: str | os.PathLike) -> str:

@@ -5,11 +5,12 @@ import math
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxlm.cache.policy import open_cache
-from jaxlm.cli.options import Device, Dtype, note, open_model, read_text
+from jaxlm.cli.options import Device, Dtype, Names, note, open_model, read_text
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.decode.batcher import Batcher
 from jaxlm.eval.named_reward import open_reward
@@ -22,7 +23,7 @@ def run(
     search_queue: int = 16, max_body_kb: int = 1024, max_budget: int = 64,
     chat_template: str | None = None, name: str | None = None, token_file: Path | None = None,
     grace: float = 30.0, device: Device | None = None, dtype: Dtype | None = None,
-    revision: str | None = None,
+    revision: str | None = None, ignore_fields: Names = (), check_tokenizer: bool = True,
 ) -> None:
     """Serve a model: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics.
 
@@ -51,13 +52,10 @@ def run(
       device: where to run; default what jax finds.
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
       revision: of a hub id.
+      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
+      check_tokenizer: refuse a tokenizer that looks like another model's.
     """
-    try:
-        from jaxlm.serve.app import VERBATIM, Settings, create_app
-        from jaxlm.serve.run import serve
-    except ImportError as error:
-        raise ConfigError(f"{error}; install the extra `serve`, or fastapi, uvicorn and "
-                          "prometheus-client") from error
+    app, server = serving()
     from jaxlm.serve.engine import Engine
     from jaxlm.serve.methods import Methods, memory_left
 
@@ -67,24 +65,35 @@ def run(
         queue=(queue, 0, 2**31 - 1), search_queue=(search_queue, 0, 2**31 - 1),
         max_body_kb=(max_body_kb, 1, 2**20), max_budget=(max_budget, 1, 2**20))
     check_grace(grace)
-    token, template = read_token(token_file), template_of(chat_template, VERBATIM)
+    token, template = read_token(token_file), template_of(chat_template, app.VERBATIM)
     warn_of(host, token)
     with listen(host, port) as listener:  # before a model is read: a taken port is known at once
-        bundle = open_model(model, device, dtype, revision)
+        opened = partial(open_model, device=device, dtype=dtype, ignore_fields=ignore_fields,
+                         check_tokenizer=check_tokenizer)
+        bundle = opened(model, revision=revision)
         check_template(bundle, template)
         kinds = open_cache(cache, bundle.lm.config)
-        reward = None if prm is None else open_reward(
-            prm, bundle, lambda source: open_model(source, device, dtype))
+        reward = None if prm is None else open_reward(prm, bundle, opened)
         batcher = Batcher(
             bundle, rows=rows, max_len=min(max_len, bundle.lm.config.max_len), chunk=chunk,
             piece=piece, readers=readers, cache=kinds, prompt_bytes=prompt_cache_mb << 20)
         methods = Methods(bundle, reward, kinds, max_budget, memory_left(batcher))
         compile_all(batcher, methods)
         engine = Engine(batcher, queue, search_queue)
-        settings = Settings(name or model, token, template, max_body_kb << 10)
+        settings = app.Settings(name or model, token, template, max_body_kb << 10)
         note(f"serving {settings.name!r} at http://{host}:{listener.getsockname()[1]}/v1")
-        serve(create_app(engine, settings, methods), engine, listener, grace)
+        server.serve(app.create_app(engine, settings, methods), engine, listener, grace)
     leave(engine)
+
+
+def serving() -> tuple[Any, Any]:
+    """jaxlm.serve.app and jaxlm.serve.run, which need the extra's packages."""
+    try:
+        from jaxlm.serve import app, run
+    except ImportError as error:
+        raise ConfigError(f"{error}; install the extra `serve`, or fastapi, uvicorn and "
+                          "prometheus-client") from error
+    return app, run
 
 
 def compile_all(batcher: Batcher, methods: Any) -> None:

@@ -3,12 +3,13 @@
 import os
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from jaxlm.cli.options import Device, Dtype, columns, note, open_model
+from jaxlm.cli.options import Device, Dtype, Names, columns, note, open_model
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.eval import solve as solving
 from jaxlm.eval.named_reward import open_reward
@@ -31,7 +32,7 @@ def run(
     delimiter: tuple[str, ...] | None = None, step_tokens: int | None = None,
     stop: tuple[str, ...] = (), cache: str = "dense", memory_mb: int | None = None, seed: int = 0,
     data_seed: int = 0, retry_failed: bool = False, device: Device | None = None,
-    dtype: Dtype | None = None,
+    dtype: Dtype | None = None, ignore_fields: Names = (), check_tokenizer: bool = True,
 ) -> None:
     """Answer the problems of a file, and say how many are right; a stopped run goes on.
 
@@ -68,14 +69,14 @@ def run(
       retry_failed: solve again what failed in an earlier run, or could not be judged.
       device: where to run; default what jax finds.
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
+      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
+      check_tokenizer: refuse a tokenizer that looks like another model's.
     """
     jobs = jobs_of(method, particles, prm)
-    for name, number in (("limit", limit), ("batch", batch), ("rows", rows),
-                         ("max_steps", max_steps), ("max_new_tokens", max_new_tokens),
-                         ("step_tokens", step_tokens), ("memory_mb", memory_mb)):
-        if number is not None:
-            whole(name, number)
-    bundle = open_model(model, device, dtype)
+    check_counts(limit=limit, batch=batch, rows=rows, max_steps=max_steps, memory_mb=memory_mb,
+                 max_new_tokens=max_new_tokens, step_tokens=step_tokens)
+    reading_as = dict[str, Any](ignore_fields=ignore_fields, check_tokenizer=check_tokenizer)
+    bundle = open_model(model, device, dtype, **reading_as)
     found = open_data(data, bundle.tokenizer, task, limit, data_seed)
     for line, reason in found.wrong:
         note(f"{data} line {line} is left out: {reason}")
@@ -85,7 +86,7 @@ def run(
                 "steps": asdict(steps), "cache": cache, "dtype": dtype}
     with ExitStack() as stack:
         request = Request(
-            bundle, reward_of(prm, bundle, found.task, aggregate, max_steps),
+            bundle, reward_of(prm, bundle, found.task, aggregate, max_steps, reading_as),
             temperature=temperature, steps=steps, cache=cache, rows=rows,
             memory=None if memory_mb is None else memory_mb << 20,
             **reading(TASKS[found.task], stack))
@@ -93,6 +94,13 @@ def run(
         stack.callback(results.close)
         solve_all(found.problems, request, jobs, results, seed, batch, retry_failed)
     show(solving.records_of(results, found.problems), jobs, out)
+
+
+def check_counts(**given: int | None) -> None:
+    """ConfigError for what is given and no whole number of at least 1."""
+    for name, number in given.items():
+        if number is not None:
+            whole(name, number)
 
 
 def jobs_of(names: tuple[str, ...], particles: tuple[int, ...], prm: str | None
@@ -123,7 +131,8 @@ def steps_of(
 
 
 def reward_of(
-    prm: str | None, bundle: Bundle, task: str, aggregate: str, max_steps: int
+    prm: str | None, bundle: Bundle, task: str, aggregate: str, max_steps: int,
+    reading_as: dict[str, Any],
 ) -> Any:
     """The reward that --prm names."""
     if prm is None:
@@ -131,7 +140,7 @@ def reward_of(
     if prm.partition(":")[0] == "arithmetic" and task != "arithmetic":
         raise ConfigError(f"--prm arithmetic knows the sums alone, and the task is {task}; name a "
                           "process reward model, or a function as module:function")
-    return open_reward(prm, bundle, load, aggregate, max_steps)
+    return open_reward(prm, bundle, partial(load, **reading_as), aggregate, max_steps)
 
 
 def reading(kind: Task, stack: ExitStack) -> dict[str, Any]:

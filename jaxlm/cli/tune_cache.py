@@ -8,7 +8,7 @@ import tyro
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.parse import cache_name, parse_cache
 from jaxlm.cache.policy import write_policy
-from jaxlm.cli.options import Device, Dtype, Model, columns, note, open_model, read_text
+from jaxlm.cli.options import Device, Dtype, Model, Names, columns, note, open_model, read_text
 from jaxlm.eval.tune_cache import layer_bytes, tune
 
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
@@ -19,6 +19,7 @@ def run(
     candidates: tuple[str, ...] = ("squat2", "squat4v2", "squat4", "squat8", "dense"),
     budget: float = 0.3, tokens: int = 512, slots: int = 4096, points: int = 6,
     device: Device | None = None, dtype: Dtype | None = None, revision: str | None = None,
+    ignore_fields: Names = (), check_tokenizer: bool = True,
 ) -> None:
     """Measure how each layer bears each cache kind, and write the best mix within a budget.
 
@@ -34,9 +35,11 @@ def run(
       device: where to run; default what jax finds.
       dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
       revision: of a hub id.
+      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
+      check_tokenizer: refuse a tokenizer that looks like another model's.
     """
     kinds = [parse_cache(name) for name in candidates]
-    bundle = open_model(model, device, dtype, revision)
+    bundle = open_model(model, device, dtype, revision, ignore_fields, check_tokenizer)
     lm = bundle.lm
     ids = bundle.tokenizer.encode(read_text(text))[:min(tokens, lm.config.max_len)]
     found = tune(lm, bundle.params, jnp.asarray([ids], jnp.int32), kinds, slots, points, budget)

@@ -206,9 +206,10 @@ def check_stop_ids(bundle: Bundle, stop_ids: Sequence[int] | None) -> tuple[int,
 
 
 def to_ids(
-    bundle: Bundle, prompts: Prompt | Sequence[Prompt]
+    bundle: Bundle, prompts: Prompt | Sequence[Prompt], what: str = "prompt"
 ) -> tuple[list[list[int]], bool]:
-    """Prompts as checked lists of ids, and whether a list was given."""
+    """Prompts as checked lists of ids, and whether a list was given; an error says `what` each is.
+    """
     if bundle.lm.labels is not None:
         raise ConfigError("this model gives labels, not text; use bundle.lm.classify")
     given: Any = prompts.tolist() if isinstance(prompts, np.ndarray | jax.Array) else prompts
@@ -219,10 +220,10 @@ def to_ids(
             "list of either"
         )
     if not one and len(given) == 0:
-        raise ShapeError("got no prompts; expected at least one")
+        raise ShapeError(f"got no {what}s; expected at least one")
     one = one or not isinstance(given[0], str | list | tuple | np.ndarray | jax.Array)
     vocab = bundle.lm.config.vocab_size
-    out = [_prompt_ids(bundle.tokenizer, prompt, vocab, f"prompt {number}")
+    out = [_prompt_ids(bundle.tokenizer, prompt, vocab, f"{what} {number}")
            for number, prompt in enumerate([given] if one else given)]
     return out, not one
 

@@ -59,7 +59,7 @@ def score(
     window = limit if window is None else whole("window", window, 2, limit)
     stride = max(window // 2, 1) if stride is None else whole("stride", stride, 1, window - 1)
     batch = whole("batch", batch)
-    ids, many = to_ids(bundle, texts)
+    ids, many = to_ids(bundle, texts, "text")
     for number, text in enumerate(ids):
         if len(text) < 2:
             raise ShapeError(f"text {number} has 1 token; scoring needs at least 2")

@@ -1,21 +1,18 @@
 """Bundle: a model, its parameters and its tokenizer, read from and written to a model folder."""
 
-import ctypes
 import json
 import os
 import pathlib
-import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from safetensors import SafetensorError
 
 from jaxlm.core.device import backend, require
 from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError
@@ -25,6 +22,7 @@ from jaxlm.core.tree import Params, flatten
 from jaxlm.hf.config import from_hf, has_deep_head, labels_from_hf, read_json, to_hf
 from jaxlm.hf.families import family_of
 from jaxlm.hf.hub import fetch
+from jaxlm.hf.staging import staged
 from jaxlm.hf.tokenizer import FILES, Tokenizer
 from jaxlm.hf.weights import DTYPES, load_params, save_params
 from jaxlm.models.lm import LM
@@ -110,6 +108,7 @@ def _load(
     config = from_hf(raw, ignore_fields)
     labels, per_token = labels_from_hf(raw)
     lm = LM(config, labels=labels, per_token=per_token, deep_head=has_deep_head(raw))
+    _check_token_ids(raw, folder, config.vocab_size)
     tokenizer = Tokenizer(folder)
     if check_tokenizer:
         _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
@@ -168,8 +167,8 @@ def _check_tokenizer(
     tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
 ) -> None:
     """The tokenizer can be this model's: its ids fit, with no more to spare than padding takes."""
-    other = ("it belongs to another model; put the model's own beside the weights, or pass "
-             "check_tokenizer=False to jaxlm.load if this is it")
+    other = ("it belongs to another model; put the model's own beside the weights, or, if this is "
+             "it, pass check_tokenizer=False to jaxlm.load, or to a command --no-check-tokenizer")
     if tokenizer.base_size > vocab or not is_padding(tokenizer.size, vocab):
         raise TokenizerError(
             f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} but the model's "
@@ -182,6 +181,15 @@ def _check_tokenizer(
             raise TokenizerError(f"{words}; {other}")
         # a special token of both, as in the Qwens that DeepSeek distilled with its own marks
         warnings.warn(f"{words}; texts begin as the tokenizer has it", stacklevel=4)
+
+
+def _check_token_ids(raw: dict[str, Any], folder: pathlib.Path, vocab: int) -> None:
+    """config.json's begin and padding tokens are tokens; published files say none by null or -1."""
+    for name in ("bos_token_id", "pad_token_id"):
+        value = raw.get(name)
+        if value is not None and (type(value) is not int or not -1 <= value < vocab):
+            raise ConfigError(f"{folder}: {name} is {value!r}; expected an id from 0 to "
+                              f"{vocab - 1}, or null; mend config.json")
 
 
 def is_padding(size: int, vocab: int) -> bool:
@@ -223,17 +231,22 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
     """Write a folder that transformers loads: config, safetensors, tokenizer.
 
     All is written beside `folder` under a temporary name and then put in place in one move, so
-    a full disk or a kill leaves what was there. Other files of an overwritten folder are kept, and
-    so are its permissions; a new one's are the umask's.
+    a full disk or a kill leaves what was there. Where the system cannot swap two folders in one
+    call (macOS, some network disks) the move is two renames, and a kill between them leaves what
+    was there as `NAME.old-xxxxxxxx` beside it: rename it back. Other files of an overwritten folder
+    are kept, links as links, and so are its permissions; a new one's are the umask's.
     Parameters that span processes: all call, the first one writes, and none returns before it has.
 
     Raises:
-      CheckpointError: `folder` exists and `overwrite` is false, or it holds the working directory;
+      CheckpointError: `folder` is no path; it exists and `overwrite` is false, or it holds the
+        working directory;
         the parameters do not fit the model, are no floats or not finite (`load` would refuse
         them); or the disk is full.
       ConfigError: the family's config.json cannot express the model (a plan, say).
     """
     check_bundle(bundle)
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise CheckpointError(f"folder is {folder!r}; expected the path of a folder to write")
     shared = spans_processes(bundle.params)
     with ExitStack() as exits:
         stage = pathlib.Path()
@@ -300,77 +313,3 @@ def _check_fit(bundle: Bundle) -> None:
                 f"parameter {path!r} is {found[path].dtype}; expected one of "
                 f"{list(DTYPES.values())}, or the folder could not be loaded again"
             )
-
-
-@contextmanager
-def staged(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well."""
-    folder = folder.expanduser().resolve()  # a link's target is replaced, not the link
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists; pass overwrite=True or choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; expected a folder, or a name not yet taken")
-    if _holds_working_directory(folder):
-        raise CheckpointError(f"{folder} is or holds the working directory, which would be gone "
-                              "when another takes its place; change directory first")
-    stage = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        stage = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-        # nobody else reads what replaces a folder before it has that folder's permissions
-        stage.mkdir(0o700 if folder.exists() else 0o777)
-        yield stage
-        if folder.exists():
-            _keep(folder, stage)
-            _exchange(stage, folder)
-        else:
-            os.rename(stage, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} was not written ({error}); what was there is untouched. Make room or choose "
-            "another place"
-        ) from error
-    finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def _holds_working_directory(folder: pathlib.Path) -> bool:
-    """Whether this process stands in `folder`, at any depth."""
-    try:
-        return pathlib.Path.cwd().is_relative_to(folder)
-    except FileNotFoundError:  # it is gone already
-        return False
-
-
-def _keep(folder: pathlib.Path, stage: pathlib.Path) -> None:
-    """Carry over what stays of an overwritten folder: files not of a model, and permissions."""
-    for old in folder.iterdir():
-        new = stage / old.name
-        if new.exists():
-            shutil.copymode(old, new)
-        elif not _is_ours(old.name):
-            (shutil.copytree if old.is_dir() else shutil.copy2)(old, new)
-    shutil.copymode(folder, stage)
-
-
-def _is_ours(name: str) -> bool:
-    """Files that belong to one model, and must not be left over from another."""
-    return name in FILES or name.endswith((".safetensors", ".safetensors.index.json"))
-
-
-def _exchange(stage: pathlib.Path, folder: pathlib.Path) -> None:
-    """Swap two folders: in one system call where Linux has it, else by two renames."""
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        at_cwd, exchange = -100, 2
-        done = libc.renameat2(
-            at_cwd, os.fsencode(stage), at_cwd, os.fsencode(folder), ctypes.c_uint(exchange)
-        ) == 0
-    except (OSError, AttributeError):
-        done = False
-    if not done:
-        aside = stage.with_name(stage.name + "-old")
-        os.rename(folder, aside)
-        os.rename(stage, folder)
-        os.rename(aside, stage)

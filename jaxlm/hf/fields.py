@@ -24,6 +24,8 @@ IGNORED = frozenset("""
 """.split())
 
 MISSING = object()
+KINDS = {bool: "true or false", dict: "an object", list: "a list", str: "a text",
+         int: "a whole number"}
 LARGEST = 1e300  # a Python integer beyond the range of a float would overflow later
 
 
@@ -44,7 +46,7 @@ class Fields:
         self.raw, self.where = raw, where
         self.read: set[str] = set()
 
-    def take(self, name: str, default: Any = MISSING, kind: type | tuple | None = None) -> Any:
+    def take(self, name: str, default: Any = MISSING, kind: type | None = None) -> Any:
         """The value of a field; null counts as absent."""
         self.read.add(name)
         value = self.raw.get(name)
@@ -54,7 +56,8 @@ class Fields:
             return default
         if kind is not None and (not isinstance(value, kind) or
                                  (isinstance(value, bool) and kind is not bool)):
-            raise ConfigError(f"{self.where}: field {name!r} is {value!r}; expected {kind}")
+            raise ConfigError(f"{self.where}: field {name!r} is {_short(value)}; expected "
+                              f"{KINDS.get(kind, kind.__name__)}")
         return value
 
     def has(self, name: str) -> bool:
@@ -96,5 +99,6 @@ class Fields:
                 raise ConfigError(
                     f"{self.where}: field {name!r} = {value!r} is not known to jaxlm and may "
                     "change the maths; if you know that it does not, remove it, or, if it is of "
-                    f"the file's first level, pass ignore_fields=[{name!r}] to jaxlm.load"
+                    f"the file's first level, pass ignore_fields=[{name!r}] to jaxlm.load, or to a "
+                    f"command --ignore-fields {name}"
                 )

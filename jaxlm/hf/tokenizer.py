@@ -1,5 +1,6 @@
 """A thin tokenizer: the `tokenizers` file where there is one, transformers only where needed."""
 
+import os
 import pathlib
 import threading
 from typing import Any
@@ -11,6 +12,21 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
          "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
 
 _LOADING = threading.Lock()  # transformers' lazy modules cannot be imported by two threads at once
+
+
+def _auto_tokenizer() -> Any:
+    """transformers' class, imported without the advice that torch is not there: none is needed."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    given = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if given is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = given
+    return AutoTokenizer
 
 
 class Tokenizer:
@@ -46,16 +62,18 @@ class Tokenizer:
         try:
             return self._transformers().backend_tokenizer
         except (OSError, ValueError, AttributeError, ImportError) as error:
+            here = [name for name in FILES if (self.folder / name).exists()]
             raise TokenizerError(
-                f"{self.folder} has no tokenizer.json that can be read ({error}); copy the "
-                "tokenizer files beside the weights"
+                f"{self.folder} has no tokenizer.json, and transformers makes no tokenizer of "
+                f"{', '.join(here) or 'what is there'}; copy the model's tokenizer files beside "
+                "the weights" + " (a tokenizer.model needs sentencepiece or tiktoken installed)"
+                * ("tokenizer.model" in here)
             ) from error
 
     def _transformers(self) -> Any:
         with _LOADING:
             if self._slow is None:
-                from transformers import AutoTokenizer
-
+                AutoTokenizer = _auto_tokenizer()
                 self._slow = AutoTokenizer.from_pretrained(
                     str(self.folder), trust_remote_code=False)
         return self._slow

@@ -20,6 +20,7 @@ from jaxlm.hf.families import Family, tensor_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -62,8 +63,7 @@ def locate(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _missing(folder: pathlib.Path, path: pathlib.Path) -> str:
-    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in
-               sorted(folder.glob(pattern))]
+    pickles = [p.name for end in PICKLES for p in sorted(folder.glob(f"*{end}"))]
     if pickles:
         return (f"{folder} holds {pickles[0]}, a pickle, which is never loaded because it can run "
                 "code; convert it to safetensors with transformers' save_pretrained first")

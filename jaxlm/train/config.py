@@ -124,6 +124,9 @@ class Config:
     Args:
       model: a folder, a hub id or "tiny".
       revision: of a hub id; default its main branch.
+      ignore_fields: of the model's config.json, unknown to jaxlm, that you know not to change the
+        maths.
+      check_tokenizer: refuse a tokenizer that looks like another model's.
       out: folder for checkpoints, logs and the export; a second run with it goes on.
       data: what is learnt.
       tuning: how: "full", "osft", "lora", "olora" or "ewc".
@@ -150,6 +153,8 @@ class Config:
 
     model: str = "tiny"
     revision: str | None = None
+    ignore_fields: tuple[str, ...] = ()
+    check_tokenizer: bool = True
     out: str = "runs/train"
     data: Data = Data()
     tuning: AnyTuning = Full()
@@ -306,8 +311,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 # What may differ between a run and its continuation: it does not change what a step computes.
 # (`previous` does, and the weights of `model`: they are compared by themselves, in `describe`.)
-FREE = ("model", "revision", "out", "mesh", "evaluate_every", "checkpoint_every",
-        "checkpoint_minutes", "keep", "export", "tensorboard", "previous")
+FREE = ("model", "revision", "ignore_fields", "check_tokenizer", "out", "mesh", "evaluate_every",
+        "checkpoint_every", "checkpoint_minutes", "keep", "export", "tensorboard", "previous")
 FILES = ("train", "eval", "replay", "calibration")  # compared by what they hold
 
 

@@ -27,8 +27,9 @@ def run(config: Config) -> Fitted:
       `jaxlm.train.stopping.Stopped` where a SIGTERM came before the first step or in the export.
     """
     with listening():
-        fitted = train(lambda: load(config.model, revision=config.revision, mesh=mesh_of(config)),
-                       config)
+        fitted = train(lambda: load(
+            config.model, revision=config.revision, mesh=mesh_of(config),
+            ignore_fields=config.ignore_fields, check_tokenizer=config.check_tokenizer), config)
         if not fitted.stopped and config.export != "none":
             leave_if_asked()
             export(fitted.bundle, pathlib.Path(config.out) / "model", config.export)
@@ -43,7 +44,7 @@ def export(bundle: Bundle, folder: pathlib.Path, dtype: str = "float32") -> path
     low = bundle.replace(params=jax.tree.map(lambda x: x.astype(dtype), bundle.params))
     save(low, folder, overwrite=True)
     leave_if_asked()
-    again = load(folder, dtype="own", mesh=bundle.mesh)
+    again = load(folder, dtype="own", mesh=bundle.mesh, check_tokenizer=False)  # checked at first
     intact = "the checkpoint beside it is intact"
     same = jax.device_get(_same(flatten(low.params), flatten(again.params)))
     if wrong := [path for path in same if not same[path]]:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.cli import COMMANDS, main, options
+from jaxlm.cli import COMMANDS, clock, main, options
+from jaxlm.cli.fit import open_config
 from jaxlm.hf.bundle import BUNDLED
 from tests.source_tree import ROOT
+from tests.tiny import write_folder
 
 PROMPT = "Q:12+34=\n"
 WIDTH = 24  # new tokens everywhere, so that one compiled program serves
@@ -61,7 +63,10 @@ def test_usage_names_every_command(capsys):
 def test_every_command_has_help(capsys, name):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
-    assert not stopped.value.code and f"jaxlm {name}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert not stopped.value.code and f"jaxlm {name}" in told
+    if name != "train":  # whose options are those of a config
+        assert "{None" not in told and "(default: )" not in told
 
 
 def test_info_is_the_device_report(capsys):
@@ -121,6 +126,25 @@ def test_the_speed_is_always_told(capsys, tiny, flags, included):
     rate = re.search(r", (\d+\.?\d*) tokens/s(.*);", err)
     assert rate and float(rate[1]) > 0, err
     assert rate[2] == (f", {included} included" if included else " after the first 8")
+
+
+def test_the_first_text_is_timed_from_the_start(capsys, tiny, monkeypatch):
+    told = lambda: float(re.search(r"first text (\d+\.\d+) s", outcome(
+        capsys, "generate", "tiny", PROMPT, "--max-new-tokens", str(WIDTH))[2])[1])
+    assert told() < 500  # this process is older than the command that it runs
+    monkeypatch.setattr(clock, "start", lambda own: None)
+    monkeypatch.setattr(clock, "_began", clock.began() - 1000)
+    assert told() > 1000
+
+
+def test_a_command_of_its_own_process_began_with_it():
+    code = ("import time; time.sleep(0.5); from jaxlm.cli import clock; seen = {}\n"
+            "for own in (True, False): clock.start(own); "
+            "seen[own] = time.perf_counter() - clock.began()\n"
+            "print(seen[True], seen[False], clock.process_age())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    own, other, age = map(float, done.stdout.split())
+    assert 0.5 < own <= age + 0.05 and other < own
 
 
 def test_generate_stops_at_strings(capsys, tiny):
@@ -189,12 +213,19 @@ def test_score_honours_window_and_stride(capsys, tiny):
 
 
 def test_bad_requests_are_one_line_and_exit_code_2(capsys, tiny, tmp_path):
+    bare, odd = write_folder(tmp_path / "bare"), write_folder(tmp_path / "odd", unheard_of=3)
+    (bare / "tokenizer.json").unlink()
+    swapped = write_folder(tmp_path / "swapped", bos_token_id=5)
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9")
     cases = {
         ("genrate", "x"): "did you mean 'generate'",
         ("generate", "no-such-model", "x"): "neither a folder",
         ("generate", str(latin), "x"): "is a file",
+        ("generate", str(bare), "x"): "has no tokenizer.json",
+        ("generate", str(odd), "x"): "or to a command --ignore-fields unheard_of",
+        ("fit", "--model", str(odd), "--target", "v5e:1x1"): "--ignore-fields unheard_of",
+        ("score", str(swapped), "--text", "x"): "or to a command --no-check-tokenizer",
         ("generate", "tiny", ""): "empty",
         ("generate", "tiny", "x", "--temperature", "-1"): "temperature is -1.0",
         ("generate", "tiny", "x", "--max-new-tokens", "0"): "max_new_tokens is 0",
@@ -217,6 +248,33 @@ def test_bad_requests_are_one_line_and_exit_code_2(capsys, tiny, tmp_path):
     for argv, expected in cases.items():
         assert expected in refused(capsys, *argv), argv
     assert latin.read_bytes() == b"caf\xe9"
+
+
+def test_without_a_tokenizer_nothing_but_our_line_is_said(tmp_path):
+    """transformers' own advice, that torch is not there, is silent; its words are the cause."""
+    folder = write_folder(tmp_path / "bare")
+    (folder / "tokenizer.json").unlink()
+    ended = process("score", str(folder), "--text", "x")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "tokenizer files beside the weights" in ended.stderr
+    with pytest.raises(jaxlm.JaxlmError) as told:
+        jaxlm.load(folder)
+    assert told.value.__cause__ is not None
+
+
+def test_what_load_may_pass_over_commands_may_too(capsys, tmp_path):
+    folder = write_folder(tmp_path / "m", unheard_of=3, bos_token_id=5)
+    flags = ("--ignore-fields", "unheard_of", "--no-check-tokenizer")
+    code, out, err = outcome(capsys, "score", str(folder), "--text", "abc", *flags)
+    assert code == 0 and "text 0" in out, err
+    code, out, _ = outcome(capsys, "convert", str(folder), str(tmp_path / "out"), *flags)
+    assert code == 0 and (tmp_path / "out" / "config.json").exists()
+    assert open_config(str(folder), ignore_fields=["unheard_of"]).vocab_size == 258
+    for name in ("generate", "score", "solve", "serve", "tune-cache", "convert", "demo"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        told = capsys.readouterr().out
+        assert "--ignore-fields" in told and "--no-check-tokenizer" in told, name
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator to be found")

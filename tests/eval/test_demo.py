@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.cli import main
+from jaxlm.cli.demo import stages
 from jaxlm.decode.generate import Generation
 from jaxlm.eval import demo, demo_page, plots, report
 from jaxlm.eval.arithmetic import Problem, check_steps
@@ -128,13 +129,26 @@ def test_html_is_escaped():
     assert '<td class="n">1,234</td>' in page and '<td class="n">0.5</td>' in page
 
 
+def test_stages_are_told_where_there_is_no_bar(capsys):
+    class Bar:
+        disable, told = True, []
+        set_description = told.append
+
+    stages(Bar)("scoring")
+    assert re.fullmatch(r" +\d+ s: scoring\n", capsys.readouterr().err) and not Bar.told
+    Bar.disable = False
+    stages(Bar)("speed")
+    assert Bar.told == ["speed"] and not capsys.readouterr().err
+
+
 @pytest.mark.skipif(not (BUNDLED["tiny"] / "model.safetensors").exists(),
                     reason=f"the bundled model is not here: no weights in {BUNDLED['tiny']}")
 def test_the_command(tmp_path, capsys):
     """`jaxlm demo --quick`, and its numbers against the model's own config."""
     out = tmp_path / "report"
     assert main(["demo", "--quick", "--out", str(out)]) == 0
-    printed, _ = capsys.readouterr()
+    printed, told = capsys.readouterr()
+    assert all(f" s: {name}\n" in told for name in ("arithmetic, easy", "a second skill"))
     assert re.search(r"^hard +\d", printed, re.M) and "tokens/s" in printed
     stored = json.loads((out / "demo.json").read_text())
     config = json.loads((BUNDLED["tiny"] / "config.json").read_text())

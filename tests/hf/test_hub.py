@@ -14,6 +14,8 @@ import pytest
 import jaxlm
 from experiments import twins
 from experiments.loopback_hub import Hub, commit_of
+from jaxlm.hf.hub import missing
+from jaxlm.hf.weights import INDEX
 from tests.source_tree import ROOT
 
 OPEN, GATED = "some-org/open-model", "some-org/gated-model"
@@ -132,3 +134,52 @@ def test_a_hub_that_is_gone(hub, tmp_path):
 def test_an_unknown_id(hub, tmp_path):
     error = run(FETCH, hub.environment(tmp_path), "some-org/none")["error"]
     assert "some-org/none" in error and "RepositoryNotFound" in error
+
+
+FIT_THEN = """
+import json, sys
+from jaxlm.cli.fit import open_config
+open_config(sys.argv[1])
+print(json.dumps(True))
+"""
+
+
+def test_a_model_that_is_only_partly_in_the_cache(hub, tmp_path):
+    """As `jaxlm fit ID` leaves it, which fetches the config alone."""
+    assert run(FIT_THEN, hub.environment(tmp_path), OPEN)
+    for variables in (hub.environment(tmp_path, HF_HUB_OFFLINE="1"),
+                      hub.environment(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        error = run(FETCH, variables, OPEN)["error"]
+        for word in (OPEN, "only partly in the cache", "model.safetensors", "HF_HUB_OFFLINE",
+                     "with a network", "'tiny'"):
+            assert word in error, error
+        assert "copy" not in error and error.count("\n") == 0
+    assert run(FETCH, hub.environment(tmp_path), OPEN)["folder"]  # once with a network ...
+    assert run(FETCH, hub.environment(tmp_path, HF_HUB_OFFLINE="1"), OPEN)["folder"]  # ... without
+
+
+@pytest.mark.parametrize("gone, extra, words", [
+    ("model.safetensors", "pytorch_model.bin", "as pytorch_model.bin, a pickle, which is never"),
+    ("model.safetensors", "flax_model.msgpack", "no weights on the hub that jaxlm reads"),
+    ("tokenizer.json", "README.md", "has no tokenizer on the hub; expected one of tokenizer.json"),
+])
+def test_what_a_repository_lacks_is_named(folders, tmp_path, gone, extra, words):
+    folder = tmp_path / "repo"
+    shutil.copytree(folders[0], folder)
+    for path in (gone, "pytorch_model.bin"):
+        (folder / path).unlink()
+    (folder / extra).write_text("x")
+    with Hub({OPEN: {"main": folder}}) as running:
+        error = run(FETCH, running.environment(tmp_path / "home"), OPEN)["error"]
+    assert words in error and OPEN in error, error
+
+
+def test_a_shard_that_is_not_there_is_missing(folders, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(folders[0], folder)
+    assert missing(folder) == []
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1]}}))
+    (folder / "config.json").unlink()
+    assert missing(folder) == ["config.json", names[1]]

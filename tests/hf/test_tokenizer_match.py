@@ -1,13 +1,14 @@
 """The tokenizer of another model: refused as far as sizes and the begin token tell."""
 
 import json
+import re
 import shutil
 
 import pytest
 
-from jaxlm.core.errors import TokenizerError
+from jaxlm.core.errors import ConfigError, TokenizerError
 from jaxlm.hf.bundle import BUNDLED, is_padding, load
-from tests.tiny import BOS, EOS, tokenizer_json, write_folder
+from tests.tiny import BOS, EOS, VOCAB, tokenizer_json, write_folder
 
 
 def fails(folder, *words):
@@ -30,7 +31,7 @@ def test_a_tokenizer_of_another_size_is_another_model_s(tmp_path, vocab, size):
     folder = write_folder(tmp_path / "m", vocab_size=vocab, bos_token_id=None, eos_token_id=None)
     sized_tokenizer(folder / "tokenizer.json", size)
     fails(folder, f"ids up to {size - 1}", f"vocabulary is {vocab}", "another model",
-          "check_tokenizer=False")
+          "check_tokenizer=False", "--no-check-tokenizer")
     assert load(folder, check_tokenizer=False).tokenizer.size == size
 
 
@@ -56,6 +57,19 @@ def test_another_begin_token_is_a_warning_where_config_json_names_a_special_one(
     with pytest.warns(UserWarning, match=f"bos_token is id {BOS} but config.json says {EOS}"):
         assert load(folder).tokenizer.id_of("bos_token") == BOS
     fails(write_folder(tmp_path / "n", bos_token_id=5), "says 5", "another model")
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "pad_token_id"])
+def test_a_token_id_that_is_none_of_the_vocabulary_is_named(tmp_path, name):
+    folder = write_folder(tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text())
+    for value in ("x", VOCAB, -2, 1.0, True, [1]):
+        (folder / "config.json").write_text(json.dumps(raw | {name: value}))
+        with pytest.raises(ConfigError, match=re.escape(f"{name} is {value!r}; expected an id")):
+            load(folder, check_tokenizer=False)
+    for value in (None, -1, 0, VOCAB - 1):  # -1 stands in published files
+        (folder / "config.json").write_text(json.dumps(raw | {name: value}))
+        load(folder, check_tokenizer=False)
 
 
 @pytest.mark.parametrize("name", ["bos_token", "eos_token"])
