@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from pallas_kernels.quant import QuantFormat, key_center, quantise_keys
 from pallas_kernels.squat import Compensation
 
 ROPE = ("after", "before")
+IMPLEMENTATIONS = (None, "xla", "tpu", "gpu")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Kivi:
     implementation: str | None = None
     mesh: Mesh | None = None
 
+    turns: ClassVar[bool] = False  # whether keys are turned after rotary positions
+
     def __post_init__(self):
         try:
             fmt = self.format
@@ -72,6 +75,9 @@ class Kivi:
                               f"{fmt.group}: whole groups leave it")
         if self.rope not in ROPE:
             raise ConfigError(f"rope is {self.rope!r}; expected one of {ROPE}")
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ConfigError(f"implementation is {self.implementation!r}; expected one of "
+                              f"{IMPLEMENTATIONS}")
 
     @property
     def format(self) -> QuantFormat:
@@ -99,10 +105,12 @@ class Kivi:
         return quantised.empty(spec, batch, capacity, self.tail, self.format, dtype,
                                self.side_by_side(spec))
 
-    def inherit(self, state: State, prompt: State, particles: int) -> State:
-        """Empty rows, `particles` a prompt, take from it the origin of 8-bit minima."""
-        prompt = getattr(prompt, "own", prompt)  # of a fork that is forked again
-        center = quantised.center_of(prompt) if "packed" in prompt else None
+    def inherit(self, state: State, prompt: State, particles: int, kind: Any) -> State:
+        """Empty rows, `particles` a prompt, take from it the origin of 8-bit minima, if its `kind`
+        turns keys as this one does."""
+        kind, prompt = (getattr(x, "own", x) for x in (kind, prompt))  # of a fork forked again
+        alike = isinstance(kind, Kivi) and kind.rope == self.rope and kind.turns == self.turns
+        center = quantised.center_of(prompt) if alike else None
         if self.scales != "int8" or center is None:
             return state
         return quantised.with_center(state, jnp.repeat(center, particles, axis=0))
