@@ -43,8 +43,8 @@ class Dense:
         except (TypeError, ValueError):
             fine = False
         if not fine:
-            raise ConfigError(f"dtype is {self.dtype!r}; expected None or one of {FLOATS}; codes of "
-                              "fewer bits are what kivi8, squat4 and the like keep")
+            raise ConfigError(f"dtype is {self.dtype!r}; expected None or one of {FLOATS}; codes "
+                              "of fewer bits are what kivi8, squat4 and the like keep")
 
     def init(self, spec: AttentionSpec, batch: int, slots: int, dtype: Any) -> State:
         """Zeros for `slots` tokens a row, and the spare slots."""

@@ -32,13 +32,14 @@ class Kivi:
     `gcd(group, H)` channels of a token. Rows are flushed together every `flush_every` tokens; a
     row then codes its oldest group if `keep` newer tokens remain. Codes take
     `(k_bits + v_bits) H / 8` bytes a token and kv head, 16-bit scales `8 H / group` more, and
-    the tail `window + 2 flush_every` tokens a row. Rooms are rounded up to whole tiles of
-    `32 / min(k_bits, v_bits) * group` tokens, sliding-window layers included.
+    the tail has room for `window + 2 flush_every` tokens a row. Rooms are rounded up to whole
+    tiles of `32 / min(k_bits, v_bits) * group` tokens, sliding-window layers included.
 
     Args:
       k_bits, v_bits: 2, 4 or 8, independently.
       group: tokens of a key scale, a multiple of 8.
-      window: tokens that may wait in full precision between flushes, a multiple of `group`.
+      window: a multiple of `group`. Of a long text the newest tokens are in full precision: `keep`
+        (`window - group + flush_every`) at least, one less than the tail's room at most.
       scales: 'float32', 'float16', 'bfloat16' or 'int8'.
       shrinks: tried widths of a group's grid, relative to min-max; the least squared error wins.
       rope: keys are stored 'after' rotary positions, or 'before' them and rotated as read.
@@ -64,6 +65,7 @@ class Kivi:
     mesh: Mesh | None = None
 
     turns: ClassVar[bool] = False  # whether keys are turned after rotary positions
+    learnt: ClassVar[str | None] = None  # what a state knows of the prompt's queries, if anything
 
     def __post_init__(self):
         try:

@@ -68,7 +68,7 @@ class Squat(Kivi):
     ahead: int = 512
     half_life: int | None = None
 
-    learnt: ClassVar[str] = "sketch"  # what a state knows of queries, and what that depends on
+    learnt: ClassVar[str] = "sketch"  # and the fields that it depends on:
     learnt_by: ClassVar[tuple[str, ...]] = ("lam", "lam_mode", "rank", "ahead", "rope")
 
     def __post_init__(self):

@@ -53,7 +53,8 @@ def run(
     began = time.perf_counter()
     bundle = open_model(model, device, dtype, revision)
     arguments: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "cache": open_cache(cache, bundle.lm.config),
+        "max_new_tokens": max_new_tokens,
+        "cache": open_cache(cache, bundle.lm.config, bundle.params),
         "key": jax.random.key(whole("--seed", seed, -2**63, 2**63 - 1)),
         "stop": stop, "include_stop": include_stop,
         "sampler": make_sampler(temperature, top_k, top_p, min_p, repetition_penalty, mirostat,

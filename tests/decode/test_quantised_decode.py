@@ -97,7 +97,8 @@ def test_what_a_fork_inherits_outlives_the_first_piece_of_several_tokens():
 @pytest.mark.parametrize("kind", [Squat(**SMALL, block=2), ReferenceSquat(**SMALL, block=2, rank=3),
                                   Squat(**SMALL, block=2, half_life=16)])
 def test_empty_rows_learn_all_from_their_first_piece_unless_they_inherited(kind):
-    spec, q = tiny_model()[0].config.attention(0), jax.random.normal(jax.random.key(0), (2, 5, 4, 8))
+    spec = tiny_model()[0].config.attention(0)
+    q = jax.random.normal(jax.random.key(0), (2, 5, 4, 8))
     state = kind.init(spec, 2, 32, jnp.float32)
     read = lambda known, q: kind.read_queries(spec, state | {kind.learnt: known}, q,
                                               jnp.zeros(2, int), jnp.full(2, 5))[kind.learnt]
