@@ -37,8 +37,7 @@ def run(
       max_len: tokens of a prompt and its answer together, at most.
       cache: how keys and values are kept: dense, kivi2, squat2, ..., or a file of tune-cache.
       chunk: tokens drawn between two moments at which answers join and leave the batch.
-      piece: tokens of a prompt read at once; default 32 on a CPU, 256 elsewhere and with squat2
-        and the like, which learn from a prompt's first piece only.
+      piece: tokens of a prompt read at once; default 32 on a CPU, 256 elsewhere and for squat2.
       readers: prompts read together; default 4 on a CPU, 8 elsewhere.
       prompt_cache_mb: memory for prompts that may come again; 0 keeps none.
       queue: answers that may wait for a row; beyond them, 429.

@@ -117,6 +117,8 @@ def _kernel(bounds, q_ref, kw_ref, ks_ref, km_ref, kc_ref, vw_ref, vs_ref, vm_re
         logits = _key_logits(q, kw_ref, scale, low, fmt, block)
         index = t * block + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         scales = decode_scales(vs_ref[0, 0], vm_ref[0, 0])
+        at = t * block + jax.lax.broadcasted_iota(jnp.int32, scales[0].shape, 1)
+        scales = [jnp.where(at < length, x, 0.0) for x in scales]  # 0 * NaN would reach the sum
         update(logits, index, index < length,
                lambda weights: _value_sums(weights, vw_ref, *scales, fmt, block))
 

@@ -216,7 +216,7 @@ def test_bytes_of_the_state():
     ({"half_life": 9, "lam_mode": "reference"}, "half_life"), ({"lam": -1.0}, "lam"),
     ({"lam": float("nan")}, "lam"),
     ({"lam_mode": "none"}, "lam_mode"), ({"lam": "a"}, "lam is 'a'; expected a number"),
-    ({"k_bits": 2.0}, "k_bits is 2, 4 or 8, got 2.0"), ({"guard": "no"}, "guard is 'no'; expected T"),
+    ({"k_bits": 2.0}, "k_bits is 2, 4 or 8, got 2.0"), ({"guard": "no"}, "guard is 'no'; expected"),
     ({"energy_order": 1}, "energy_order is 1"), ({"block": 1.5}, "block is 1.5; expected a whole"),
     ({"shrinks": [1.0]}, r"tuple of numbers in \(0, 1\], at least one, got \[1.0\]"),
     ({"shrinks": 1.0}, "got 1.0"), ({"shrinks": ("a",)}, "shrinks"), ({"shrinks": ()}, "shrinks"),
