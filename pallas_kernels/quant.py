@@ -56,7 +56,7 @@ class QuantFormat:
             raise ValueError(f"group is a positive multiple of 8 tokens, got {self.group!r}")
         if self.scales not in SCALE_DTYPES:
             raise ValueError(f"scales is one of {SCALE_DTYPES}, got {self.scales!r}")
-        fine = lambda shrink: isinstance(shrink, numbers.Real) and 0.0 < shrink <= 1.0
+        fine = lambda shrink: isinstance(shrink, int | float) and 0.0 < shrink <= 1.0
         if (not isinstance(self.shrinks, tuple) or not self.shrinks
                 or not all(map(fine, self.shrinks))):
             raise ValueError("shrinks is a tuple of numbers in (0, 1], at least one, "

@@ -181,7 +181,8 @@ def test_names_round_trip(name):
 @pytest.mark.parametrize("name", ["rkivi3", "rkivi2:rope=before", "rsquat2:rope=before",
                                   "rsquat2:lam=-1", "turboquant2:rope=before",
                                   "turboquant2:scales=int8", "turboquant2:shrinks=1.0",
-                                  "turboquant2:implementation=tpu", "turboquant16"])
+                                  "turboquant2:implementation=tpu", "turboquant16",
+                                  "turboquant2:seed=-1"])
 def test_what_there_is_not_is_refused(name):
     with pytest.raises(ConfigError):
         parse_cache(name)
