@@ -92,7 +92,8 @@ def dense():
     return rows.step(16), rows.extend(12, [12, 5, 0]), rows.step(1)
 
 
-BOUNDS = {8: 0.006, 4: 0.09, 2: 0.45}  # measured 0.002, 0.04, 0.2 on normal keys and values
+# measured 0.002, 0.04 and, at 2 bits, 0.18 to 0.29, on normal keys and values
+BOUNDS = {8: 0.006, 4: 0.09, 2: 0.38}
 
 
 @pytest.mark.parametrize("kind", KINDS)
