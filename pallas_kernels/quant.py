@@ -12,6 +12,7 @@ the tile. A flush of one group is an OR into one slot, and scales fold in slot b
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,14 +50,17 @@ class QuantFormat:
 
     def __post_init__(self):
         for name, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
-            if bits not in (2, 4, 8):
+            if not isinstance(bits, numbers.Integral) or bits not in (2, 4, 8):
                 raise ValueError(f"{name} is 2, 4 or 8, got {bits!r}")
         if not isinstance(self.group, int) or self.group < 8 or self.group % 8:
             raise ValueError(f"group is a positive multiple of 8 tokens, got {self.group!r}")
         if self.scales not in SCALE_DTYPES:
             raise ValueError(f"scales is one of {SCALE_DTYPES}, got {self.scales!r}")
-        if not self.shrinks or not all(0.0 < s <= 1.0 for s in self.shrinks):
-            raise ValueError(f"shrinks are in (0, 1], at least one, got {self.shrinks!r}")
+        fine = lambda shrink: isinstance(shrink, int | float) and 0.0 < shrink <= 1.0
+        if (not isinstance(self.shrinks, tuple) or not self.shrinks
+                or not all(map(fine, self.shrinks))):
+            raise ValueError("shrinks is a tuple of numbers in (0, 1], at least one, "
+                             f"got {self.shrinks!r}")
 
     @property
     def tile(self) -> int:

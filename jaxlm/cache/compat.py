@@ -12,6 +12,7 @@ the tail begins, `coded_B` how many keys have codes.
 
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,9 @@ class ReferenceSquat(ReferenceKivi, Squat):
     guard: bool = False
     ahead: int = 0
 
+    learnt: ClassVar[str] = "moves"
+    learnt_by: ClassVar[tuple[str, ...]] = (*Squat.learnt_by, "block")
+
     def init(self, spec, batch, slots, dtype):
         """No keys coded, and no matrix before queries are seen."""
         state = super().init(spec, batch, slots, dtype)
@@ -155,10 +159,10 @@ class ReferenceSquat(ReferenceKivi, Squat):
         return state | {"moves": self._moves(spec, q_BTNH, valid_BT)}, None
 
     def read_queries(self, spec, state, q_BTNH, start_B, count_B):
-        """A piece of several tokens that begins a row is its prompt."""
+        """A piece of several tokens that begins a row is its prompt, if it has none to share."""
         if q_BTNH.shape[1] == 1:
             return state
-        first_B = (start_B == 0) & (count_B > 0)
+        first_B = self._knows_nothing(state, start_B) & (count_B > 0)
         valid_BT = jnp.arange(q_BTNH.shape[1]) < count_B[:, None]
         learn = lambda: jnp.where(first_B[:, None, None, None],
                                   self._moves(spec, q_BTNH, valid_BT), state["moves"])

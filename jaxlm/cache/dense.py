@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.cache.base import Attended, State
+from jaxlm.core.errors import ConfigError, flag
 from jaxlm.models.attention import Mask, attention, merge
 from jaxlm.models.config import AttentionSpec
 from jaxlm.models.layers import apply_rope
 
+FLOATS = ("float32", "bfloat16", "float16")
 LEAST = 64  # slots that a CPU reads at least
 STEADY = 128  # the same in pieces: smaller ones take longer to merge than to read more
 SPARE = 8  # slots beyond the last: rows that are done go on stepping, and write there
@@ -25,12 +27,24 @@ class Dense:
     `dtype`: of storage; None: as computed. `steady`: on a CPU, sums are over the same pieces of a
     row whatever its neighbours hold, so that its numbers do not depend on them to the last bit;
     costs a few operations a step. Elsewhere they never do.
+
+    Raises: ConfigError for a dtype that is not float32, bfloat16 or float16.
     """
 
     dtype: str | None = None
     steady: bool = False
 
     flush_every = None
+
+    def __post_init__(self):
+        flag("steady", self.steady)
+        try:
+            fine = self.dtype is None or jnp.dtype(self.dtype).name in FLOATS
+        except (TypeError, ValueError):
+            fine = False
+        if not fine:
+            raise ConfigError(f"dtype is {self.dtype!r}; expected None or one of {FLOATS}; codes "
+                              "of fewer bits are what kivi8, squat4 and the like keep")
 
     def init(self, spec: AttentionSpec, batch: int, slots: int, dtype: Any) -> State:
         """Zeros for `slots` tokens a row, and the spare slots."""

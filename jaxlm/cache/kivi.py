@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from pallas_kernels.quant import QuantFormat, key_center, quantise_keys
 from pallas_kernels.squat import Compensation
 
 ROPE = ("after", "before")
+IMPLEMENTATIONS = (None, "xla", "tpu", "gpu")
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class Kivi:
     `gcd(group, H)` channels of a token. Rows are flushed together every `flush_every` tokens; a
     row then codes its oldest group if `keep` newer tokens remain. Codes take
     `(k_bits + v_bits) H / 8` bytes a token and kv head, 16-bit scales `8 H / group` more, and
-    the tail `window + 2 flush_every` tokens a row. Rooms are rounded up to whole tiles of
-    `32 / min(k_bits, v_bits) * group` tokens, sliding-window layers included.
+    the tail has room for `window + 2 flush_every` tokens a row. Rooms are rounded up to whole
+    tiles of `32 / min(k_bits, v_bits) * group` tokens, sliding-window layers included.
 
     Args:
       k_bits, v_bits: 2, 4 or 8, independently.
       group: tokens of a key scale, a multiple of 8.
-      window: tokens that may wait in full precision between flushes, a multiple of `group`.
+      window: a multiple of `group`. Of a long text the newest tokens are in full precision: `keep`
+        (`window - group + flush_every`) at least, one less than the tail's room at most.
       scales: 'float32', 'float16', 'bfloat16' or 'int8'.
       shrinks: tried widths of a group's grid, relative to min-max; the least squared error wins.
       rope: keys are stored 'after' rotary positions, or 'before' them and rotated as read.
@@ -62,6 +64,9 @@ class Kivi:
     implementation: str | None = None
     mesh: Mesh | None = None
 
+    turns: ClassVar[bool] = False  # whether keys are turned after rotary positions
+    learnt: ClassVar[str | None] = None  # what a state knows of the prompt's queries, if anything
+
     def __post_init__(self):
         try:
             fmt = self.format
@@ -72,6 +77,9 @@ class Kivi:
                               f"{fmt.group}: whole groups leave it")
         if self.rope not in ROPE:
             raise ConfigError(f"rope is {self.rope!r}; expected one of {ROPE}")
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ConfigError(f"implementation is {self.implementation!r}; expected one of "
+                              f"{IMPLEMENTATIONS}")
 
     @property
     def format(self) -> QuantFormat:
@@ -99,10 +107,12 @@ class Kivi:
         return quantised.empty(spec, batch, capacity, self.tail, self.format, dtype,
                                self.side_by_side(spec))
 
-    def inherit(self, state: State, prompt: State, particles: int) -> State:
-        """Empty rows, `particles` a prompt, take from it the origin of 8-bit minima."""
-        prompt = getattr(prompt, "own", prompt)  # of a fork that is forked again
-        center = quantised.center_of(prompt) if "packed" in prompt else None
+    def inherit(self, state: State, prompt: State, particles: int, kind: Any) -> State:
+        """Empty rows, `particles` a prompt, take from it the origin of 8-bit minima, if its `kind`
+        turns keys as this one does."""
+        kind, prompt = (getattr(x, "own", x) for x in (kind, prompt))  # of a fork forked again
+        alike = isinstance(kind, Kivi) and kind.rope == self.rope and kind.turns == self.turns
+        center = quantised.center_of(prompt) if alike else None
         if self.scales != "int8" or center is None:
             return state
         return quantised.with_center(state, jnp.repeat(center, particles, axis=0))

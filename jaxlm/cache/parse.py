@@ -87,11 +87,16 @@ def _read(kind: type, name: str, value: str, text: str) -> Any:
         if value == "None" and "None" in wanted:
             return None
         if "tuple" in wanted:
+            words = "numbers with / between them, as 1.0/0.8"
             return tuple(float(x) for x in value.split("/"))
         if "bool" in wanted:
+            words = "true or false"
             return {"true": True, "false": False}[value.lower()]
         if "int" in wanted:
+            words = "a whole number"
             return int(value)
+        words = "a number"
         return float(value) if "float" in wanted else value
     except (ValueError, KeyError):
-        raise ConfigError(f"cache {text!r}: {name} is {value!r}; expected {wanted}") from None
+        words += ", or None" if "None" in wanted else ""
+        raise ConfigError(f"cache {text!r}: {name} is {value!r}; expected {words}") from None

@@ -263,6 +263,7 @@ def attend_codes(spec: AttentionSpec, packed: PackedKV, packed_B: jax.Array, q_B
     kv_heads = packed.k_words.shape[1] * many
     q = q_BTNH.reshape(batch, time, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     q = q.astype(jnp.float32) * spec.scale  # B K G T H
+    exact = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
     tiles = packed.k_words.shape[2] * 32 // fmt.k_bits // fmt.tile
     most = max(TOKENS // fmt.tile, 1)
     size = fmt.tile * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= most)
@@ -277,9 +278,9 @@ def attend_codes(spec: AttentionSpec, packed: PackedKV, packed_B: jax.Array, q_B
         if spec.window is not None:
             keep &= behind < spec.window
         values = jnp.where((slot_BS < packed_B[:, None])[:, None, :, None], values, 0.0)
-        scores = cap(jnp.einsum("bkgth,bksh->bkgts", q, keys), spec.softcap)
+        scores = cap(jnp.einsum("bkgth,bksh->bkgts", q, keys, precision=exact), spec.softcap)
         soft, weights = weigh(soft, scores, keep[:, None, None])
-        more = jnp.einsum("bkgts,bksh->bkgth", weights, values)
+        more = jnp.einsum("bkgts,bksh->bkgth", weights, values, precision=exact)
         return soft._replace(values=soft.values + more)
 
     pieces = (jnp.max(packed_B) + size - 1) // size

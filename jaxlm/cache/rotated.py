@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ class RotatedKivi(Kivi):
 
     Source: arXiv 2404.00456, section 4, for the rotation; 2402.02750 for the codes.
     """
+
+    turns: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,13 +1,14 @@
 """SQuat: keys are coded so that what rounding leaves is orthogonal to the queries."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.cache import quantised
 from jaxlm.cache.kivi import Kivi
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, flag, number, whole
 from jaxlm.models.config import AttentionSpec, Rope
 from jaxlm.models.layers import rope_frequencies
 from pallas_kernels.quant import Grid, key_center, quantise_keys
@@ -67,17 +68,17 @@ class Squat(Kivi):
     ahead: int = 512
     half_life: int | None = None
 
+    learnt: ClassVar[str] = "sketch"  # and the fields that it depends on:
+    learnt_by: ClassVar[tuple[str, ...]] = ("lam", "lam_mode", "rank", "ahead", "rope")
+
     def __post_init__(self):
         super().__post_init__()
         for name, least in (("block", 1), ("rank", 1), ("half_life", 1), ("ahead", 0)):
-            value = getattr(self, name)
-            if value is None and name in ("rank", "half_life"):
-                continue
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least "
-                                  f"{least}")
-        if not 0 <= self.lam < float("inf"):
-            raise ConfigError(f"lam is {self.lam}; expected a finite number of at least 0")
+            if getattr(self, name) is not None or name not in ("rank", "half_life"):
+                whole(name, getattr(self, name), least)
+        number("lam", self.lam)
+        for name in ("energy_order", "guard"):
+            flag(name, getattr(self, name))
         if self.lam_mode not in LAM_MODES:
             raise ConfigError(f"lam_mode is {self.lam_mode!r}; expected one of {LAM_MODES}")
         if self.half_life is not None and self.lam_mode == "reference":
@@ -97,12 +98,15 @@ class Squat(Kivi):
                       "learned_B": jnp.zeros(batch, jnp.int32)}
         return state
 
-    def inherit(self, state, prompt, particles: int):
-        """As `Kivi`; and keys are coded by the prompts' queries."""
-        state, prompt = super().inherit(state, prompt, particles), getattr(prompt, "own", prompt)
+    def inherit(self, state, prompt, particles: int, kind):
+        """As `Kivi`; and keys are coded by the prompts' queries, if those were learnt alike."""
+        state = super().inherit(state, prompt, particles, kind)
+        kind, prompt = getattr(kind, "own", kind), getattr(prompt, "own", prompt)
+        if type(kind) is not type(self) or any(
+                getattr(kind, name) != getattr(self, name) for name in self.learnt_by):
+            return state
         copies = lambda x: jnp.repeat(x, particles, axis=0)
-        return state | {name: jax.tree.map(copies, prompt[name]) for name in ("sketch", "moves")
-                        if name in prompt and name in state}
+        return state | {self.learnt: jax.tree.map(copies, prompt[self.learnt])}
 
     def read_prompt(self, spec, state, q_BTNH, k_BKTH, valid_BT):
         """The Gram of the prompt's queries, and from it both compensations."""
@@ -125,7 +129,7 @@ class Squat(Kivi):
 
     def read_queries(self, spec, state, q_BTNH, start_B, count_B):
         """Of single tokens every second is kept for the next flush; longer pieces are learnt from
-        at once, with `half_life` or by a row that was empty."""
+        at once, with `half_life` or by a row that was empty and inherited nothing."""
         learns = self.half_life is not None
         if q_BTNH.shape[1] == 1:
             if not learns:
@@ -135,7 +139,7 @@ class Squat(Kivi):
             slot_B = jnp.where((start_B % 2 == 0) & (count_B > 0), start_B // 2 % size, size)
             q = q_BTNH.reshape(*old.shape[:2], *old.shape[3:]).astype(old.dtype)
             return state | {"recent": old.at[rows, :, slot_B].set(q, mode="drop")}
-        first_B = (start_B == 0) & (count_B > 0)
+        first_B = self._knows_nothing(state, start_B) & (count_B > 0)
         share_B = jnp.where(first_B, 1.0, self._share(count_B) if learns else 0.0)
         valid_BT = jnp.arange(q_BTNH.shape[1]) < count_B[:, None]
         turned = lambda: self.seen_ahead(spec, query_gram(q_BTNH, spec.num_kv_heads, valid_BT))
@@ -167,6 +171,11 @@ class Squat(Kivi):
     def seen_ahead(self, spec, gram_BKHH) -> jax.Array:
         """The Gram of the same queries at the positions that keys will meet them at."""
         return turn_ahead(gram_BKHH, spec.rope, self.ahead)
+
+    def _knows_nothing(self, state, start_B):
+        """Empty rows that have learnt of no queries: those of a fork have, from their prompt."""
+        known = [x.reshape(len(start_B), -1).any(1) for x in jax.tree.leaves(state[self.learnt])]
+        return (start_B == 0) & ~jnp.stack(known).any(0)
 
     def _share(self, count_B):
         """How much of C so many tokens replace."""

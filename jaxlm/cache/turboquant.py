@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.cache import quantised
+from jaxlm.cache.dense import FLOATS
 from jaxlm.cache.rotated import RotatedKivi
-from jaxlm.core.errors import ConfigError
+from jaxlm.core.errors import ConfigError, whole
 from jaxlm.models.config import AttentionSpec
 from pallas_kernels.quant import QuantFormat, pack_words, unpack_words
-
-FLOATS = ("float32", "float16", "bfloat16")
 
 
 class Codes(NamedTuple):
@@ -56,6 +55,7 @@ class TurboQuant(RotatedKivi):
         super().__post_init__()
         if self.scales not in FLOATS:
             raise ConfigError(f"scales is {self.scales!r}; norms are one of {FLOATS}")
+        whole("seed", self.seed, 0)
         for name in ("shrinks", "implementation"):
             if getattr(self, name) != getattr(TurboQuant, name):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; a TurboQuant cache has no "

@@ -56,7 +56,8 @@ def run(
     """
     bundle = open_model(model, device, dtype, revision, ignore_fields, check_tokenizer)
     arguments: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "cache": open_cache(cache, bundle.lm.config),
+        "max_new_tokens": max_new_tokens,
+        "cache": open_cache(cache, bundle.lm.config, bundle.params),
         "key": jax.random.key(whole("--seed", seed, -2**63, 2**63 - 1)),
         "stop": stop, "include_stop": include_stop,
         "sampler": make_sampler(temperature, top_k, top_p, min_p, repetition_penalty, mirostat,

@@ -52,14 +52,17 @@ def note(message: str) -> None:
 
 
 def columns(rows: list[list[Any]]) -> str:
-    """Rows as aligned text; numbers to the right.
+    """Rows as aligned text; numbers to the right, small ones to three digits.
 
     >>> print(columns([["name", "n"], ["a", 1], ["b", 12]]))
     name   n
     a      1
     b     12
+    >>> columns([["n"], [0.00012345], [0.5]]).split()
+    ['n', '0.000123', '0.5000']
     """
-    cells = [[f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    show = lambda x: f"{x:.3g}" if 0 < abs(x) < 0.01 else f"{x:.4f}"
+    cells = [[show(c) if isinstance(c, float) else str(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [all(isinstance(row[i], int | float) for row in rows[1:]) for i in range(len(widths))]
     place = [str.rjust if right else str.ljust for right in numeric]

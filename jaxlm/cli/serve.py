@@ -38,7 +38,7 @@ def run(
       max_len: tokens of a prompt and its answer together, at most.
       cache: how keys and values are kept: dense, kivi2, squat2, ..., or a file of tune-cache.
       chunk: tokens drawn between two moments at which answers join and leave the batch.
-      piece: tokens of a prompt read at once; default 32 on a CPU, 256 elsewhere.
+      piece: tokens of a prompt read at once; default 32 on a CPU, 256 elsewhere and for squat2.
       readers: prompts read together; default 4 on a CPU, 8 elsewhere.
       prompt_cache_mb: memory for prompts that may come again; 0 keeps none.
       queue: answers that may wait for a row; beyond them, 429.
@@ -72,7 +72,7 @@ def run(
                          check_tokenizer=check_tokenizer)
         bundle = opened(model, revision=revision)
         check_template(bundle, template)
-        kinds = open_cache(cache, bundle.lm.config)
+        kinds = open_cache(cache, bundle.lm.config, bundle.params)
         reward = None if prm is None else open_reward(prm, bundle, opened)
         batcher = Batcher(
             bundle, rows=rows, max_len=min(max_len, bundle.lm.config.max_len), chunk=chunk,

@@ -1,10 +1,12 @@
 """`jaxlm tune-cache`: a cache kind for every layer, chosen on a text."""
 
+from itertools import groupby
 from typing import Annotated
 
 import jax.numpy as jnp
 import tyro
 
+from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.parse import cache_name, parse_cache
 from jaxlm.cache.policy import write_policy
@@ -45,9 +47,20 @@ def run(
     found = tune(lm, bundle.params, jnp.asarray([ids], jnp.int32), kinds, slots, points, budget)
     dense = sum(layer_bytes(lm, i, Dense(), slots) for i in range(lm.config.num_layers))
     rows = [[policy.bytes / dense, policy.divergence, policy.error,
-             " ".join(map(cache_name, policy.kinds))] for policy in found]
+             runs(policy.kinds)] for policy in found]
     print(columns([["share of bytes", "divergence", "error", "layers"], *rows]))
     best = min(found, key=lambda policy: policy.divergence or 0.0)
     write_policy(out, lm.config, best.kinds, {
-        "bytes_share": best.bytes / dense, "divergence": best.divergence, "tokens": len(ids)})
+        "bytes_share": best.bytes / dense, "divergence": best.divergence, "tokens": len(ids)},
+        name=model, params=bundle.params)
     note(f"wrote {out}: {best.bytes / dense:.3f} of the bytes of full precision")
+
+
+def runs(kinds: tuple[CacheKind, ...]) -> str:
+    """Kinds of layers in their order, equal neighbours together.
+
+    >>> runs((Dense(), Dense(), parse_cache("kivi2")))
+    'dense x 2, kivi2'
+    """
+    counted = [(name, len(list(run))) for name, run in groupby(map(cache_name, kinds))]
+    return ", ".join(name if count == 1 else f"{name} x {count}" for name, count in counted)

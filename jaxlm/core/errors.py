@@ -61,6 +61,12 @@ def number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> N
         raise ConfigError(f"{name} is {value!r}; expected a number {limits}")
 
 
+def flag(name: str, value: Any) -> None:
+    """ConfigError unless `value` is True or False: any text would count as true."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; expected True or False")
+
+
 def share(name: str, value: Any) -> None:
     """ConfigError unless `value` is in [0, 1)."""
     number(name, value)

@@ -83,7 +83,8 @@ class Batcher:
       rows: answers that grow together. max_len: tokens a row can hold, prompt included.
       cache: a cache kind, or one a layer, or a name such as "kivi2".
       chunk: steps between two moments at which rows join and leave.
-      piece: tokens of a prompt read at once; default 32 on a CPU, 256 elsewhere.
+      piece: tokens of a prompt read at once; default 32 on a CPU, 256 elsewhere and for kinds
+        that learn from a prompt's queries (SQuat), which know those of its first piece only.
       readers: prompts read together; default 4 on a CPU, whose time is in the arithmetic, and 8
         elsewhere, where it is in reading the weights. prompt_bytes: of kept prompts; 0 keeps none.
     Raises: ConfigError, ShapeError.
@@ -107,11 +108,12 @@ class Batcher:
         self.bundle, self.rows = bundle, whole("rows", rows)
         self.max_len = whole("max_len", max_len, 2, bundle.lm.config.max_len)
         cpu = backend() == "cpu"
-        piece = (32 if cpu else 256) if piece is None else whole("piece", piece)
         readers = (4 if cpu else 8) if readers is None else whole("readers", readers)
         self.sampler = RowSampler(whole("chunk", chunk))
         kinds = tuple(replace(kind, steady=True) if isinstance(kind, Dense) else kind
                       for kind in placed(bundle, self.sampler, cache))
+        learn = any(getattr(kind, "learnt", None) for kind in kinds)
+        piece = (32 if cpu and not learn else 256) if piece is None else whole("piece", piece)
         self.reader = Reader(bundle, self.sampler, kinds, self.max_len, min(readers, self.rows),
                              min(piece, self.max_len), whole("prompt_bytes", prompt_bytes, 0))
         self.stop = Stop(bundle.stop_ids)

@@ -128,7 +128,7 @@ def placed(bundle: Bundle, sampler: Sampler, cache: CacheKind | Kinds | str) -> 
     """The checked cache kinds of all layers, on the bundle's mesh; the sampler is checked too."""
     check_bundle(bundle)
     check_sampler(sampler)
-    return place_kind(layer_kinds(bundle.lm, cache), bundle.mesh)
+    return place_kind(layer_kinds(bundle.lm, cache, bundle.params), bundle.mesh)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def fork(
             new = own or (kind.own if isinstance(kind, Shared) else kind)
             added = new.init(lm.config.attention(layer), batch, slots, dtype)
             if isinstance(new, Kivi):
-                added = new.inherit(added, prompt, particles)
+                added = new.inherit(added, prompt, particles, kind)
             kinds[layer] = Shared(kind, new)
             length_R = jnp.array(state.length_B)  # a buffer of its own: states are donated
             caches[layer] = SharedState(prompt, added, length_R)

@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxlm.cache.base import CacheKind, State, init_caches
 from jaxlm.cache.policy import read_kinds
 from jaxlm.core.errors import ConfigError, ShapeError
+from jaxlm.core.hosts import readable
 from jaxlm.core.tree import Params
 from jaxlm.decode.lend import among, check_width, first_live, keep, sampler_of, spread, take
 from jaxlm.decode.samplers import Sampler, check_sampler, read_text
@@ -46,10 +48,10 @@ class DecodeState(struct.PyTreeNode):
     kinds: Kinds = struct.field(pytree_node=False)
 
 
-def layer_kinds(lm: LM, cache: CacheKind | Kinds | str) -> Kinds:
-    """One kind a layer; None where the plan skips attention."""
+def layer_kinds(lm: LM, cache: CacheKind | Kinds | str, params: Params | None = None) -> Kinds:
+    """One kind a layer; None where the plan skips attention. `params`: see `read_policy`."""
     layers = lm.config.num_layers
-    found = read_kinds(cache, lm.config)
+    found = read_kinds(cache, lm.config, params)
     kinds = found if isinstance(found, tuple) else (found,) * layers
     if len(kinds) != layers:
         raise ConfigError(f"cache has {len(kinds)} kinds for {layers} layers; give one a layer")
@@ -79,7 +81,7 @@ def prefill(
     check_shape("keys_B", keys_B, (batch,))
     if time > slots:
         raise ShapeError(f"prompts are {time} tokens wide but the cache holds {slots}; raise slots")
-    kinds = layer_kinds(lm, cache)
+    kinds = layer_kinds(lm, cache, params)
     tokens_BT = jnp.where(jnp.arange(time) < lengths_B[:, None], tokens_BT, 0)  # any padding
     dtype = params["embed"]["table"].dtype
     specs = tuple(lm.config.attention(i) for i in range(lm.config.num_layers))
@@ -112,13 +114,15 @@ def extend(
       tokens_BT: int32, right-padded. counts_B: tokens of each row to append, 0 to T.
       logits_at: "all", or int32 (B, M) indices into T, for logits besides the next token's.
     Returns: the state, live again where tokens came, and float32 logits (B, M, V) or None.
-      A row that would outgrow its cache, or T, gets NaN logits, never wrong ones; so does an
-      index that is not of a token that the row appended.
+      In a jit a row that would outgrow its cache, or T, gets NaN logits, never wrong ones; so
+      does an index that is not of a token that the row appended.
+    Raises: ShapeError for arrays that do not fit together; outside a jit also for such a row.
     """
     batch, time = check_tokens(tokens_BT)
     slots = state.tokens_BS.shape[1]
     check_shape("tokens_BT", tokens_BT, (len(state.length_B), time))
     check_shape("counts_B", counts_B, (batch,))
+    check_room(state, counts_B, time)
     start_B, counts_B = state.length_B, counts_B.astype(jnp.int32)
     tokens_BT = jnp.where(jnp.arange(time) < counts_B[:, None], tokens_BT, 0)  # any padding
     pos_BT = start_B[:, None] + jnp.arange(time, dtype=jnp.int32)
@@ -148,6 +152,21 @@ def extend(
     if asked is not None:
         asked = jnp.where(fits_B[:, None, None], asked, jnp.nan)
     return state, asked
+
+
+def check_room(state: DecodeState, counts_B: jax.Array, time: int) -> None:
+    """ShapeError for rows that would outgrow their caches, or counts that are not of T tokens,
+    where these numbers can be looked at here and now."""
+    given = state.length_B, state.limit_B, counts_B
+    if not all(map(readable, given)):
+        return
+    length_B, limit_B, count_B = map(np.asarray, given)
+    lost_B = (length_B + count_B > limit_B) | (count_B < 0) | (count_B > time)
+    if lost_B.any():
+        row = int(lost_B.argmax())
+        raise ShapeError(f"row {row} holds {length_B[row]} of {limit_B[row]} tokens and cannot "
+                         f"take {count_B[row]} of a piece of {time}; expected 0 to {time} that "
+                         "fit: prefill with more slots, or append fewer")
 
 
 def decode_step(

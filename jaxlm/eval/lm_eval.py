@@ -62,7 +62,7 @@ class Evaluator:
     ):
         super().__init__()
         limit, vocab = bundle.lm.config.max_len, bundle.lm.config.vocab_size
-        self.bundle, self.kinds = bundle, layer_kinds(bundle.lm, cache)
+        self.bundle, self.kinds = bundle, layer_kinds(bundle.lm, cache, bundle.params)
         self.seed = whole("seed", seed, 0, 2**32 - 1)
         self.batch_size = whole("batch_size", batch_size)
         self.max_length = limit if max_length is None else whole("max_length", max_length, 2, limit)

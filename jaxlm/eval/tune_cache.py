@@ -7,6 +7,7 @@ then measured whole: the divergence of the next token's distribution from full p
 After KVTuner (arXiv 2502.04420), which searches over pairs of bit widths.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import numpy as np
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.parse import cache_name
-from jaxlm.core.errors import ConfigError, ShapeError
+from jaxlm.core.errors import ConfigError, NumericsError, ShapeError
 from jaxlm.core.tree import Params, nbytes
 from jaxlm.decode.samplers import Greedy
 from jaxlm.decode.state import Kinds, extend, prefill
@@ -52,7 +53,8 @@ def tune(
       points: policies whose divergence is measured, spread over the front, its ends included.
       budget: bytes, as a share of full precision in 16 bits; the front ends there. None: no end.
     Returns: the measured policies, fewest bytes first.
-    Raises: ConfigError, ShapeError; before anything is measured.
+    Raises: ConfigError, ShapeError; before anything is measured. NumericsError for an error or a
+      divergence that is no finite number.
     """
     if len(candidates) < 2 or points < 2:
         raise ConfigError(f"got {len(candidates)} candidates and {points} points; expected 2 each")
@@ -63,6 +65,7 @@ def tune(
     check_text(tokens_BT.shape[1], candidates)
     limit = most_bytes(lm, candidates, slots, budget)
     errors_CL, bytes_CL = tables(lm, params, tokens_BT, candidates, slots)
+    check_finite(errors_CL, candidates)
     path = [choice for choice in front(errors_CL, bytes_CL)
             if sum(bytes_CL[c, i] for i, c in enumerate(choice)) <= limit]
     chosen = sorted({round(i) for i in np.linspace(0, len(path) - 1, points)})
@@ -73,6 +76,10 @@ def tune(
         kinds = tuple(candidates[c] for c in choice)
         rough = logprobs(lm, params, tokens_BT, kinds)
         divergence = float(jnp.mean(jnp.sum(jnp.exp(exact) * (exact - rough), -1)))
+        if not math.isfinite(divergence):
+            raise NumericsError(f"the divergence of {[cache_name(kind) for kind in kinds]} is "
+                                f"{divergence}; the model's logits are not finite there, so no "
+                                "policy is known to be good")
         found.append(Policy(kinds, int(sum(bytes_CL[c, i] for i, c in enumerate(choice))),
                             float(sum(errors_CL[c, i] for i, c in enumerate(choice))), divergence))
     return found
@@ -87,6 +94,15 @@ def check_text(time: int, candidates: Sequence[CacheKind]) -> None:
             if time // 2 < least:
                 raise ShapeError(f"the text has {time} tokens; {cache_name(kind)} codes none of "
                                  f"its first half: expected at least {2 * least}, better hundreds")
+
+
+def check_finite(errors_CL: np.ndarray, candidates: Sequence[CacheKind]) -> None:
+    """NumericsError for a sensitivity that is no finite number; it names the layer."""
+    for kind, errors_L in zip(candidates, errors_CL, strict=True):
+        if bad := [layer for layer, error in enumerate(errors_L) if not math.isfinite(error)]:
+            raise NumericsError(f"the error of {cache_name(kind)} in layer {bad[0]} is "
+                                f"{errors_L[bad[0]]}; keys, values or queries there are not "
+                                "finite: try another dtype, or look at the checkpoint")
 
 
 def most_bytes(lm: LM, candidates: Sequence[CacheKind], slots: int, budget: float | None) -> float:

@@ -134,6 +134,8 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
             def values_of(weights, c, at=at):
                 tokens = pl.ds(at * group, group)
                 scale, low = decode_scales(vs_ref[c, tokens], vm_ref[c, tokens])
+                used = split * span + at * group + jnp.arange(group) < length
+                scale, low = jnp.where(used, scale, 0.0), jnp.where(used, low, 0.0)  # as the tail's
                 codes, offset = _codes(v_words[c], at, fmt.v_bits)
                 return _scaled_dot(weights, scale, low, codes, offset, 0)
 

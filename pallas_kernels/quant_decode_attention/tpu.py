@@ -116,7 +116,9 @@ def _kernel(bounds, q_ref, kw_ref, ks_ref, km_ref, kc_ref, vw_ref, vs_ref, vm_re
         scale, low = decode_scales(ks_ref[0, 0], km_ref[0, 0], kc_ref[0, 0])
         logits = _key_logits(q, kw_ref, scale, low, fmt, block)
         index = t * block + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        scales = decode_scales(vs_ref[0, 0], vm_ref[0, 0])
+        used = t * block + jax.lax.broadcasted_iota(jnp.int32, (parts, block), 1) < length
+        scale, low = decode_scales(vs_ref[0, 0], vm_ref[0, 0])
+        scales = jnp.where(used, scale, 0.0), jnp.where(used, low, 0.0)  # 0 * NaN would be summed
         update(logits, index, index < length,
                lambda weights: _value_sums(weights, vw_ref, *scales, fmt, block))
 

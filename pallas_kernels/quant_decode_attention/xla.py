@@ -18,6 +18,8 @@ from pallas_kernels.quant_decode_attention.common import (
     weigh,
 )
 
+EXACT = jax.lax.Precision.HIGHEST  # of float32: cards and TPUs would round what is multiplied
+
 
 def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, interpret=False):
     """q [B, K, G, H], already scaled -> (out [B, K, G, H], lse [B, K, G])."""
@@ -26,15 +28,16 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
 
     def absorb(state: Softmax, q, keys, values, index, first, keep) -> Softmax:
         keep = (keep & (index >= first[:, None]))[:, None, None, :]
-        logits = cap(jnp.einsum("bkgh,bksh->bkgs", q, keys), softcap)
+        logits = cap(jnp.einsum("bkgh,bksh->bkgs", q, keys, precision=EXACT), softcap)
         state, weights = weigh(state, logits, keep)
-        return state._replace(values=state.values + jnp.einsum("bkgs,bksh->bkgh", weights, values))
+        more = jnp.einsum("bkgs,bksh->bkgh", weights, values, precision=EXACT)
+        return state._replace(values=state.values + more)
 
     def read(size: int, row, q, lengths, first, rotate) -> Softmax:
         """Over the codes of one row, or of all where `row` is None."""
 
         def body(i, state: Softmax) -> Softmax:
-            keys, values = read_chunk(packed, i, size, fmt, row)
+            keys, values = read_chunk(packed, i, size, fmt, row, lengths)
             index = jnp.broadcast_to(i * size + jnp.arange(size), (len(q), size))
             keys = keys if rotate is None else rotate(keys, index)
             return absorb(state, q, keys, values, index, first, index < lengths[:, None])
@@ -74,10 +77,11 @@ def chunk_tokens(capacity: int, fmt: QuantFormat, target: int) -> int:
 
 
 def read_chunk(packed: PackedKV, i, size: int, fmt: QuantFormat,
-               row=None) -> tuple[jax.Array, jax.Array]:
+               row=None, lengths=None) -> tuple[jax.Array, jax.Array]:
     """Keys and values float32 [B, K, size, H] of tokens [i * size, (i + 1) * size).
 
-    Of one row, [1, K, size, H], where its index is given.
+    Of one row, [1, K, size, H], where its index is given. Values from `lengths` on, if given, are
+    zeros, whatever their scales: a NaN there would reach a sum even with a weight of 0.
     """
     batch, kv_heads, _, head_dim = packed.k_words.shape
     batch = batch if row is None else 1
@@ -100,6 +104,9 @@ def read_chunk(packed: PackedKV, i, size: int, fmt: QuantFormat,
     shape = (batch, kv_heads, groups, fmt.group, head_dim)
     keys = k_codes.astype(jnp.float32).reshape(shape) * step[:, :, :, None] + low[:, :, :, None]
     step, low = decode_scales(take(packed.v_scale, 3, size), take(packed.v_min, 3, size))
+    if lengths is not None:
+        used = (i * size + jnp.arange(size) < lengths[:, None])[:, None, None]
+        step, low = jnp.where(used, step, 0.0), jnp.where(used, low, 0.0)
     per_channel = lambda x: jnp.broadcast_to(
         jnp.swapaxes(x, 2, 3)[..., None], (batch, kv_heads, size, head_dim // width, width)
     ).reshape(batch, kv_heads, size, head_dim)

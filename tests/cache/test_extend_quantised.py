@@ -93,7 +93,7 @@ def test_minima_of_8_bits_have_an_origin_however_a_text_begins(kind, way):
     prompt = rows.state
     rows.state, rows.at = kind.init(SPEC, B, SLOTS, jnp.float32), jnp.zeros(B, jnp.int32)
     if way == "fork":
-        rows.state = kind.inherit(rows.state, prompt, 1)
+        rows.state = kind.inherit(rows.state, prompt, 1, kind)
         np.testing.assert_array_equal(rows.state["packed"].k_center, prompt["packed"].k_center)
     if way == "pieces":
         rows.extend(40, [40, 40, 40])

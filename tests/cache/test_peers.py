@@ -37,12 +37,13 @@ class TestTurboQuantContract(Contract):
 TURBO2 = TurboQuant(2, 2, **SMALL)
 
 
-@pytest.mark.parametrize("kind", [RotatedKivi(2, 2, **SMALL), TURBO2,
-                                  RotatedSquat(2, 2, block=4, half_life=32, **SMALL),
-                                  TurboQuant(4, 2, **SMALL, scales="float32")])
-def test_steps_and_pieces_follow_the_dense_cache(kind):
+@pytest.mark.parametrize("kind, bounds", [  # measured at most 0.27, 0.445, 0.27, 0.34
+    (RotatedKivi(2, 2, **SMALL), 0.36), (TURBO2, 0.45),
+    (RotatedSquat(2, 2, block=4, half_life=32, **SMALL), 0.36),
+    (TurboQuant(4, 2, **SMALL, scales="float32"), 0.44)])
+def test_steps_and_pieces_follow_the_dense_cache(kind, bounds):
+    """A codebook of 2 bits leaves 0.34 of a single value."""
     exact, rough = Rows(Dense()), Rows(kind)
-    bounds = 0.45  # measured 0.2 to 0.34; a codebook of 2 bits leaves 0.34 of a single value
     assert 0.005 < gap(rough.step(16), exact.step(16)) < bounds
     wanted, found = (rows.extend(12, [12, 5, 0]) for rows in (exact, rough))
     live = np.arange(12) < np.array([[12], [5], [0]])
@@ -181,7 +182,8 @@ def test_names_round_trip(name):
 @pytest.mark.parametrize("name", ["rkivi3", "rkivi2:rope=before", "rsquat2:rope=before",
                                   "rsquat2:lam=-1", "turboquant2:rope=before",
                                   "turboquant2:scales=int8", "turboquant2:shrinks=1.0",
-                                  "turboquant2:implementation=tpu", "turboquant16"])
+                                  "turboquant2:implementation=tpu", "turboquant16",
+                                  "turboquant2:seed=-1"])
 def test_what_there_is_not_is_refused(name):
     with pytest.raises(ConfigError):
         parse_cache(name)

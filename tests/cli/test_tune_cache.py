@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.cache.parse import parse_cache
 from jaxlm.cache.policy import read_policy
 from jaxlm.cli import main
+from jaxlm.core.errors import ConfigError
+from jaxlm.decode.state import layer_kinds
 from jaxlm.eval import recall
 from jaxlm.hf.bundle import BUNDLED
 
@@ -49,6 +52,27 @@ def test_the_policy_keeps_to_the_budget_and_is_read_back(capsys, monkeypatch, te
     assert shares[0] < shares[1] <= 0.7 < shares[1] + step
     assert found["divergence"] == pytest.approx(min(float(row[1]) for row in rows), abs=1e-4)
     assert found["bytes_share"] == pytest.approx(shares[1], abs=1e-4)
+
+
+def test_the_command_as_it_is_on_a_tiny_random_model(capsys, bundle, tiny_folder, tmp_path):
+    """Nothing replaced: measured, written, and read back by the model it was measured on."""
+    kinds = ("kivi2:group=8,window=8", "dense")
+    text, out = tmp_path / "text.txt", tmp_path / "policy.json"
+    text.write_text("The quick brown fox jumps over it. " * 2)
+    assert main(["tune-cache", str(tiny_folder), str(text), "--out", str(out), "--tokens", "48",
+                 "--slots", "256", "--points", "2", "--budget", "1",
+                 "--candidates", *kinds]) == 0
+    table, _ = capsys.readouterr()
+    rows = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()[1:]]
+    assert [row[3] for row in rows] == [f"{kind} x 2" for kind in kinds]
+    numbers = np.array([row[:3] for row in rows], float)
+    assert (numbers[0, 1:] > numbers[1, 1:] + 1e-3).all() and numbers[1, 0] == 1
+    policy = json.loads(out.read_text())
+    assert policy["name"] == str(tiny_folder) and len(policy["weights"]) == 2
+    assert layer_kinds(bundle.lm, str(out), bundle.params) == (parse_cache(kinds[1]),) * 2
+    other = jax.tree.map(lambda x: x + 0.1, bundle.params)
+    with pytest.raises(ConfigError, match="other weights"):
+        layer_kinds(bundle.lm, str(out), other)
 
 
 @pytest.mark.parametrize("flags, tokens, message", [

@@ -186,6 +186,18 @@ def test_quantised_rows_are_flushed_at_their_own_steps(bundle, cache):
         assert alone == mixed
 
 
+def test_kinds_that_learn_from_a_prompt_get_long_first_pieces(bundle, monkeypatch):
+    """On a CPU too: what the queries of later pieces say, SQuat does not learn."""
+    monkeypatch.setattr("jaxlm.decode.batcher.empty_pool_jit", lambda *_: None)
+    monkeypatch.setattr("jaxlm.decode.batcher.backend", lambda: "cpu")
+    piece = lambda cache, **more: Batcher(bundle, rows=1, max_len=96, cache=cache,
+                                          **more).reader.piece
+    small = "2:group=8,window=8"
+    assert [piece(kind) for kind in ("dense", f"kivi{small}", f"rkivi{small}")] == [32] * 3
+    assert [piece(kind) for kind in (f"squat{small}", f"rsquat{small}")] == [96] * 2  # all the room
+    assert piece(("dense", f"squat{small}")) == 96 and piece(f"squat{small}", piece=8) == 8
+
+
 def test_a_chunk_is_whole_flush_periods(bundle):
     with pytest.raises(ConfigError, match="multiple of 4"):
         Batcher(bundle, rows=2, max_len=32, chunk=6, cache="kivi2:group=8,window=8")

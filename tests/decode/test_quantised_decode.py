@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxlm.cache import Dense, Kivi, Squat
+from jaxlm.cache import Dense, Kivi, ReferenceSquat, RotatedSquat, Squat
 from jaxlm.cache.base import broken_layer
+from jaxlm.cache.shared import Shared, SharedState
 from jaxlm.core.mesh import make_mesh
 from jaxlm.decode.placement import state_shardings
 from jaxlm.decode.rows import fork, gather, repeat
@@ -80,6 +81,53 @@ def test_shared_prompts_equal_copied_ones_until_groups_start():
     assert shared.caches[0].own["packed_B"].tolist() == [16] * 12
     shared, copied = (DECODE(lm, params, hot, s, NEVER, 1) for s in (shared, copied))
     np.testing.assert_allclose(shared.logprob_BS.sum(1), copied.logprob_BS.sum(1), atol=0.2)
+
+
+def test_what_a_fork_inherits_outlives_the_first_piece_of_several_tokens():
+    """At 2 bits; the rows' own length of 0 does not make them rows that know no queries."""
+    lm, params = tiny_model(num_layers=1)
+    prompt = begin(lm, params, Squat(2, 2, **SMALL, block=2), slots=TIME)
+    text = jax.random.randint(jax.random.key(4), (6, 5), 0, VOCAB)
+    more, _ = EXTEND(lm, params, fork(lm, params, prompt, 2, 32), text, jnp.full(6, 5))
+    assert bool(prompt.caches[0]["sketch"].rows.any())
+    for old, new in zip(prompt.caches[0]["sketch"], more.caches[0].own["sketch"], strict=True):
+        np.testing.assert_array_equal(jnp.repeat(old, 2, 0), new)
+
+
+@pytest.mark.parametrize("kind", [Squat(**SMALL, block=2), ReferenceSquat(**SMALL, block=2, rank=3),
+                                  Squat(**SMALL, block=2, half_life=16)])
+def test_empty_rows_learn_all_from_their_first_piece_unless_they_inherited(kind):
+    spec = tiny_model()[0].config.attention(0)
+    q = jax.random.normal(jax.random.key(0), (2, 5, 4, 8))
+    state = kind.init(spec, 2, 32, jnp.float32)
+    read = lambda known, q: kind.read_queries(spec, state | {kind.learnt: known}, q,
+                                              jnp.zeros(2, int), jnp.full(2, 5))[kind.learnt]
+    close = lambda a, b: all(jax.tree.leaves(jax.tree.map(
+        lambda x, y: np.allclose(x, y, atol=1e-6), a, b)))
+    first, other = read(state[kind.learnt], q), read(state[kind.learnt], q[::-1])
+    assert not close(first, other) and not close(first, state[kind.learnt])
+    if kind.half_life is None:
+        assert close(read(first, q[::-1]), first)
+    else:  # moves on from what it had, a share of it
+        assert not close(read(first, q[::-1]), first)
+        assert not close(read(first, q[::-1]), other)
+
+
+@pytest.mark.parametrize("prompt, own", [
+    (Squat(**SMALL), RotatedSquat(**SMALL)), (RotatedSquat(**SMALL), Squat(**SMALL)),
+    (Squat(**SMALL, rope="before"), Squat(**SMALL)), (Squat(**SMALL, lam=1.0), Squat(**SMALL)),
+    (Squat(**SMALL), ReferenceSquat(**SMALL)), (Kivi(**SMALL), Squat(**SMALL))])
+def test_a_fork_inherits_nothing_that_was_learnt_otherwise(prompt, own):
+    """Turned keys compensated by queries that were not turned, for one, are worse than plain."""
+    spec = tiny_model()[0].config.attention(0)
+    filled = jax.tree.map(jnp.ones_like, prompt.init(spec, 3, 32, jnp.float32))
+    forked = SharedState(filled, filled, jnp.ones(3, int)), Shared(Dense(), prompt)
+    for state, kind in ((filled, prompt), forked):
+        found = own.inherit(own.init(spec, 6, 32, jnp.float32), state, 2, kind)
+        assert not bool(jax.tree.leaves(found[own.learnt])[0].any())
+        if isinstance(prompt, Squat):
+            found = prompt.inherit(prompt.init(spec, 6, 32, jnp.float32), state, 2, kind)
+            assert bool(jax.tree.leaves(found["sketch"])[0].all())
 
 
 @pytest.mark.parametrize("cache", [Dense(), Kivi(2, 2, **SMALL, scales="int8")])

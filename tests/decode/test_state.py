@@ -128,6 +128,16 @@ def test_a_full_row_stops_and_an_overflow_is_poisoned():
     assert jnp.isfinite(beyond.logits_BV[2]).all()
 
 
+@pytest.mark.parametrize("counts, row", [([2, 4, 4], 0), ([1, -1, 2], 1), ([1, 1, 5], 2)])
+def test_outside_a_jit_an_overflow_is_an_error_before_any_compute(monkeypatch, counts, row):
+    lm, params = model()
+    state = begin(slots=10)
+    monkeypatch.setattr(functions, "cached_run", None)
+    with pytest.raises(ShapeError, match=f"row {row} holds .* of 10 tokens and cannot take "
+                                         f"{counts[row]} of a piece of 4"):
+        functions.extend(lm, params, state, TOKENS[:, :4], jnp.array(counts))
+
+
 def test_logits_of_what_a_row_did_not_append_are_poisoned():
     lm, params = model()
     counts = jnp.array([2, 1, 0])

@@ -9,7 +9,8 @@ import pytest
 
 from jaxlm.cache import Dense, Kivi, ReferenceKivi, Squat
 from jaxlm.cache.policy import open_cache, read_policy, write_policy
-from jaxlm.core.errors import ConfigError, ShapeError
+from jaxlm.core.errors import ConfigError, NumericsError, ShapeError
+from jaxlm.decode.state import layer_kinds
 from jaxlm.eval.tune_cache import front, layer_bytes, tune
 from tests.decode.tiny import VOCAB, tiny_model
 
@@ -64,6 +65,47 @@ def test_a_policy_is_read_back_for_its_model_only(tmp_path):
         path.write_text(broken)
         with pytest.raises(ConfigError):
             read_policy(path, lm.config)
+
+
+def test_a_policy_of_another_checkpoint_of_equal_sizes_is_refused(tmp_path):
+    lm, params = tiny_model()
+    other, kinds, path = tiny_model(seed=1)[1], (Squat(2, 4), Dense()), tmp_path / "policy.json"
+    write_policy(path, lm.config, kinds, name="org/one", params=params)
+    assert json.loads(path.read_text())["name"] == "org/one"
+    halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    for same in (params, halved, None):  # None: nothing to compare with
+        assert open_cache(str(path), lm.config, same) == kinds
+    assert layer_kinds(lm, str(path), params) == kinds
+    jax.jit(lambda p: layer_kinds(lm, str(path), p) and p)(other)  # cannot be looked at: passes
+    for read in (lambda: read_policy(path, lm.config, other),
+                 lambda: layer_kinds(lm, [str(path)], other)):
+        with pytest.raises(ConfigError, match="measured on org/one of the same sizes, but with "
+                                              "other weights: layers_0/attn/k/kernel"):
+            read()
+    policy = json.loads(path.read_text())
+    old = {name: policy[name] for name in ("model", "layers", "found")}  # as they once were
+    for text, fine in ((old, True), (policy | {"weights": [1]}, False),
+                       (policy | {"weights": {"layers_0/attn/k/kernel": "x"}}, False)):
+        path.write_text(json.dumps(text))
+        if fine:
+            assert read_policy(path, lm.config, other) == kinds
+        else:
+            with pytest.raises(ConfigError, match="is no cache policy"):
+                read_policy(path, lm.config, other)
+
+
+@pytest.mark.parametrize("what", ["tables", "logprobs"])
+def test_numbers_that_are_not_finite_make_no_policy(monkeypatch, what):
+    lm, params = tiny_model()
+    errors, sizes = np.array([[2.0, 2.0], [1.0, 1.0]]), np.array([[1, 1], [2, 2]])
+    if what == "tables":
+        errors[1, 1] = np.nan
+    logits = jnp.full((1, 1, 2), np.nan if what == "logprobs" else 0.0)
+    monkeypatch.setattr("jaxlm.eval.tune_cache.tables", lambda *_: (errors, sizes))
+    monkeypatch.setattr("jaxlm.eval.tune_cache.logprobs", lambda *_: logits)
+    with pytest.raises(NumericsError, match={"tables": "error of dense in layer 1 is nan",
+                                             "logprobs": "divergence of .*kivi2.* is nan"}[what]):
+        tune(lm, params, jnp.zeros((1, 64), jnp.int32), [Kivi(**SMALL), Dense()], 64)
 
 
 @pytest.mark.parametrize("kind, least", [

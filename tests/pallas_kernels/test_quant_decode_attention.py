@@ -135,7 +135,10 @@ def test_unused_slots_are_never_read(backend):
     want = run(packed, tails)
     spoiled = packed._replace(k_words=packed.k_words.at[:, :, 32:].set(-1),
                               v_words=packed.v_words.at[:, :, 32:].set(-1),
-                              k_scale=packed.k_scale.at[:, :, 16:].set(60.0))
+                              k_scale=packed.k_scale.at[:, :, 16:].set(jnp.nan),
+                              k_min=packed.k_min.at[:, :, 16:].set(jnp.nan),
+                              v_scale=packed.v_scale.at[..., 512:].set(jnp.nan),
+                              v_min=packed.v_min.at[..., 512:].set(jnp.nan))
     tails = [x.at[:, :, 5:].set(jnp.nan) for x in tails]
     for got, expected in zip(run(spoiled, tails), want, strict=True):
         np.testing.assert_array_equal(got, expected)

@@ -13,7 +13,7 @@ from pallas_kernels import quant, squat
 from pallas_kernels.lanes import side_by_side
 from pallas_kernels.quant import QuantFormat, init_packed, unpack_words
 from pallas_kernels.quant_flush import quant_flush
-from tests.targets import compile_for, tpu
+from tests.targets import compile_for, gpu, tpu
 
 FORMATS = [QuantFormat(), QuantFormat(8, 2, scales="int8", shrinks=(1.0, 0.8)),
            QuantFormat(4, 4, 64, "float32", (1.0,))]
@@ -138,6 +138,20 @@ def test_compiles_for_tpu_in_place(chip, head_dim, fmt, backend, tmp_path):
     if backend == "xla":  # what is not donated must be copied, and the copy is seen
         kept = compile_for(tpu(chip), run, *arguments, dump=tmp_path / "kept")
         assert copies(_text(kept, tmp_path / "kept"), arguments[0].k_words)
+
+
+@pytest.mark.gpu_target
+@pytest.mark.parametrize("card", ["a100", "h100"])
+def test_compiles_for_gpu_in_place(card):
+    """There is no Triton flush: a card runs the plain XLA one, which must not copy the codes."""
+    fmt = QuantFormat()
+    run = lambda packed, k, v, lengths, ready, comp: quant_flush(
+        packed, k, v, lengths, ready, fmt, comp, guard=False, implementation="xla")
+    arguments = shapes(fmt, 128)
+    memory = compile_for(gpu(card), run, *arguments, donate=(0,)).memory_analysis()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[0]))
+    assert memory.alias_size_in_bytes >= held
+    assert memory.temp_size_in_bytes < arguments[0].k_words.size * 4
 
 
 def test_xla_flush_on_cpu_holds_no_second_copy_of_the_codes():
