@@ -13,9 +13,10 @@ same with some of its verdicts turned round, and with --prm FOLDER a learned pro
 (`train_prm.py`).
 Methods that only select share one set of rollouts, by all rewards that read texts; the smaller
 budgets take their first ones. The filter, DVTS and best-of-n go to 128 answers by the exact
-checker, all else to 64, what steers by wrong verdicts to 32. Bands are 95 % of problems drawn anew (a bootstrap over problems, seeds averaged). `budget_ratios`: at
-each budget of the filter, how many times that another method needs to be right as often, with such
-a band; no ratio is above the other's largest budget over the filter's, and `at_least` says so.
+checker, all else to 64, what steers by wrong verdicts to 32. Bands are 95 % of problems drawn anew
+(a bootstrap over problems, seeds averaged). `budget_ratios`: at each budget of the filter, how many
+times that another method needs to be right as often, with such a band; no ratio is above the
+other's largest budget over the filter's, and `at_least` says so.
 With --larger FOLDER, a larger sibling (`make_models.py`): `budget_to_match_larger`, the answers a
 problem with which each method is right as often as the sibling is greedily, and by one sample.
 """
