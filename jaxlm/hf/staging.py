@@ -125,10 +125,10 @@ def _carry(old: pathlib.Path, new: pathlib.Path) -> None:
         _second_name(old, new)
 
 
-def _second_name(old: str | os.PathLike, new: str | os.PathLike) -> None:
+def _second_name(old: str | pathlib.Path, new: str | pathlib.Path) -> None:
     """A hard link to a file, or a copy; a symbolic link stays one."""
     if os.path.islink(old):
-        os.symlink(os.readlink(old), new)
+        os.symlink(os.readlink(str(old)), new)
         return
     try:
         os.link(old, new)
