@@ -26,6 +26,7 @@ Expected: recall_drop_points 1.0, arithmetic_drop_points 10.4 (wanted: at most 2
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -275,7 +276,7 @@ def accuracies(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
     found: dict[tuple[str, str], list] = {}
     depths = {}
     for task, parts in LOOKUPS.items():
-        for kind in kinds:
+        for kind in kinds if task in args.tasks else ():
             made = [kept(f"{task} {length} {kind}",
                          lambda n=length, d=documents, k=kind: look_up(
                              bundle, parse_cache(k), 64 if args.smoke else n,
@@ -286,7 +287,7 @@ def accuracies(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
             print(task, kind, np.mean(found[task, kind]), flush=True)
     coded = {}
     for task in TASKS:
-        for kind in kinds:
+        for kind in kinds if task in args.tasks else ():
             right = [[ok] for part in range(0 if args.smoke else args.batches) for ok in kept(
                 f"{task} {part} {kind}",
                 lambda t=task, p=part, k=kind: answers(bundle, parse_cache(k), t, p, args.seed))]
@@ -301,11 +302,12 @@ def accuracies(args: argparse.Namespace, kept: Resumable) -> dict[str, Any]:
     metrics["answers"] = [{"task": task, "kind": kind, "accuracy": float(np.mean(right)),
                            "coded": coded.get((task, kind)), **drop(found[task, "dense"], right)}
                           for (task, kind), right in found.items()]
-    fifth = np.minimum(5 * np.asarray(depths["passkey"]), 4).astype(int)
-    metrics["passkey_by_depth"] = [
-        {"kind": kind, **{f"fifth {i + 1}": float(np.asarray(found["passkey", kind])[
-            fifth == i].mean()) for i in range(5) if (fifth == i).any()}} for kind in kinds]
-    return metrics | reached(metrics["answers"])
+    if "passkey" in args.tasks:
+        fifth = np.minimum(5 * np.asarray(depths["passkey"]), 4).astype(int)
+        metrics["passkey_by_depth"] = [
+            {"kind": kind, **{f"fifth {i + 1}": float(np.asarray(found["passkey", kind])[
+                fifth == i].mean()) for i in range(5) if (fifth == i).any()}} for kind in kinds]
+    return metrics
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -318,7 +320,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         metrics |= accuracies(args, kept)
     if args.only != "answers":
         metrics |= likelihoods(args, kept)
-    return metrics
+    if args.other:
+        metrics = beside_earlier(json.loads(args.other.read_text()), metrics)
+    return metrics | reached(metrics.get("answers", ()))
+
+
+def beside_earlier(earlier: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    """What was not measured now, from an earlier result; `earlier` says what, and of which commit,
+    where that result was itself put together, too."""
+    of = lambda row: f"{row['task']} {row['kind']}"
+    new = metrics.get("answers", [])
+    old = [row for row in earlier["metrics"].get("answers", ()) if of(row) not in map(of, new)]
+    taken = [name for name in earlier["metrics"] if name not in metrics and name != "earlier"]
+    found = {name: earlier["metrics"][name] for name in taken} | metrics
+    order = [*LOOKUPS, *TASKS]
+    return found | {
+        "answers": sorted([*new, *old], key=lambda row: order.index(row["task"])),
+        "earlier": [*earlier["metrics"].get("earlier", ()), {
+            "commit": earlier["commit"], "command": earlier["command"],
+            "answers": [of(row) for row in old], "metrics": taken}]}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -330,6 +350,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         f"{method}{bits}" for bits in (2, 4) for method in METHODS if method != "policy"])
     parser.add_argument("--batches", type=int, default=16, help=f"of {BATCH} problems a task")
     parser.add_argument("--only", choices=["likelihood", "answers"], help="one half")
+    parser.add_argument("--tasks", nargs="+", default=[*LOOKUPS, *TASKS],
+                        choices=[*LOOKUPS, *TASKS], help="of the answers")
+    parser.add_argument("--other", type=Path, help="an earlier result, for what is not asked now")
     parser.add_argument("--parts", default="kv_quality.parts.json")
 
 

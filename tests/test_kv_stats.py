@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from experiments.kv_quality import beside_earlier
 from experiments.kv_stats import best_share, capacity, drop, mcnemar, reached, whole_memory
 
 
@@ -69,3 +70,18 @@ def test_memory_in_the_paper_s_setting():
     row = {"rows": 64, "bf16_bytes": 3 * 2**30, "2-bit_bytes": 2**30, "ratio": 3.0}
     assert whole_memory({"paper_setting": [row]})[2:] == [["64", "3.0 GiB", "1.0 GiB", "3.00"]]
     assert whole_memory({})[2:] == []
+
+
+def test_what_is_not_measured_now_is_an_earlier_result_s_and_says_so():
+    row = lambda task, kind, points: {"task": task, "kind": kind, "points": points}
+    earlier = {"commit": "abc", "command": "python x.py", "metrics": {
+        "best_share": 0.5, "rows": [1],
+        "answers": [row("lookup", "kivi2", 1.0), row("recall", "kivi2", 2.0)]}}
+    found = beside_earlier(earlier, {"answers": [row("lookup", "kivi2", 3.0)], "rows": [2]})
+    assert found["answers"] == [row("lookup", "kivi2", 3.0), row("recall", "kivi2", 2.0)]
+    assert (found["rows"], found["best_share"]) == ([2], 0.5)
+    assert found["earlier"] == [{"commit": "abc", "command": "python x.py",
+                                 "answers": ["recall kivi2"], "metrics": ["best_share"]}]
+    again = beside_earlier({"commit": "def", "command": "y", "metrics": found}, {"rows": [3]})
+    assert again["rows"] == [3] and len(again["answers"]) == 2
+    assert [one["commit"] for one in again["earlier"]] == ["abc", "def"]
