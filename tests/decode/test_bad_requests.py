@@ -78,7 +78,7 @@ def test_stream_refuses_a_chunk(bundle, chunk):
 
 @pytest.mark.parametrize("texts, arguments, error, words", [
     ("a", {}, ShapeError, ["text 0 has 1 token", "at least 2"]),
-    ([], {}, ShapeError, ["got no prompts"]),
+    ([], {}, ShapeError, ["got no texts"]),
     (["ab", ""], {}, ShapeError, ["1 is empty"]),
     ([[1, 999]], {}, TokenizerError, ["999", "0 to 257"]),
     *[("ab", {"window": bad}, ConfigError, ["window is", "from 2 to 128"])
