@@ -56,8 +56,11 @@ def test_a_process_reward_has_room_for_the_steps_of_the_run(tiny, monkeypatch):
     lm = jaxlm.LM(tiny.lm.config, labels=2, per_token=True)
     judge = tiny.replace(lm=lm, params=lm.init(jax.random.key(0)))
     assert open_reward("a-judge", tiny, lambda name: judge, steps=99).steps == 99
-    monkeypatch.setattr(solve, "load", lambda name: judge)
-    assert solve.reward_of("a-judge", tiny, "math", "last", 98).steps == 98
+    read: list[dict] = []
+    monkeypatch.setattr(solve, "load", lambda name, **as_is: read.append(as_is) or judge)
+    as_is = {"check_tokenizer": False}
+    assert solve.reward_of("a-judge", tiny, "math", "last", 98, as_is).steps == 98
+    assert read == [as_is]  # and is read as the model is
 
 
 @pytest.mark.parametrize("name, error, words", [
