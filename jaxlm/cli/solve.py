@@ -75,6 +75,8 @@ def run(
     jobs = jobs_of(method, particles, prm)
     check_counts(limit=limit, batch=batch, rows=rows, max_steps=max_steps, memory_mb=memory_mb,
                  max_new_tokens=max_new_tokens, step_tokens=step_tokens)
+    whole("--seed", seed, -2**63, 2**63 - 1)
+    whole("--data-seed", data_seed, 0)
     reading_as = dict[str, Any](ignore_fields=ignore_fields, check_tokenizer=check_tokenizer)
     bundle = open_model(model, device, dtype, **reading_as)
     found = open_data(data, bundle.tokenizer, task, limit, data_seed)

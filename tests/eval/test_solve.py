@@ -331,6 +331,13 @@ def test_a_bound_of_nothing_is_refused_before_a_model_is_read(tmp_path, faked, c
         assert told.startswith(f"jaxlm: {name} is {number}; expected a whole number")
 
 
+@pytest.mark.parametrize("option, number", [
+    ("--seed", str(2**63)), ("--seed", str(-2**63 - 1)), ("--data-seed", "-1")])
+def test_a_seed_that_none_can_be_made_of_is_refused(tmp_path, faked, capsys, option, number):
+    told = command(tmp_path, capsys, option, number, "--model", "absent")
+    assert told.startswith(f"jaxlm: {option} is {number}; expected a whole number")
+
+
 def test_steps_and_stops_are_as_asked_and_part_of_what_a_file_was_made_with(
         tmp_path, faked, capsys):
     default = command(tmp_path, capsys, "--limit", "1")[0]["steps"]
