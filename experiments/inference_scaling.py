@@ -18,10 +18,12 @@ checker, all else to 64, what steers by wrong verdicts to 32. Bands are 95 % of 
 times that another method needs to be right as often, with such a band; no ratio is above the
 other's largest budget over the filter's, and `at_least` says so.
 With --larger FOLDER, a larger sibling (`make_models.py`): `budget_to_match_larger`, the answers a
-problem with which each method is right as often as the sibling is greedily, and by one sample.
+problem with which each method is right as often as the sibling is greedily, and by one sample; with
+--earlier FILE too, a result without it gets this row, and nothing else is measured again.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,7 +63,6 @@ REWARDED = tuple(name for name in SELECTIONS
                  if name not in ("self-consistency", "perplexity-consistency", "rpc"))
 NOISES = (0.1, 0.3)
 NOISY = ("particle-filter", "beam", "dvts")  # by rewards that err, beside the selections
-KEPT = 50_000  # characters of which problems were right, in all; beyond, they are left out
 
 
 def problems_of(args: argparse.Namespace) -> list[Problem]:
@@ -155,6 +156,8 @@ def rewards_of(args: argparse.Namespace, bundle: jaxlm.Bundle) -> tuple[dict[str
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every cell that the settings ask for; each is kept as it is done."""
     plan(args)
+    if args.earlier:
+        return beside_larger(args)
     problems, bundle = problems_of(args), jaxlm.load(args.model, dtype=jnp.float32)
     rewards, left_out = rewards_of(args, bundle)
     settings = {name: str(getattr(args, name)) for name in
@@ -260,8 +263,8 @@ def searches(reward: str, args: argparse.Namespace) -> tuple[str, ...]:
 
 def table(cells: dict[str, dict[str, list]], count: int, args: argparse.Namespace
           ) -> dict[str, Any]:
-    """Accuracy with its band, tokens, which problems were right, where that is short, and the
-    ratios of budgets."""
+    """Accuracy with its band, tokens, with how many seeds each problem was right (a digit each;
+    of up to nine seeds), and the ratios of budgets."""
     rng = np.random.default_rng(args.seed)
     again = rng.integers(0, count, (2000, count))  # the same problems for every cell
     accuracy: dict[str, dict[str, Any]] = {}
@@ -269,17 +272,31 @@ def table(cells: dict[str, dict[str, list]], count: int, args: argparse.Namespac
         for budget, seeds in by_budget.items():
             each = np.mean([cell["right"] for cell in seeds], 0)
             low, high = np.quantile(each[again].mean(1), (0.025, 0.975))
-            accuracy.setdefault(line, {})[budget] = {
-                "value": each.mean(), "low": low, "high": high,
-                "tokens": np.mean([cell["tokens"] for cell in seeds]), "seeds": len(seeds),
-                "right": ["".join(str(int(one)) for one in cell["right"]) for cell in seeds]}
-    found = ratios(accuracy, again)
-    if sum(len(text) for by in accuracy.values() for cell in by.values()
-           for text in cell["right"]) > KEPT:
-        for by in accuracy.values():
-            for cell in by.values():
-                del cell["right"]
-    return {"problems": count, "seeds": args.seeds, "accuracy": accuracy, "budget_ratios": found}
+            made = {"value": each.mean(), "low": low, "high": high,
+                    "tokens": np.mean([cell["tokens"] for cell in seeds]), "seeds": len(seeds)}
+            if len(seeds) < 10:
+                times = np.sum([cell["right"] for cell in seeds], 0)
+                made["right"] = "".join(map(str, times))
+            accuracy.setdefault(line, {})[budget] = made
+    return {"problems": count, "seeds": args.seeds, "accuracy": accuracy,
+            "budget_ratios": ratios(accuracy, again)}
+
+
+def beside_larger(args: argparse.Namespace) -> dict[str, Any]:
+    """An earlier result's metrics with the larger sibling's, and nothing else measured."""
+    earlier = json.loads(args.earlier.read_text())
+    metrics, missing = earlier["metrics"], "the larger sibling: no --larger"
+    if not args.larger or metrics["problems"] != args.problems or earlier["smoke"]:
+        raise SystemExit(f"--earlier {args.earlier} has {metrics['problems']} problems"
+                         f"{' of a smoke run' * earlier['smoke']}; expected {args.problems}, "
+                         "and --larger to go with it")
+    parts = _harness.Resumable(args.parts, {"larger": str(args.larger), "problems": args.problems})
+    found = larger(args, parts, problems_of(args), [])
+    return metrics | {
+        "larger": found, "budget_to_match_larger": matching(metrics["accuracy"], found),
+        "left_out": [one for one in metrics["left_out"] if one != missing],
+        "earlier": {name: earlier[name] for name in ("command", "commit", "sources")},
+        "device_s": metrics["device_s"] + found["seconds"]}
 
 
 def matching(accuracy: dict[str, dict[str, Any]], sibling: dict[str, Any]) -> dict[str, Any]:
@@ -316,6 +333,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Models and sizes."""
     parser.add_argument("--model", default="tiny", help="'tiny', a folder or a hub id")
     parser.add_argument("--larger", type=Path, help="a larger sibling's folder (make_models.py)")
+    parser.add_argument("--earlier", type=Path, metavar="FILE",
+                        help="a result to which only the larger sibling is added")
     parser.add_argument("--prm", type=Path, help="folder of a process reward model (train_prm.py)")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=0, help="default 3, with --quick 1")

@@ -1,7 +1,8 @@
 """Budgets that match, for inference_scaling.py, and the tables of docs/search.md.
 
 Only from `accuracy`, method|reward -> budget -> cell, so that a committed result gives them too. A
-cell has `value`, and `right` where it was kept: a text of 0 and 1 a seed, a character a problem.
+cell has `value`, and `right` where it was kept: a digit a problem, with how many of its `seeds` it
+was answered right.
 """
 
 from typing import Any
@@ -76,10 +77,10 @@ def ratio(
 def each(cell: dict[str, Any]) -> np.ndarray:
     """How often each problem was right, over seeds.
 
-    >>> each({"right": ["01", "11"]}).tolist()
+    >>> each({"right": "12", "seeds": 2}).tolist()
     [0.5, 1.0]
     """
-    return np.array([[int(digit) for digit in seed] for seed in cell["right"]]).mean(0)
+    return np.array([int(digit) for digit in cell["right"]]) / cell["seeds"]
 
 
 def accuracy_table(reward: str) -> Any:

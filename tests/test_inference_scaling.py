@@ -1,6 +1,7 @@
 """The table of `experiments/inference_scaling.py`: budgets that match, and errors that are told."""
 
 import argparse
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -76,17 +77,33 @@ def test_a_ratio_s_band_is_of_problems_drawn_anew():
         for budget, seeds in by.items():
             cell = found["accuracy"][line][budget]
             assert scaling_table.each(cell).mean() == pytest.approx(cell["value"])
-            assert [[c == "1" for c in text] for text in cell["right"]] == [
-                one["right"] for one in seeds]
+            assert list(map(int, cell["right"])) == np.sum([one["right"] for one in seeds],
+                                                           0).tolist()
 
 
-def test_which_problems_were_right_is_kept_where_it_is_short(monkeypatch):
-    made = cells(10, {"particle-filter|checker": {"1": 0.3}, "dvts|checker": {"1": 0.5}})
-    args = argparse.Namespace(seed=0, seeds=2)
-    for kept, bound in ((True, 40), (False, 39)):
-        monkeypatch.setattr(scaling, "KEPT", bound)
-        found = scaling.table(made, 10, args)["accuracy"]
-        assert all(("right" in cell) == kept for by in found.values() for cell in by.values())
+@pytest.mark.parametrize(("seeds", "kept"), [(9, True), (10, False)])
+def test_which_problems_were_right_is_kept_where_a_digit_says_it(seeds, kept):
+    made = cells(10, {"particle-filter|checker": {"1": 0.3}, "dvts|checker": {"1": 0.5}}, seeds)
+    found = scaling.table(made, 10, argparse.Namespace(seed=0, seeds=seeds))["accuracy"]
+    assert all(("right" in cell) == kept for by in found.values() for cell in by.values())
+
+
+def test_the_larger_sibling_is_added_to_an_earlier_result(monkeypatch, tmp_path):
+    missing = "the larger sibling: no --larger"
+    metrics = {"problems": 3, "accuracy": ACCURACY, "left_out": [missing, "x"], "device_s": 5.0}
+    earlier = {"command": "c", "commit": "1", "sources": "2", "smoke": False, "metrics": metrics}
+    (tmp_path / "cpu.json").write_text(json.dumps(earlier))
+    args = argparse.Namespace(earlier=tmp_path / "cpu.json", larger=tmp_path, problems=3, seed=0,
+                              parts=tmp_path / "parts.json")
+    sibling = {"greedy": 0.7, "one_sample": 0.55, "seconds": 3.0}
+    monkeypatch.setattr(scaling, "larger", lambda *_: sibling)
+    found = scaling.beside_larger(args)
+    assert found["larger"] == sibling and found["left_out"] == ["x"] and found["device_s"] == 8.0
+    assert found["budget_to_match_larger"] == scaling.matching(ACCURACY, sibling)
+    assert found["accuracy"] == ACCURACY and found["earlier"]["commit"] == "1"
+    args.problems = 4
+    with pytest.raises(SystemExit, match="3 problems; expected 4"):
+        scaling.beside_larger(args)
 
 
 def test_only_budgets_that_cannot_be_shared_are_left_out(monkeypatch):

@@ -73,10 +73,8 @@ def run(
       check_tokenizer: refuse a tokenizer that looks like another model's.
     """
     jobs = jobs_of(method, particles, prm)
-    check_counts(limit=limit, batch=batch, rows=rows, max_steps=max_steps, memory_mb=memory_mb,
-                 max_new_tokens=max_new_tokens, step_tokens=step_tokens)
-    whole("--seed", seed, -2**63, 2**63 - 1)
-    whole("--data-seed", data_seed, 0)
+    check(seed, data_seed, limit=limit, batch=batch, rows=rows, max_steps=max_steps,
+          memory_mb=memory_mb, max_new_tokens=max_new_tokens, step_tokens=step_tokens)
     reading_as = dict[str, Any](ignore_fields=ignore_fields, check_tokenizer=check_tokenizer)
     bundle = open_model(model, device, dtype, **reading_as)
     found = open_data(data, bundle.tokenizer, task, limit, data_seed)
@@ -98,9 +96,12 @@ def run(
     show(solving.records_of(results, found.problems), jobs, out)
 
 
-def check_counts(**given: int | None) -> None:
-    """ConfigError for what is given and no whole number of at least 1."""
-    for name, number in given.items():
+def check(seed: int, data_seed: int, **counts: int | None) -> None:
+    """ConfigError for a seed that none can start from, and for a count that is given and no whole
+    number of at least 1."""
+    whole("--seed", seed, -2**63, 2**63 - 1)
+    whole("--data-seed", data_seed, 0)
+    for name, number in counts.items():
         if number is not None:
             whole(name, number)
 
