@@ -18,8 +18,8 @@ checker, all else to 64, what steers by wrong verdicts to 32. Bands are 95 % of 
 times that another method needs to be right as often, with such a band; no ratio is above the
 other's largest budget over the filter's, and `at_least` says so.
 With --larger FOLDER, a larger sibling (`make_models.py`): `budget_to_match_larger`, the answers a
-problem with which each method is right as often as the sibling is greedily, and by one sample; with
---earlier FILE too, a result without it gets this row, and nothing else is measured again.
+problem with which each method is right as often as the sibling is greedily, and by one sample.
+With --earlier FILE, a result of fewer seeds, only the others are measured, and what it lacks.
 """
 
 import argparse
@@ -156,15 +156,14 @@ def rewards_of(args: argparse.Namespace, bundle: jaxlm.Bundle) -> tuple[dict[str
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every cell that the settings ask for; each is kept as it is done."""
     plan(args)
-    if args.earlier:
-        return beside_larger(args)
+    cells, done, earlier = gone_before(args)
+    args.seeds = max(args.seeds, done)
     problems, bundle = problems_of(args), jaxlm.load(args.model, dtype=jnp.float32)
     rewards, left_out = rewards_of(args, bundle)
     settings = {name: str(getattr(args, name)) for name in
                 ("model", "problems", "seed", "smoke")}
     parts = _harness.Resumable(args.parts, settings)
-    cells: dict[str, dict[str, list]] = {}
-    for seed in range(args.seed, args.seed + args.seeds):
+    for seed in range(args.seed + done, args.seed + args.seeds):
         for names in together(rewards):
             judges = {name: rewards[name] for name in names}
             first = request_of(bundle, rewards[names[0]])
@@ -174,9 +173,30 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     metrics = table(cells, len(problems), args)
     metrics["larger"] = larger(args, parts, problems, left_out)
     metrics["budget_to_match_larger"] = matching(metrics["accuracy"], metrics["larger"])
-    metrics |= {"left_out": left_out, "quick": bool(args.quick), "device_s": sum(
-        part["seconds"] for part in parts.parts.values())}
-    return metrics
+    spent = sum(part["seconds"] for part in parts.parts.values())
+    return metrics | {"left_out": left_out, "quick": bool(args.quick), "device_s": spent, **earlier}
+
+
+def gone_before(args: argparse.Namespace) -> tuple[dict[str, dict[str, list]], int, dict[str, Any]]:
+    """Of --earlier: its cells, as `table` takes them, how many seeds they are of, and its origin.
+
+    Raises: SystemExit where it is of other problems, or does not keep which were right.
+    """
+    if not args.earlier:
+        return {}, 0, {}
+    earlier = json.loads(args.earlier.read_text())
+    metrics = earlier["metrics"]
+    flat = [cell for by in metrics["accuracy"].values() for cell in by.values()]
+    same = {"seed": args.seed, "problems": args.problems, "smoke": args.smoke}
+    had = {"seed": earlier["seed"], "problems": metrics["problems"], "smoke": earlier["smoke"]}
+    if had != same or not all(isinstance(cell.get("right"), str) for cell in flat):
+        raise SystemExit(f"--earlier {args.earlier} is of {had}; expected one of {same} whose "
+                         "cells have `right`, a digit a problem: measure without --earlier")
+    cells = {line: {budget: [{"right": [int(digit) for digit in cell["right"]],
+                              "tokens": cell["tokens"], "seeds": cell["seeds"]}]
+                    for budget, cell in by.items()} for line, by in metrics["accuracy"].items()}
+    about = {name: earlier[name] for name in ("command", "commit", "sources")}
+    return cells, metrics["seeds"], {"earlier": about | {"device_s": metrics["device_s"]}}
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -270,33 +290,18 @@ def table(cells: dict[str, dict[str, list]], count: int, args: argparse.Namespac
     accuracy: dict[str, dict[str, Any]] = {}
     for line, by_budget in cells.items():
         for budget, seeds in by_budget.items():
-            each = np.mean([cell["right"] for cell in seeds], 0)
+            of = [cell.get("seeds", 1) for cell in seeds]
+            times = np.sum([cell["right"] for cell in seeds], 0, int)
+            each = times / sum(of)
             low, high = np.quantile(each[again].mean(1), (0.025, 0.975))
-            made = {"value": each.mean(), "low": low, "high": high,
-                    "tokens": np.mean([cell["tokens"] for cell in seeds]), "seeds": len(seeds)}
-            if len(seeds) < 10:
-                times = np.sum([cell["right"] for cell in seeds], 0)
+            tokens = np.average([cell["tokens"] for cell in seeds], weights=of)
+            made = {"value": each.mean(), "low": low, "high": high, "tokens": tokens,
+                    "seeds": sum(of)}
+            if sum(of) < 10:
                 made["right"] = "".join(map(str, times))
             accuracy.setdefault(line, {})[budget] = made
     return {"problems": count, "seeds": args.seeds, "accuracy": accuracy,
             "budget_ratios": ratios(accuracy, again)}
-
-
-def beside_larger(args: argparse.Namespace) -> dict[str, Any]:
-    """An earlier result's metrics with the larger sibling's, and nothing else measured."""
-    earlier = json.loads(args.earlier.read_text())
-    metrics, missing = earlier["metrics"], "the larger sibling: no --larger"
-    if not args.larger or metrics["problems"] != args.problems or earlier["smoke"]:
-        raise SystemExit(f"--earlier {args.earlier} has {metrics['problems']} problems"
-                         f"{' of a smoke run' * earlier['smoke']}; expected {args.problems}, "
-                         "and --larger to go with it")
-    parts = _harness.Resumable(args.parts, {"larger": str(args.larger), "problems": args.problems})
-    found = larger(args, parts, problems_of(args), [])
-    return metrics | {
-        "larger": found, "budget_to_match_larger": matching(metrics["accuracy"], found),
-        "left_out": [one for one in metrics["left_out"] if one != missing],
-        "earlier": {name: earlier[name] for name in ("command", "commit", "sources")},
-        "device_s": metrics["device_s"] + found["seconds"]}
 
 
 def matching(accuracy: dict[str, dict[str, Any]], sibling: dict[str, Any]) -> dict[str, Any]:
@@ -334,7 +339,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="'tiny', a folder or a hub id")
     parser.add_argument("--larger", type=Path, help="a larger sibling's folder (make_models.py)")
     parser.add_argument("--earlier", type=Path, metavar="FILE",
-                        help="a result to which only the larger sibling is added")
+                        help="a result of fewer seeds, which are not measured again")
     parser.add_argument("--prm", type=Path, help="folder of a process reward model (train_prm.py)")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=0, help="default 3, with --quick 1")

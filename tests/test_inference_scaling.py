@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxlm
+from experiments import _harness, scaling_table
 from experiments import inference_scaling as scaling
-from experiments import scaling_table
 from jaxlm.core.errors import ConfigError
 from jaxlm.eval.arithmetic_reward import arithmetic_reward
 from jaxlm.search.methods import as_rollouts, draw
@@ -88,22 +88,28 @@ def test_which_problems_were_right_is_kept_where_a_digit_says_it(seeds, kept):
     assert all(("right" in cell) == kept for by in found.values() for cell in by.values())
 
 
-def test_the_larger_sibling_is_added_to_an_earlier_result(monkeypatch, tmp_path):
-    missing = "the larger sibling: no --larger"
-    metrics = {"problems": 3, "accuracy": ACCURACY, "left_out": [missing, "x"], "device_s": 5.0}
-    earlier = {"command": "c", "commit": "1", "sources": "2", "smoke": False, "metrics": metrics}
-    (tmp_path / "cpu.json").write_text(json.dumps(earlier))
-    args = argparse.Namespace(earlier=tmp_path / "cpu.json", larger=tmp_path, problems=3, seed=0,
-                              parts=tmp_path / "parts.json")
-    sibling = {"greedy": 0.7, "one_sample": 0.55, "seconds": 3.0}
-    monkeypatch.setattr(scaling, "larger", lambda *_: sibling)
-    found = scaling.beside_larger(args)
-    assert found["larger"] == sibling and found["left_out"] == ["x"] and found["device_s"] == 8.0
-    assert found["budget_to_match_larger"] == scaling.matching(ACCURACY, sibling)
-    assert found["accuracy"] == ACCURACY and found["earlier"]["commit"] == "1"
-    args.problems = 4
-    with pytest.raises(SystemExit, match="3 problems; expected 4"):
-        scaling.beside_larger(args)
+def test_an_earlier_result_s_seeds_count_as_if_measured_again(tmp_path):
+    """One seed, then two more: the table of three at once."""
+    made = cells(50, {"particle-filter|checker": {"1": 0.3, "4": 0.6},
+                      "dvts|checker": {"1": 0.5, "4": 0.5}}, 3)
+    args = argparse.Namespace(seed=0, seeds=3, problems=50, smoke=False, earlier=None)
+    assert scaling.gone_before(args) == ({}, 0, {})
+    first = scaling.table({line: {budget: seeds[:1] for budget, seeds in by.items()}
+                           for line, by in made.items()}, 50, argparse.Namespace(seed=0, seeds=1))
+    args.earlier = tmp_path / "cpu.json"
+    written = {"command": "c", "commit": "1", "sources": "2", "smoke": False, "seed": 0,
+               "metrics": first | {"device_s": 5.0}}
+    args.earlier.write_text(json.dumps(_harness.plain(written)))
+    found, done, about = scaling.gone_before(args)
+    assert done == 1 and about["earlier"] == {"command": "c", "commit": "1", "sources": "2",
+                                              "device_s": 5.0}
+    for line, by in made.items():
+        for budget, seeds in by.items():
+            found[line][budget] += seeds[1:]
+    assert scaling.table(found, 50, args) == scaling.table(made, 50, args)
+    args.problems = 60
+    with pytest.raises(SystemExit, match="'problems': 50.*expected one of.*60"):
+        scaling.gone_before(args)
 
 
 def test_only_budgets_that_cannot_be_shared_are_left_out(monkeypatch):
