@@ -85,9 +85,14 @@ def by_width(some: list[Rollout]) -> dict[int, list[int]]:
     """Indices of the rollouts that are padded to each width."""
     found: dict[int, list[int]] = {width: [] for width in WIDTHS}
     for i, rollout in enumerate(some):
-        size = 1 + len(rollout.prompt) + len(rollout.answer)
-        found[next(width for width in WIDTHS if size <= width)].append(i)
+        found[width_of(rollout)].append(i)
     return found
+
+
+def width_of(rollout: Rollout) -> int:
+    """The first of WIDTHS that holds a rollout and its first token."""
+    size = 1 + len(rollout.prompt) + len(rollout.answer)
+    return next(width for width in WIDTHS if size <= width)
 
 
 def in_order(some: list[Rollout], rows: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:

@@ -1,27 +1,25 @@
-"""Trains a small process reward model for the bundled model, on slips made on purpose.
+"""Trains a small process reward model for the bundled model, on its own labelled rollouts.
 
 Command: python experiments/train_prm.py --out experiments/results/train_prm/cpu.json
 Hardware: 2 CPU cores, 4 GB.
-Minutes: 6; a stopped run goes on where it was.
-Expected: not good enough to search by: the best of 16 by its score is right less often than one
-  sample (see docs/rewards.md).
+Minutes: MM; a stopped run goes on where it was.
+Expected: EE
 
-Right worked solutions cost nothing to write, nor do wrong ones: `prm_slips` makes slips of every
-size, and the exact checker labels each line. The first layers of the bundled model learn from them
-to check a line, with a token-classification head. While half of all lines are wrong they also learn
-by how much a result is off: a right result is then told from one that is off by ten after one
-off by a hundred, and not in one leap. In the last fifth at most one line of a problem is wrong, as
-in the model's own answers. Those are drawn for the test side alone. The reward model is written as
-a Hugging Face folder that jaxlm.load, jaxlm.rewards.process_reward and transformers read.
-
-Labelled rollouts of the bundled model were tried first, for 150 of 252 steps, and replaced:
-the best of 16 was right less often than one sample, as it is with slips. Not settled: whether they
-would do better, trained to their end.
+The bundled model answers problems of the train side, and the exact checker labels each line. Two
+new layers over the frozen model, with a token-classification head, learn the labels, of every
+rollout once: trained on the same 4,096 five times over, they know those by heart. A wrong line is
+most often one with a token that the model held unlikely itself; but whether the token that came was
+the one expected is a product over two positions, which one label a line teaches slowly. So every
+token of an answer has a target of its own: the lowest log-probability that the frozen model gave to
+a token of the line so far, read from the same hidden state by weights that are thrown away at the
+end. The reward model is written as a Hugging Face folder that jaxlm.load,
+jaxlm.rewards.process_reward and transformers read.
 """
 
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,10 +35,10 @@ from tqdm import tqdm
 
 import jaxlm
 from experiments import _harness
-from experiments.prm_data import Rollout, in_order, rollouts
-from experiments.prm_slips import slips_batch
+from experiments.prm_data import Rollout, by_width, in_order, rollouts, rows_of, width_of
 from experiments.tiny_data import Mix
-from experiments.tiny_training import Recipe, optimiser, short_run
+from experiments.tiny_tokenizer import encode
+from experiments.tiny_training import Recipe, init, optimiser, short_run
 from jaxlm.core.tree import Params
 from jaxlm.eval.arithmetic_reward import problem_of
 from jaxlm.eval.skills import any_of, clustered, final_answer, majority, share
@@ -48,48 +46,72 @@ from jaxlm.hf.bundle import Bundle
 from jaxlm.models.lm import LM
 from jaxlm.train.step import Objective, init_state, train_step
 
-ROWS, WIDTH = 16, 128  # of a training batch
-JUDGED = 32  # rollouts scored together
+ROWS = 32  # rollouts of a training batch, and scored together
+LEAST = -6.0  # a token less likely than e^LEAST counts as of e^LEAST
+SAMPLES = 4  # answers to each problem of the train side
+NEWLINE = encode("\n")[0]
 
 
-def objective_of(lm: LM) -> Objective:
-    """Cross-entropy of the labels, and the squared error of a line's gap read by `params["gap"]`.
-
-    Both are means over the labelled newlines.
-    """
+def objective_of(bundle: Bundle, lm: LM) -> Objective:
+    """Cross-entropy of the labels, a mean over the labelled newlines, and the Huber loss of
+    `lowest` as read by `params["doubt"]`, a mean over the answers' tokens."""
+    base = bundle.params
 
     def objective(params, batch, key):
-        final_BTD = lm.apply(params, batch["tokens"], logits_at=None).final
-        seen_BT = batch["labels"] >= 0
-        mean = lambda x_BT: jnp.sum(x_BT * seen_BT) / jnp.maximum(seen_BT.sum(), 1)
+        tokens_BT, labels_BT = batch["tokens"], batch["labels"]
+        final_BTD = lm.apply(base | params, tokens_BT, logits_at=None).final
         loss = mean(optax.softmax_cross_entropy_with_integer_labels(
-            lm.head(params, final_BTD), jnp.maximum(batch["labels"], 0)))
-        gap = mean((final_BTD @ params["gap"] - batch["gaps"]) ** 2)
-        return loss + gap, {"loss": loss, "gap": gap}
+            lm.head(params, final_BTD), jnp.maximum(labels_BT, 0)), labels_BT >= 0)
+        lowest_BT, answer_BT = lowest(bundle, tokens_BT)
+        read_BT = final_BTD @ params["doubt"]["w"] + params["doubt"]["b"]
+        doubt = mean(optax.huber_loss(read_BT, lowest_BT), answer_BT)
+        return loss + doubt, {"loss": loss, "doubt": doubt}
 
     return objective
 
 
-def start(bundle: Bundle, layers: int) -> tuple[LM, Params]:
-    """The bundle's first layers under two labels and a reading of the gap, both zero."""
-    lm = LM(replace(bundle.lm.config, num_layers=layers), labels=2, per_token=True)
-    shapes = lm.shapes()
-    params = {name: bundle.params[name] if name in bundle.params else
-              jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-              for name, tree in shapes.items()}
-    return lm, jax.tree.map(jnp.copy, params | {"gap": jnp.zeros(lm.config.dim)})
+def lowest(bundle: Bundle, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The lowest log-probability of a token in its line so far, at least LEAST, and which tokens
+    are of an answer: behind the first newline, and no padding."""
+    ahead_BT = jnp.roll(tokens_BT, -1, 1)
+    logp_BT = jnp.roll(bundle.lm.logprobs(bundle.params, tokens_BT, ahead_BT), 1, 1)
+    ends_BT = tokens_BT == NEWLINE
+    line_BT = jnp.cumsum(ends_BT, 1) - ends_BT
+    so_far_BTT = jnp.tril(line_BT[:, :, None] == line_BT[:, None])
+    lowest_BT = jnp.min(jnp.where(so_far_BTT, logp_BT[:, None], 0.0), -1)
+    return jnp.maximum(lowest_BT, LEAST), (line_BT > 0) & (tokens_BT > 0)
+
+
+def mean(x_BT: jax.Array, where_BT: jax.Array) -> jax.Array:
+    """The mean where it is asked for; 0 where it is asked for nowhere."""
+    return jnp.sum(x_BT * where_BT) / jnp.maximum(jnp.sum(where_BT), 1)
+
+
+def start(bundle: Bundle, layers: int, key: jax.Array) -> tuple[LM, Params]:
+    """The bundle with `layers` more, and what of it learns: those, which add nothing yet, the last
+    norm, two labels, and the reading of the doubt, all of them zero."""
+    c = bundle.lm.config
+    lm = LM(replace(c, num_layers=c.num_layers + layers), labels=2, per_token=True)
+    fresh = init(lm, key)
+    new = {name: tree for name, tree in fresh.items()
+           if name.startswith("layers_") and name not in bundle.params}
+    norm = jax.tree.map(jnp.copy, bundle.params["final_norm"])
+    doubt = {"w": jnp.zeros(c.dim), "b": jnp.zeros(())}
+    score = jax.tree.map(jnp.zeros_like, fresh["score"])
+    return lm, new | {"final_norm": norm, "score": score, "doubt": doubt}
 
 
 def fit(
-    lm: LM, params: Params, steps: int, rate: float, work: Path, seed: int, save_every: int = 50,
+    bundle: Bundle, lm: LM, params: Params, some: list[Rollout], steps: int, rate: float,
+    work: Path, seed: int, save_every: int = 50,
 ) -> tuple[Params, dict[str, list[float]]]:
     """Muon under a rate that falls at the end; goes on from the last checkpoint in `work`.
 
     Returns: parameters, and the means of both losses over up to twenty equal parts of the run.
     """
-    recipe = Recipe(lambda step: Mix((ROWS, WIDTH)), short_run(steps), lr=rate, seed=seed)
-    optimizer, names = optimiser(recipe), ("loss", "gap")
-    step = jax.jit(partial(train_step, objective_of(lm), optimizer), donate_argnums=0)
+    recipe = Recipe(lambda step: Mix((ROWS, 1)), short_run(steps), lr=rate, seed=seed)
+    optimizer, names = optimiser(recipe), ("loss", "doubt")
+    step = jax.jit(partial(train_step, objective_of(bundle, lm), optimizer), donate_argnums=0)
     state, losses = init_state(params, optimizer), np.zeros((steps, 2), np.float32)
     with ocp.CheckpointManager(
         work.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
@@ -99,9 +121,7 @@ def fit(
             kept = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(kept))
             state, losses = kept["state"], np.array(kept["losses"])
         for number in (bar := tqdm(range(int(state.step), steps), desc="training")):
-            dense = number < steps * 4 // 5
-            rows = slips_batch(np.random.default_rng([seed, number]), ROWS, WIDTH, dense)
-            state, metrics = step(state, rows, None)
+            state, metrics = step(state, batch_of(some, number, seed), None)
             losses[number] = [float(metrics[name]) for name in names]
             bar.set_postfix(loss=losses[max(number - 19, 0): number + 1].mean(0).round(3))
             if (number + 1) % save_every == 0 or number + 1 == steps:
@@ -113,15 +133,37 @@ def fit(
                           for i, name in enumerate(names)}
 
 
+def batch_of(some: list[Rollout], number: int, seed: int) -> dict[str, np.ndarray]:
+    """A batch of a step: all rollouts in turn, by width, in another order each time round."""
+    at, round_, drawn = number, 0, []
+    while True:
+        rng = np.random.default_rng([seed, round_])
+        drawn = [indices[first: first + ROWS]
+                 for indices in (rng.permutation(i) for i in by_width(some).values())
+                 for first in range(0, len(indices), ROWS)]
+        if at < len(drawn):
+            chosen = drawn[rng.permutation(len(drawn))[at]]
+            return rows_of([some[i] for i in chosen], width_of(some[chosen[0]]), ROWS)
+        at, round_ = at - len(drawn), round_ + 1
+
+
 def step_scores(lm: LM, params: Params, some: list[Rollout]) -> list[np.ndarray]:
     """The probability of label 1 at every labelled newline of every rollout."""
-    @jax.jit
-    def probability(tokens_BT):
-        return jax.nn.softmax(lm.classify(params, tokens_BT))[..., 1]
+    return at_newlines(some, lambda tokens_BT: jax.nn.softmax(
+        lm.classify(params, tokens_BT))[..., 1])
 
-    found: list[np.ndarray] = [np.zeros(0)] * len(some)
-    for indices, batch in in_order(some, JUDGED):
-        scores_BT = np.asarray(probability(batch["tokens"]))
+
+def doubts(bundle: Bundle, some: list[Rollout]) -> list[np.ndarray]:
+    """The lowest probability of a token of each line under the bundle: what there is to know
+    without learning anything."""
+    return at_newlines(some, lambda tokens_BT: jnp.exp(lowest(bundle, tokens_BT)[0]))
+
+
+def at_newlines(some: list[Rollout], score: Callable[[jax.Array], jax.Array]) -> list[np.ndarray]:
+    """What a function of tokens says at every labelled newline of every rollout."""
+    score, found = jax.jit(score), [np.zeros(0)] * len(some)
+    for indices, batch in in_order(some, ROWS):
+        scores_BT = np.asarray(score(batch["tokens"]))
         for row, i in enumerate(indices):
             found[i] = scores_BT[row][batch["labels"][row] >= 0]
     return found
@@ -185,35 +227,42 @@ def chosen(groups: list[list[Rollout]], scores: list[np.ndarray], count: int) ->
 
 
 def write(bundle: Bundle, lm: LM, params: Params, folder: Path) -> None:
-    """The reward model as a folder, without its reading of the gap."""
+    """The reward model as a folder, without its reading of the doubt."""
     extra = bundle.extra | {"id2label": {"0": "wrong", "1": "right"},
                             "label2id": {"wrong": 0, "right": 1}}
-    params = {name: tree for name, tree in params.items() if name != "gap"}
-    jaxlm.save(bundle.replace(lm=lm, params=params, extra=extra), folder, overwrite=True)
+    whole = {name: (bundle.params | params)[name] for name in lm.shapes()}
+    jaxlm.save(bundle.replace(lm=lm, params=whole, extra=extra), folder, overwrite=True)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, write the folder, draw rollouts of the test side, judge them."""
+    """Draw rollouts, train on them, write the folder, judge the rollouts of the test side."""
     if args.smoke:
-        args.steps, args.layers, args.test, args.work = 4, 2, 4, Path(tempfile.mkdtemp())
+        args.steps, args.test, args.work = 2, 4, Path(tempfile.mkdtemp())
         args.folder = args.work / "prm"
     bundle = jaxlm.load("tiny", dtype=jnp.float32)
-    lm, params = start(bundle, args.layers)
-    args.work.mkdir(parents=True, exist_ok=True)
-    name = f"slips-{args.layers}-{args.steps}-{args.rate}-{args.seed}"
-    params, losses = fit(lm, params, args.steps, args.rate, args.work / name, args.seed)
-    write(bundle, lm, params, args.folder)
     keep = _harness.Resumable(args.work / "answers.json", {"model": "tiny", "seed": args.seed})
-    metrics: dict[str, Any] = {"steps": args.steps, "layers": args.layers, "losses": losses}
+    draw = partial(rollouts, bundle, seed=args.seed, keep=keep)
+    groups = draw("hard", "train", problems=args.steps * ROWS // SAMPLES, samples=SAMPLES)
+    some = [rollout for group in groups for rollout in group]
+    lm, params = start(bundle, args.layers, jax.random.key(args.seed))
+    name = f"rollouts-{args.layers}-{args.steps}-{args.rate}-{args.seed}"
+    params, losses = fit(bundle, lm, params, some, args.steps, args.rate, args.work / name,
+                         args.seed)
+    write(bundle, lm, params, args.folder)
+    metrics: dict[str, Any] = {"steps": args.steps, "layers": args.layers, "losses": losses,
+                               "rollouts": len(some)}
     for level, problems, samples in (("hard", args.test, 16), ("medium", args.test // 2, 4)):
-        groups = rollouts(bundle, level, "test", problems, samples, args.seed, keep)
+        groups = draw(level, "test", problems=problems, samples=samples)
         flat = [r for group in groups for r in group]
-        scores = step_scores(lm, params, flat)
-        metrics[level] = judged(flat, scores) | {"problems": problems, "samples": samples}
+        found = {"prm": step_scores(lm, bundle.params | params, flat),
+                 "doubt": doubts(bundle, flat)}
+        metrics[level] = {"problems": problems, "samples": samples}
         counts = [count for count in (2, 4, 8, 16) if count <= samples]
-        metrics[level] |= {f"of{count}": chosen(groups, scores, count) for count in counts}
+        for by, scores in found.items():
+            metrics[level][by] = judged(flat, scores) | {
+                f"of{count}": chosen(groups, scores, count) for count in counts}
         print(level, metrics[level], flush=True)
-    of16 = metrics["hard"]["of16"]
+    of16 = metrics["hard"]["prm"]["of16"]
     metrics["best_of_16_gain"] = of16["best_prod"]["value"] - of16["one"]["value"]
     return metrics
 
@@ -228,9 +277,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=default_home() / "prm",
                         help="folder to write the reward model to")
     parser.add_argument("--work", type=Path, default=default_home() / "train_prm",
-                        help="folder of checkpoints and of the test side's answers")
-    parser.add_argument("--steps", type=int, default=440)
-    parser.add_argument("--layers", type=int, default=4, help="how many of the bundled model's")
+                        help="folder of checkpoints and of the answers")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--layers", type=int, default=2, help="new ones, over the bundled model's")
     parser.add_argument("--rate", type=float, default=0.01, help="peak learning rate of Muon")
     parser.add_argument("--test", type=int, default=64, help="hard problems of the test side")
 
