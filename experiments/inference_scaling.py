@@ -19,7 +19,8 @@ times that another method needs to be right as often, with such a band; no ratio
 other's largest budget over the filter's, and `at_least` says so.
 With --larger FOLDER, a larger sibling (`make_models.py`): `budget_to_match_larger`, the answers a
 problem with which each method is right as often as the sibling is greedily, and by one sample.
-With --earlier FILE, a result of fewer seeds, only the others are measured, and what it lacks.
+With --earlier FILE, an earlier result, only the cells that it lacks are measured, of other methods,
+budgets or seeds; --most N leaves searches beyond N answers to such a later run.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import numpy as np
 
 import jaxlm
 from experiments import _harness
-from experiments.scaling_table import ratios, reach
+from experiments.scaling_table import packed, ratios, reach, unpacked
 from jaxlm.core.errors import ConfigError
 from jaxlm.eval.arithmetic_reward import arithmetic_reward
 from jaxlm.eval.solve import key_for
@@ -61,6 +62,7 @@ SELECTIONS: dict[str, Callable] = {
 }
 REWARDED = tuple(name for name in SELECTIONS
                  if name not in ("self-consistency", "perplexity-consistency", "rpc"))
+Cells = dict[str, dict[str, dict[str, Any]]]  # method|reward -> budget -> seed -> right, tokens
 NOISES = (0.1, 0.3)
 NOISY = ("particle-filter", "beam", "dvts")  # by rewards that err, beside the selections
 
@@ -139,7 +141,7 @@ def scored(judge: HostReward, problem: Problem, drawn: Rollouts) -> Rollouts:
 def rewards_of(args: argparse.Namespace, bundle: jaxlm.Bundle) -> tuple[dict[str, Any], list[str]]:
     """The rewards by name, and what had to be left out."""
     found: dict[str, Any] = {"checker": arithmetic_reward()}
-    left_out = []
+    left_out, args.judge = [], ""
     if args.prm:
         judge = jaxlm.load(str(args.prm), dtype=jnp.float32)
         args.judge = weights_hash(judge.params)
@@ -156,14 +158,13 @@ def rewards_of(args: argparse.Namespace, bundle: jaxlm.Bundle) -> tuple[dict[str
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Every cell that the settings ask for; each is kept as it is done."""
     plan(args)
-    cells, done, earlier = gone_before(args)
-    args.seeds = max(args.seeds, done)
     problems, bundle = problems_of(args), jaxlm.load(args.model, dtype=jnp.float32)
     rewards, left_out = rewards_of(args, bundle)
+    cells, earlier = gone_before(args)
     settings = {name: str(getattr(args, name)) for name in
                 ("model", "problems", "seed", "smoke")}
     parts = _harness.Resumable(args.parts, settings)
-    for seed in range(args.seed + done, args.seed + args.seeds):
+    for seed in range(args.seed, args.seed + args.seeds):
         for names in together(rewards):
             judges = {name: rewards[name] for name in names}
             first = request_of(bundle, rewards[names[0]])
@@ -174,29 +175,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     metrics["larger"] = larger(args, parts, problems, left_out)
     metrics["budget_to_match_larger"] = matching(metrics["accuracy"], metrics["larger"])
     spent = sum(part["seconds"] for part in parts.parts.values())
-    return metrics | {"left_out": left_out, "quick": bool(args.quick), "device_s": spent, **earlier}
+    return metrics | {"judge": args.judge, "left_out": left_out, "quick": bool(args.quick),
+                      "device_s": spent, **earlier}
 
 
-def gone_before(args: argparse.Namespace) -> tuple[dict[str, dict[str, list]], int, dict[str, Any]]:
-    """Of --earlier: its cells, as `table` takes them, how many seeds they are of, and its origin.
+def gone_before(args: argparse.Namespace) -> tuple[Cells, dict[str, Any]]:
+    """The cells of --earlier, and its origin.
 
-    Raises: SystemExit where it is of other problems, or does not keep which were right.
+    Raises: SystemExit where it is of other problems or of another learned reward.
     """
     if not args.earlier:
-        return {}, 0, {}
+        return {}, {}
     earlier = json.loads(args.earlier.read_text())
     metrics = earlier["metrics"]
-    flat = [cell for by in metrics["accuracy"].values() for cell in by.values()]
-    same = {"seed": args.seed, "problems": args.problems, "smoke": args.smoke}
-    had = {"seed": earlier["seed"], "problems": metrics["problems"], "smoke": earlier["smoke"]}
-    if had != same or not all(isinstance(cell.get("right"), str) for cell in flat):
-        raise SystemExit(f"--earlier {args.earlier} is of {had}; expected one of {same} whose "
-                         "cells have `right`, a digit a problem: measure without --earlier")
-    cells = {line: {budget: [{"right": [int(digit) for digit in cell["right"]],
-                              "tokens": cell["tokens"], "seeds": cell["seeds"]}]
+    same = {"problems": args.problems, "smoke": args.smoke, "judge": args.judge}
+    had = {"problems": metrics["problems"], "smoke": earlier["smoke"],
+           "judge": metrics.get("judge")}
+    if "" in (had["judge"], args.judge):  # without a learned reward, any goes
+        del same["judge"], had["judge"]
+    if had != same:
+        raise SystemExit(f"--earlier {args.earlier} is of {had}; expected {same}: leave it out")
+    cells = {line: {budget: {seed: one | {"right": unpacked(one["right"], args.problems).tolist()}
+                             for seed, one in cell["each"].items()}
                     for budget, cell in by.items()} for line, by in metrics["accuracy"].items()}
     about = {name: earlier[name] for name in ("command", "commit", "sources")}
-    return cells, metrics["seeds"], {"earlier": about | {"device_s": metrics["device_s"]}}
+    return cells, {"earlier": about | {"device_s": metrics["device_s"]}}
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -217,33 +220,39 @@ def together(rewards: dict[str, Any]) -> list[list[str]]:
 
 
 def add_selected(
-    cells: dict[str, dict[str, list]], parts: _harness.Resumable, request: Request,
-    judges: dict[str, Any], problems: list[Problem], seed: int, args: argparse.Namespace,
+    cells: Cells, parts: _harness.Resumable, request: Request, judges: dict[str, Any],
+    problems: list[Problem], seed: int, args: argparse.Namespace,
 ) -> None:
-    """The methods that select, of one seed, into `cells`: method|reward -> budget -> a cell a seed.
-    """
+    """The methods that select, of one seed, into `cells`, unless all of them are there."""
+    wanted = [(f"{name}|{reward}", str(budget)) for reward in judges
+              for name in (SELECTIONS if reward == "checker" else REWARDED)
+              for budget in args.budgets if budget <= longest(name)]
+    if all(str(seed) in cells.get(line, {}).get(budget, {}) for line, budget in wanted):
+        return
     names = ", ".join(known(name, args) for name in judges)
     shared = parts(f"rollouts to {args.budgets}, {names}, seed {seed}", lambda: selected(
         request, judges, args.budgets, problems, seed, args))
     for key, cell in shared["cells"].items():
-        name, reward, budget = key.split("|")
-        cells.setdefault(f"{name}|{reward}", {}).setdefault(budget, []).append(cell)
+        line, _, budget = key.rpartition("|")
+        cells.setdefault(line, {}).setdefault(budget, {})[str(seed)] = cell
 
 
 def add_searched(
-    cells: dict[str, dict[str, list]], parts: _harness.Resumable, request: Request, reward: str,
+    cells: Cells, parts: _harness.Resumable, request: Request, reward: str,
     problems: list[Problem], seed: int, args: argparse.Namespace,
 ) -> None:
-    """The methods that steer, by one reward and of one seed, into `cells`."""
+    """The methods that steer, by one reward and of one seed, into `cells`, where they lack."""
     for name in searches(reward, args):
         for budget in args.budgets:
-            if budget > most(name, reward, args) or not shared_out(name, budget):
+            seeds = cells.setdefault(f"{name}|{reward}", {}).setdefault(str(budget), {})
+            if (budget > most(name, reward, args) or not shared_out(name, budget)
+                    or str(seed) in seeds):
                 continue
             cell = parts(f"{name}, {budget}, {known(reward, args)}, seed {seed}", lambda: searched(
                 request, name, budget, problems, seed, args.rows))  # noqa: B023
             print(f"{name} {budget} {reward} seed {seed}: {np.mean(cell['right']):.3f}, "
                   f"{cell['seconds']:.0f} s", flush=True)
-            cells.setdefault(f"{name}|{reward}", {}).setdefault(str(budget), []).append(cell)
+            seeds[str(seed)] = {part: cell[part] for part in ("right", "tokens")}
 
 
 def known(reward: str, args: argparse.Namespace) -> str:
@@ -258,9 +267,8 @@ def longest(name: str) -> int:
 
 def most(name: str, reward: str, args: argparse.Namespace) -> int:
     """The largest budget that a method which steers is asked for."""
-    if "noise" in reward:
-        return args.most_noisy
-    return longest(name) if reward == "checker" else 64
+    bound = args.most_noisy if "noise" in reward else longest(name) if reward == "checker" else 64
+    return min(bound, args.most or bound)
 
 
 def shared_out(name: str, budget: int) -> bool:
@@ -281,25 +289,23 @@ def searches(reward: str, args: argparse.Namespace) -> tuple[str, ...]:
     return ("particle-filter", "dvts") if args.quick else SEARCHES
 
 
-def table(cells: dict[str, dict[str, list]], count: int, args: argparse.Namespace
-          ) -> dict[str, Any]:
-    """Accuracy with its band, tokens, with how many seeds each problem was right (a digit each;
-    of up to nine seeds), and the ratios of budgets."""
+def table(cells: Cells, count: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy over the seeds that a cell has, with its band, tokens, which problems were right
+    with each seed, and the ratios of budgets."""
     rng = np.random.default_rng(args.seed)
     again = rng.integers(0, count, (2000, count))  # the same problems for every cell
     accuracy: dict[str, dict[str, Any]] = {}
     for line, by_budget in cells.items():
-        for budget, seeds in by_budget.items():
-            of = [cell.get("seeds", 1) for cell in seeds]
-            times = np.sum([cell["right"] for cell in seeds], 0, int)
-            each = times / sum(of)
-            low, high = np.quantile(each[again].mean(1), (0.025, 0.975))
-            tokens = np.average([cell["tokens"] for cell in seeds], weights=of)
-            made = {"value": each.mean(), "low": low, "high": high, "tokens": tokens,
-                    "seeds": sum(of)}
-            if sum(of) < 10:
-                made["right"] = "".join(map(str, times))
-            accuracy.setdefault(line, {})[budget] = made
+        for budget, seeds in sorted(by_budget.items(), key=lambda item: int(item[0])):
+            if not seeds:
+                continue
+            often = np.mean([cell["right"] for cell in seeds.values()], 0)
+            low, high = np.quantile(often[again].mean(1), (0.025, 0.975))
+            accuracy.setdefault(line, {})[budget] = {
+                "value": often.mean(), "low": low, "high": high, "seeds": len(seeds),
+                "tokens": np.mean([cell["tokens"] for cell in seeds.values()]),
+                "each": {seed: {"right": packed(cell["right"]), "tokens": cell["tokens"]}
+                         for seed, cell in seeds.items()}}
     return {"problems": count, "seeds": args.seeds, "accuracy": accuracy,
             "budget_ratios": ratios(accuracy, again)}
 
@@ -339,11 +345,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="'tiny', a folder or a hub id")
     parser.add_argument("--larger", type=Path, help="a larger sibling's folder (make_models.py)")
     parser.add_argument("--earlier", type=Path, metavar="FILE",
-                        help="a result of fewer seeds, which are not measured again")
+                        help="a result whose cells are not measured again")
     parser.add_argument("--prm", type=Path, help="folder of a process reward model (train_prm.py)")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=0, help="default 3, with --quick 1")
     parser.add_argument("--budgets", type=int, nargs="+", help="default 1 to 128")
+    parser.add_argument("--most", type=int, help="search with no more answers than this")
     parser.add_argument("--rows", type=int, default=256, help="answers at once")
     parser.add_argument("--quick", action="store_true",
                         help="half an hour: few budgets, one seed; without --budgets, wrong "

@@ -1,8 +1,7 @@
 """Budgets that match, for inference_scaling.py, and the tables of docs/search.md.
 
 Only from `accuracy`, method|reward -> budget -> cell, so that a committed result gives them too. A
-cell has `value`, and `right` where it was kept: a digit a problem, with how many of its `seeds` it
-was answered right.
+cell has `value`, and newer ones `each`: by seed, which problems were answered right (`packed`).
 """
 
 from typing import Any
@@ -62,10 +61,11 @@ def ratio(
     others = [theirs[str(number)] for number in budgets]
     need, at_least = reach(budgets, [other["value"] for other in others], cell["value"])
     found = {"ratio": need / budget, "at_least": at_least}
-    if again is None or not all("right" in one for one in (cell, *others)):
+    if again is None or not all("each" in one for one in (cell, *others)):
         return found
-    mine_N = each(cell)[again].mean(1)
-    theirs_NB = np.stack([each(other)[again].mean(1) for other in others], 1)
+    count = again.shape[1]
+    mine_N = often(cell, count)[again].mean(1)
+    theirs_NB = np.stack([often(other, count)[again].mean(1) for other in others], 1)
     drawn = sorted((beyond, most / budget) for most, beyond in (
         reach(budgets, values, wanted) for values, wanted in zip(theirs_NB, mine_N, strict=True)))
     cut = int(0.025 * len(drawn))  # those that never reach it lie above all others
@@ -74,13 +74,31 @@ def ratio(
                     for name, (beyond, value) in ends.items()}
 
 
-def each(cell: dict[str, Any]) -> np.ndarray:
+def often(cell: dict[str, Any], count: int) -> np.ndarray:
     """How often each problem was right, over seeds.
 
-    >>> each({"right": "12", "seeds": 2}).tolist()
+    >>> often({"each": {"0": {"right": "40"}, "1": {"right": "c0"}}}, 2).tolist()
     [0.5, 1.0]
     """
-    return np.array([int(digit) for digit in cell["right"]]) / cell["seeds"]
+    return np.mean([unpacked(one["right"], count) for one in cell["each"].values()], 0)
+
+
+def packed(right: Any) -> str:
+    """Truth values as hexadecimal digits, eight values in two of them, filled up with zeros.
+
+    >>> packed([False, True])
+    '40'
+    """
+    return np.packbits(np.asarray(right, bool)).tobytes().hex()
+
+
+def unpacked(text: str, count: int) -> np.ndarray:
+    """The first `count` values of `packed`.
+
+    >>> unpacked("40", 2).tolist()
+    [False, True]
+    """
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
 
 
 def accuracy_table(reward: str) -> Any:

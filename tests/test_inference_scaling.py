@@ -48,11 +48,11 @@ def test_ratios_are_those_of_two_budgets_at_every_one_of_the_filter_s():
 
 
 def cells(problems, shares, seeds=2):
-    """Cells whose answers are right at random, line -> budget -> one a seed."""
+    """Cells whose answers are right at random, line -> budget -> seed -> cell."""
     rng = np.random.default_rng(0)
-    return {line: {budget: [{"right": (rng.random(problems) < share).tolist(), "tokens": 1.0}
-                            for _ in range(seeds)] for budget, share in by.items()}
-            for line, by in shares.items()}
+    return {line: {budget: {str(seed): {"right": (rng.random(problems) < share).tolist(),
+                                        "tokens": 1.0 + seed} for seed in range(seeds)}
+                   for budget, share in by.items()} for line, by in shares.items()}
 
 
 def test_a_ratio_s_band_is_of_problems_drawn_anew():
@@ -76,44 +76,66 @@ def test_a_ratio_s_band_is_of_problems_drawn_anew():
     for line, by in made.items():
         for budget, seeds in by.items():
             cell = found["accuracy"][line][budget]
-            assert scaling_table.each(cell).mean() == pytest.approx(cell["value"])
-            assert list(map(int, cell["right"])) == np.sum([one["right"] for one in seeds],
-                                                           0).tolist()
+            assert scaling_table.often(cell, 400).mean() == pytest.approx(cell["value"])
+            assert cell["tokens"] == 1.5 and cell["seeds"] == 2
+            for seed, one in seeds.items():
+                kept = scaling_table.unpacked(cell["each"][seed]["right"], 400)
+                assert kept.tolist() == one["right"]
 
 
-@pytest.mark.parametrize(("seeds", "kept"), [(9, True), (10, False)])
-def test_which_problems_were_right_is_kept_where_a_digit_says_it(seeds, kept):
-    made = cells(10, {"particle-filter|checker": {"1": 0.3}, "dvts|checker": {"1": 0.5}}, seeds)
-    found = scaling.table(made, 10, argparse.Namespace(seed=0, seeds=seeds))["accuracy"]
-    assert all(("right" in cell) == kept for by in found.values() for cell in by.values())
-
-
-def test_an_earlier_result_s_seeds_count_as_if_measured_again(tmp_path):
-    """One seed, then two more: the table of three at once."""
+def test_an_earlier_result_s_cells_count_as_if_measured_again(tmp_path):
+    """One seed of one method, then the rest: the table of all at once, and nothing done twice."""
     made = cells(50, {"particle-filter|checker": {"1": 0.3, "4": 0.6},
-                      "dvts|checker": {"1": 0.5, "4": 0.5}}, 3)
-    args = argparse.Namespace(seed=0, seeds=3, problems=50, smoke=False, earlier=None)
-    assert scaling.gone_before(args) == ({}, 0, {})
-    first = scaling.table({line: {budget: seeds[:1] for budget, seeds in by.items()}
-                           for line, by in made.items()}, 50, argparse.Namespace(seed=0, seeds=1))
+                      "dvts|checker": {"1": 0.5, "4": 0.5}}, 2)
+    args = argparse.Namespace(seed=0, seeds=2, problems=50, smoke=False, earlier=None, judge="")
+    assert scaling.gone_before(args) == ({}, {})
+    first = {"particle-filter|checker": {budget: {"0": seeds["0"]} for budget, seeds in
+                                         made["particle-filter|checker"].items()}}
     args.earlier = tmp_path / "cpu.json"
-    written = {"command": "c", "commit": "1", "sources": "2", "smoke": False, "seed": 0,
-               "metrics": first | {"device_s": 5.0}}
+    metrics = scaling.table(first, 50, args) | {"device_s": 5.0, "judge": "one"}
+    written = {"command": "c", "commit": "1", "sources": "2", "smoke": False, "metrics": metrics}
     args.earlier.write_text(json.dumps(_harness.plain(written)))
-    found, done, about = scaling.gone_before(args)
-    assert done == 1 and about["earlier"] == {"command": "c", "commit": "1", "sources": "2",
-                                              "device_s": 5.0}
+    found, about = scaling.gone_before(args)
+    assert found == first
+    assert about == {"earlier": {"command": "c", "commit": "1", "sources": "2", "device_s": 5.0}}
     for line, by in made.items():
         for budget, seeds in by.items():
-            found[line][budget] += seeds[1:]
+            found.setdefault(line, {}).setdefault(budget, {}).update(
+                {seed: cell for seed, cell in seeds.items()
+                 if seed not in found.get(line, {}).get(budget, {})})
     assert scaling.table(found, 50, args) == scaling.table(made, 50, args)
-    args.problems = 60
-    with pytest.raises(SystemExit, match="'problems': 50.*expected one of.*60"):
-        scaling.gone_before(args)
+    for change in ({"problems": 60}, {"judge": "two"}):
+        with pytest.raises(SystemExit, match="expected"):
+            scaling.gone_before(argparse.Namespace(**vars(args) | change))
+
+
+def test_what_is_there_is_not_measured_again(monkeypatch):
+    args = argparse.Namespace(smoke=False, quick=True, budgets=[4, 8], rows=16, most=None)
+    there = cells(3, {"particle-filter|checker": {"4": 0.5}, "dvts|checker": {"4": 0.5}}, 1)
+    done = []
+    cell = {"right": [True] * 3, "tokens": 1.0, "seconds": 2.0}
+    monkeypatch.setattr(scaling, "searched", lambda request, name, budget, *_: cell)
+    keep = lambda name, compute: done.append(name) or compute()
+    scaling.add_searched(there, keep, None, "checker", [], 0, args)
+    assert done == [f"{name}, 8, checker, seed 0" for name in ("particle-filter", "dvts")]
+    assert there["dvts|checker"]["8"]["0"] == {"right": [True] * 3, "tokens": 1.0}
+    scaling.add_searched(there, keep, None, "checker", [], 0, args)
+    assert len(done) == 2
+    args.most = 4
+    scaling.add_searched(there, keep, None, "checker", [], 1, args)
+    assert [name.split(", ")[1] for name in done[2:]] == ["4", "4"]
+    full = {line: {budget: {"0": cell} for budget in ("4", "8")}
+            for line in (f"{name}|checker" for name in scaling.SELECTIONS)}
+    scaling.add_selected(full, keep, None, {"checker": None}, [], 0, args)
+    assert len(done) == 4
+    monkeypatch.setattr(scaling, "selected", lambda *_: {"cells": {"rpc|checker|4": cell}})
+    del full["rpc|checker"]["4"]["0"]
+    scaling.add_selected(full, keep, None, {"checker": None}, [], 0, args)
+    assert len(done) == 5 and full["rpc|checker"]["4"]["0"] == cell
 
 
 def test_only_budgets_that_cannot_be_shared_are_left_out(monkeypatch):
-    args = argparse.Namespace(smoke=False, quick=False, budgets=[4, 8], rows=16)
+    args = argparse.Namespace(smoke=False, quick=False, budgets=[4, 8], rows=16, most=None)
     done = []
     keep = lambda name, compute: done.append(name) or compute()
     cell = lambda request, name, budget, *rest: {"right": [True], "tokens": 1.0, "seconds": 0.0}
