@@ -6,13 +6,13 @@ Minutes: MM; a stopped run goes on where it was.
 Expected: EE
 
 The bundled model answers problems of the train side, and the exact checker labels each line. Two
-new layers over the frozen model, with a token-classification head, learn the labels, of every
-rollout once: trained on the same 4,096 five times over, they know those by heart. A wrong line is
-most often one with a token that the model held unlikely itself; but whether the token that came was
-the one expected is a product over two positions, which one label a line teaches slowly. So every
-token of an answer has a target of its own: the lowest log-probability that the frozen model gave to
-a token of the line so far, read from the same hidden state by weights that are thrown away at the
-end. The reward model is written as a Hugging Face folder that jaxlm.load,
+new layers over the frozen model, with a token-classification head, learn the labels. A wrong line
+is most often one with a token that the model held unlikely itself; but whether the token that came
+was the one expected is a product over two positions, which one label a line teaches slowly, as few
+lines are wrong. So in half the rows of a batch a fifth of the answers' digits are others, without
+labels, and every token of an answer has targets of its own: the log-probability that the frozen
+model gave it, and the lowest in its line so far, read from the same hidden state by weights that
+are thrown away at the end. The reward model is written as a Hugging Face folder that jaxlm.load,
 jaxlm.rewards.process_reward and transformers read.
 """
 
@@ -49,12 +49,13 @@ from jaxlm.train.step import Objective, init_state, train_step
 ROWS = 32  # rollouts of a training batch, and scored together
 LEAST = -6.0  # a token less likely than e^LEAST counts as of e^LEAST
 SAMPLES = 4  # answers to each problem of the train side
-NEWLINE = encode("\n")[0]
+CORRUPTED = 0.2  # of the digits in half the rows
+NEWLINE, DIGITS = encode("\n")[0], np.array(encode("0123456789"))
 
 
 def objective_of(bundle: Bundle, lm: LM) -> Objective:
-    """Cross-entropy of the labels, a mean over the labelled newlines, and the Huber loss of
-    `lowest` as read by `params["doubt"]`, a mean over the answers' tokens."""
+    """Cross-entropy of the labels, a mean over the labelled newlines, and the squared error of the
+    two `doubts` as read by `params["doubt"]`, a mean over the answers' tokens."""
     base = bundle.params
 
     def objective(params, batch, key):
@@ -62,24 +63,37 @@ def objective_of(bundle: Bundle, lm: LM) -> Objective:
         final_BTD = lm.apply(base | params, tokens_BT, logits_at=None).final
         loss = mean(optax.softmax_cross_entropy_with_integer_labels(
             lm.head(params, final_BTD), jnp.maximum(labels_BT, 0)), labels_BT >= 0)
-        lowest_BT, answer_BT = lowest(bundle, tokens_BT)
-        read_BT = final_BTD @ params["doubt"]["w"] + params["doubt"]["b"]
-        doubt = mean(optax.huber_loss(read_BT, lowest_BT), answer_BT)
+        doubts_BT2, answer_BT = doubts(bundle, tokens_BT)
+        read_BT2 = final_BTD @ params["doubt"]["w"] + params["doubt"]["b"]
+        doubt = mean(jnp.mean((read_BT2 - doubts_BT2) ** 2, -1), answer_BT)
         return loss + doubt, {"loss": loss, "doubt": doubt}
 
     return objective
 
 
-def lowest(bundle: Bundle, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The lowest log-probability of a token in its line so far, at least LEAST, and which tokens
-    are of an answer: behind the first newline, and no padding."""
+def doubts(bundle: Bundle, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A token's log-probability under the bundle, at least LEAST, and the lowest of its line so
+    far, (B, T, 2); and which tokens are of an answer: behind the first newline, and no padding."""
     ahead_BT = jnp.roll(tokens_BT, -1, 1)
     logp_BT = jnp.roll(bundle.lm.logprobs(bundle.params, tokens_BT, ahead_BT), 1, 1)
+    logp_BT = jnp.maximum(logp_BT, LEAST)
     ends_BT = tokens_BT == NEWLINE
     line_BT = jnp.cumsum(ends_BT, 1) - ends_BT
     so_far_BTT = jnp.tril(line_BT[:, :, None] == line_BT[:, None])
     lowest_BT = jnp.min(jnp.where(so_far_BTT, logp_BT[:, None], 0.0), -1)
-    return jnp.maximum(lowest_BT, LEAST), (line_BT > 0) & (tokens_BT > 0)
+    return jnp.stack([logp_BT, lowest_BT], -1), (line_BT > 0) & (tokens_BT > 0)
+
+
+def corrupted(rng: np.random.Generator, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch with digits of the later half's answers put at random, and no labels there."""
+    tokens, labels = batch["tokens"].copy(), batch["labels"].copy()
+    ends = tokens == NEWLINE
+    hit = np.isin(tokens, DIGITS) & (np.cumsum(ends, 1) - ends > 0)
+    hit &= (rng.random(tokens.shape) < CORRUPTED) & (np.arange(len(tokens)) >= len(tokens) // 2)[
+        :, None]
+    labels[len(tokens) // 2:] = -1
+    return {"tokens": np.where(hit, rng.choice(DIGITS, tokens.shape), tokens).astype(np.int32),
+            "labels": labels}
 
 
 def mean(x_BT: jax.Array, where_BT: jax.Array) -> jax.Array:
@@ -96,7 +110,7 @@ def start(bundle: Bundle, layers: int, key: jax.Array) -> tuple[LM, Params]:
     new = {name: tree for name, tree in fresh.items()
            if name.startswith("layers_") and name not in bundle.params}
     norm = jax.tree.map(jnp.copy, bundle.params["final_norm"])
-    doubt = {"w": jnp.zeros(c.dim), "b": jnp.zeros(())}
+    doubt = {"w": jnp.zeros((c.dim, 2)), "b": jnp.zeros(2)}
     score = jax.tree.map(jnp.zeros_like, fresh["score"])
     return lm, new | {"final_norm": norm, "score": score, "doubt": doubt}
 
@@ -121,7 +135,8 @@ def fit(
             kept = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(kept))
             state, losses = kept["state"], np.array(kept["losses"])
         for number in (bar := tqdm(range(int(state.step), steps), desc="training")):
-            state, metrics = step(state, batch_of(some, number, seed), None)
+            rows = corrupted(np.random.default_rng([seed, number]), batch_of(some, number, seed))
+            state, metrics = step(state, rows, None)
             losses[number] = [float(metrics[name]) for name in names]
             bar.set_postfix(loss=losses[max(number - 19, 0): number + 1].mean(0).round(3))
             if (number + 1) % save_every == 0 or number + 1 == steps:
@@ -153,10 +168,10 @@ def step_scores(lm: LM, params: Params, some: list[Rollout]) -> list[np.ndarray]
         lm.classify(params, tokens_BT))[..., 1])
 
 
-def doubts(bundle: Bundle, some: list[Rollout]) -> list[np.ndarray]:
+def line_doubts(bundle: Bundle, some: list[Rollout]) -> list[np.ndarray]:
     """The lowest probability of a token of each line under the bundle: what there is to know
     without learning anything."""
-    return at_newlines(some, lambda tokens_BT: jnp.exp(lowest(bundle, tokens_BT)[0]))
+    return at_newlines(some, lambda tokens_BT: jnp.exp(doubts(bundle, tokens_BT)[0][..., 1]))
 
 
 def at_newlines(some: list[Rollout], score: Callable[[jax.Array], jax.Array]) -> list[np.ndarray]:
@@ -237,15 +252,15 @@ def write(bundle: Bundle, lm: LM, params: Params, folder: Path) -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Draw rollouts, train on them, write the folder, judge the rollouts of the test side."""
     if args.smoke:
-        args.steps, args.test, args.work = 2, 4, Path(tempfile.mkdtemp())
+        args.steps, args.rollouts, args.test, args.work = 2, 64, 4, Path(tempfile.mkdtemp())
         args.folder = args.work / "prm"
     bundle = jaxlm.load("tiny", dtype=jnp.float32)
     keep = _harness.Resumable(args.work / "answers.json", {"model": "tiny", "seed": args.seed})
     draw = partial(rollouts, bundle, seed=args.seed, keep=keep)
-    groups = draw("hard", "train", problems=args.steps * ROWS // SAMPLES, samples=SAMPLES)
+    groups = draw("hard", "train", problems=args.rollouts // SAMPLES, samples=SAMPLES)
     some = [rollout for group in groups for rollout in group]
     lm, params = start(bundle, args.layers, jax.random.key(args.seed))
-    name = f"rollouts-{args.layers}-{args.steps}-{args.rate}-{args.seed}"
+    name = f"rollouts-{args.layers}-{args.rollouts}-{args.steps}-{args.rate}-{args.seed}"
     params, losses = fit(bundle, lm, params, some, args.steps, args.rate, args.work / name,
                          args.seed)
     write(bundle, lm, params, args.folder)
@@ -255,7 +270,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         groups = draw(level, "test", problems=problems, samples=samples)
         flat = [r for group in groups for r in group]
         found = {"prm": step_scores(lm, bundle.params | params, flat),
-                 "doubt": doubts(bundle, flat)}
+                 "doubt": line_doubts(bundle, flat)}
         metrics[level] = {"problems": problems, "samples": samples}
         counts = [count for count in (2, 4, 8, 16) if count <= samples]
         for by, scores in found.items():
@@ -278,7 +293,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder to write the reward model to")
     parser.add_argument("--work", type=Path, default=default_home() / "train_prm",
                         help="folder of checkpoints and of the answers")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--rollouts", type=int, default=19_200, help="of the train side")
     parser.add_argument("--layers", type=int, default=2, help="new ones, over the bundled model's")
     parser.add_argument("--rate", type=float, default=0.01, help="peak learning rate of Muon")
     parser.add_argument("--test", type=int, default=64, help="hard problems of the test side")

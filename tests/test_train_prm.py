@@ -24,21 +24,22 @@ def begun(tiny):
     return train_prm.start(tiny, 2, jax.random.key(0))
 
 
-def test_the_target_is_the_least_likely_token_of_the_line_so_far(tiny):
+def test_the_targets_are_a_token_s_likelihood_and_the_least_of_its_line_so_far(tiny):
     batch = rows_of(SOME, WIDTHS[0], len(SOME))
-    lowest_BT, answer_BT = map(np.asarray, train_prm.lowest(tiny, jnp.asarray(batch["tokens"])))
+    doubts_BT2, answer_BT = map(np.asarray, train_prm.doubts(tiny, jnp.asarray(batch["tokens"])))
     for row, rollout in enumerate(SOME):
         ids = [BOS, *encode(rollout.prompt + rollout.answer)]
         logp_TV = np.asarray(jax.nn.log_softmax(tiny.lm.apply(
             tiny.params, jnp.array([ids])).logits[0]))
         worst, wanted, first = 0.0, [], 1 + len(rollout.prompt)
         for t in range(first, len(ids)):
-            worst = min(worst, logp_TV[t - 1, ids[t]])
-            wanted.append(max(worst, train_prm.LEAST))
+            logp = max(logp_TV[t - 1, ids[t]], train_prm.LEAST)
+            worst = min(worst, logp)
+            wanted.append([logp, worst])
             worst = 0.0 if ids[t] == train_prm.NEWLINE else worst
-        np.testing.assert_allclose(lowest_BT[row, first: len(ids)], wanted, atol=1e-4)
+        np.testing.assert_allclose(doubts_BT2[row, first: len(ids)], wanted, atol=1e-4)
         assert answer_BT[row].tolist() == [first <= t < len(ids) for t in range(WIDTHS[0])]
-    assert lowest_BT.min() == train_prm.LEAST  # 35-3=22 is not what the model would have written
+    assert doubts_BT2.min() == train_prm.LEAST  # 35-3=22 is not what the model would have written
 
 
 def test_it_starts_as_the_bundle_and_knows_nothing(tiny, begun):
@@ -72,6 +73,22 @@ def test_training_moves_nothing_of_the_bundle_and_is_written_whole(
                                    SOME, strict=True):
         assert len(ours) == len(rollout.labels)
         np.testing.assert_allclose(ours, read, atol=0.05)  # written in bf16
+
+
+def test_digits_of_half_the_rows_are_put_at_random_and_their_labels_taken_away():
+    batch = rows_of(SOME * 20, WIDTHS[0], 60)
+    made = train_prm.corrupted(np.random.default_rng(0), batch)
+    for name in ("tokens", "labels"):
+        np.testing.assert_array_equal(made[name][:30], batch[name][:30])
+    assert (made["labels"][30:] == -1).all() and (batch["labels"][30:] >= 0).any()
+    other, first = made["tokens"][30:] != batch["tokens"][30:], [
+        1 + len(rollout.prompt) for rollout in SOME * 10]
+    assert not any(row[:at].any() for row, at in zip(other, first, strict=True))
+    digits = np.isin(batch["tokens"][30:], train_prm.DIGITS)
+    assert not other[~digits].any()
+    answers = sum(char.isdigit() for rollout in SOME * 10 for char in rollout.answer)
+    share = other.sum() / answers  # nine in ten of those put at random are others
+    assert abs(share - 0.9 * train_prm.CORRUPTED) < 4 * (0.18 * 0.82 / answers) ** 0.5
 
 
 def test_every_rollout_comes_once_a_round_each_time_in_another_order():
