@@ -20,11 +20,13 @@ other's largest budget over the filter's, and `at_least` says so.
 With --larger FOLDER, a larger sibling (`make_models.py`): `budget_to_match_larger`, the answers a
 problem with which each method is right as often as the sibling is greedily, and by one sample.
 With --earlier FILE, an earlier result, only the cells that it lacks are measured, of other methods,
-budgets or seeds; --most N leaves searches beyond N answers to such a later run.
+budgets or seeds: a table can be made in several sittings. --minutes N begins no cell after N
+minutes, and --most N leaves searches of more than N answers out.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -174,6 +176,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     metrics = table(cells, len(problems), args)
     metrics["larger"] = larger(args, parts, problems, left_out)
     metrics["budget_to_match_larger"] = matching(metrics["accuracy"], metrics["larger"])
+    if args.late:
+        left_out.append(f"{args.late} cells of searches, for want of time (--minutes)")
     spent = sum(part["seconds"] for part in parts.parts.values())
     return metrics | {"judge": args.judge, "left_out": left_out, "quick": bool(args.quick),
                       "device_s": spent, **earlier}
@@ -209,6 +213,7 @@ def plan(args: argparse.Namespace) -> None:
     args.most_noisy = 16 if args.quick and not args.budgets else 32
     args.budgets = args.budgets or ([1, 4, 16, 64] if args.quick else list(BUDGETS))
     args.seeds = args.seeds or (1 if args.quick else 3)
+    args.late, args.ends = 0, time.monotonic() + 60 * args.minutes
     default = args.out or Path("inference_scaling.json")
     args.parts = args.parts or default.with_name(f".{default.stem}.parts.json")
 
@@ -248,7 +253,11 @@ def add_searched(
             if (budget > most(name, reward, args) or not shared_out(name, budget)
                     or str(seed) in seeds):
                 continue
-            cell = parts(f"{name}, {budget}, {known(reward, args)}, seed {seed}", lambda: searched(
+            key = f"{name}, {budget}, {known(reward, args)}, seed {seed}"
+            if key not in parts.parts and time.monotonic() > args.ends:
+                args.late += 1
+                continue
+            cell = parts(key, lambda: searched(
                 request, name, budget, problems, seed, args.rows))  # noqa: B023
             print(f"{name} {budget} {reward} seed {seed}: {np.mean(cell['right']):.3f}, "
                   f"{cell['seconds']:.0f} s", flush=True)
@@ -351,6 +360,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=0, help="default 3, with --quick 1")
     parser.add_argument("--budgets", type=int, nargs="+", help="default 1 to 128")
     parser.add_argument("--most", type=int, help="search with no more answers than this")
+    parser.add_argument("--minutes", type=float, default=math.inf,
+                        help="begin no search after these; --earlier goes on")
     parser.add_argument("--rows", type=int, default=256, help="answers at once")
     parser.add_argument("--quick", action="store_true",
                         help="half an hour: few budgets, one seed; without --budgets, wrong "

@@ -80,10 +80,6 @@ def test_smoke_run_writes_the_contract_s_json(path, tmp_path):
     assert result["name"] == path.stem and result["smoke"] is True and result["metrics"]
 
 
-# Made before `dirty` and `sources` were recorded; a result made again leaves the list.
-OLDER = {"eval_tiny", "train_tiny"}
-
-
 @pytest.mark.parametrize("path", sorted(_harness.RESULTS.rglob("*.json")),
                          ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_committed_results(path):
@@ -91,9 +87,8 @@ def test_committed_results(path):
     name = result["name"]
     assert result["smoke"] is False
     assert path.parent.name == name and path.stem.startswith(result["device"])
-    missing = set(_harness.FIELDS) - set(result)
-    assert not missing or (name in OLDER and missing == {"dirty", "sources"})
-    assert result["metrics"] and (missing or re.fullmatch(r"[0-9a-f]{64}", result["sources"]))
+    assert set(result) == set(_harness.FIELDS)
+    assert result["metrics"] and re.fullmatch(r"[0-9a-f]{64}", result["sources"])
     words = shlex.split(result["command"])
     assert words[:2] == ["python", f"experiments/{name}.py"]
     own = str(path.relative_to(ROOT))

@@ -109,13 +109,25 @@ def test_an_earlier_result_s_cells_count_as_if_measured_again(tmp_path):
             scaling.gone_before(argparse.Namespace(**vars(args) | change))
 
 
+class Kept:
+    """Stands for `Resumable`: notes what is computed, and keeps nothing."""
+
+    def __init__(self, done):
+        self.parts, self.done = {}, done
+
+    def __call__(self, name, compute):
+        self.done.append(name)
+        return compute()
+
+
 def test_what_is_there_is_not_measured_again(monkeypatch):
-    args = argparse.Namespace(smoke=False, quick=True, budgets=[4, 8], rows=16, most=None)
+    args = argparse.Namespace(smoke=False, quick=True, budgets=[4, 8], rows=16, most=None,
+                              ends=np.inf, late=0)
     there = cells(3, {"particle-filter|checker": {"4": 0.5}, "dvts|checker": {"4": 0.5}}, 1)
     done = []
     cell = {"right": [True] * 3, "tokens": 1.0, "seconds": 2.0}
     monkeypatch.setattr(scaling, "searched", lambda request, name, budget, *_: cell)
-    keep = lambda name, compute: done.append(name) or compute()
+    keep = Kept(done)
     scaling.add_searched(there, keep, None, "checker", [], 0, args)
     assert done == [f"{name}, 8, checker, seed 0" for name in ("particle-filter", "dvts")]
     assert there["dvts|checker"]["8"]["0"] == {"right": [True] * 3, "tokens": 1.0}
@@ -124,6 +136,9 @@ def test_what_is_there_is_not_measured_again(monkeypatch):
     args.most = 4
     scaling.add_searched(there, keep, None, "checker", [], 1, args)
     assert [name.split(", ")[1] for name in done[2:]] == ["4", "4"]
+    args.ends = 0.0  # is over
+    scaling.add_searched(there, keep, None, "checker", [], 2, args)
+    assert len(done) == 4 and args.late == 2 and "2" not in there["dvts|checker"]["4"]
     full = {line: {budget: {"0": cell} for budget in ("4", "8")}
             for line in (f"{name}|checker" for name in scaling.SELECTIONS)}
     scaling.add_selected(full, keep, None, {"checker": None}, [], 0, args)
@@ -135,9 +150,10 @@ def test_what_is_there_is_not_measured_again(monkeypatch):
 
 
 def test_only_budgets_that_cannot_be_shared_are_left_out(monkeypatch):
-    args = argparse.Namespace(smoke=False, quick=False, budgets=[4, 8], rows=16, most=None)
+    args = argparse.Namespace(smoke=False, quick=False, budgets=[4, 8], rows=16, most=None,
+                              ends=np.inf, late=0)
     done = []
-    keep = lambda name, compute: done.append(name) or compute()
+    keep = Kept(done)
     cell = lambda request, name, budget, *rest: {"right": [True], "tokens": 1.0, "seconds": 0.0}
     monkeypatch.setattr(scaling, "searched", cell)
     scaling.add_searched({}, keep, None, "checker", [], 0, args)
