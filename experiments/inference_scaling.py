@@ -186,7 +186,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def gone_before(args: argparse.Namespace) -> tuple[Cells, dict[str, Any]]:
     """The cells of --earlier, and its origin.
 
-    Raises: SystemExit where it is of other problems or of another learned reward.
+    Raises: SystemExit where it is of other problems or of another learned reward, or too old to
+      keep which problems were right.
     """
     if not args.earlier:
         return {}, {}
@@ -197,8 +198,10 @@ def gone_before(args: argparse.Namespace) -> tuple[Cells, dict[str, Any]]:
            "judge": metrics.get("judge")}
     if "" in (had["judge"], args.judge):  # without a learned reward, any goes
         del same["judge"], had["judge"]
-    if had != same:
-        raise SystemExit(f"--earlier {args.earlier} is of {had}; expected {same}: leave it out")
+    kept = all("each" in cell for by in metrics["accuracy"].values() for cell in by.values())
+    if had != same or not kept:
+        raise SystemExit(f"--earlier {args.earlier} is of {had}{'' if kept else ', without `each`'};"
+                         f" expected {same}, and `each` in every cell: leave it out")
     cells = {line: {budget: {seed: one | {"right": unpacked(one["right"], args.problems).tolist()}
                              for seed, one in cell["each"].items()}
                     for budget, cell in by.items()} for line, by in metrics["accuracy"].items()}

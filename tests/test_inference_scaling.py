@@ -107,6 +107,10 @@ def test_an_earlier_result_s_cells_count_as_if_measured_again(tmp_path):
     for change in ({"problems": 60}, {"judge": "two"}):
         with pytest.raises(SystemExit, match="expected"):
             scaling.gone_before(argparse.Namespace(**vars(args) | change))
+    del metrics["accuracy"]["particle-filter|checker"]["4"]["each"]
+    args.earlier.write_text(json.dumps(_harness.plain(written)))
+    with pytest.raises(SystemExit, match="without `each`"):
+        scaling.gone_before(args)
 
 
 class Kept:
