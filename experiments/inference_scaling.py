@@ -200,8 +200,9 @@ def gone_before(args: argparse.Namespace) -> tuple[Cells, dict[str, Any]]:
         del same["judge"], had["judge"]
     kept = all("each" in cell for by in metrics["accuracy"].values() for cell in by.values())
     if had != same or not kept:
-        raise SystemExit(f"--earlier {args.earlier} is of {had}{'' if kept else ', without `each`'};"
-                         f" expected {same}, and `each` in every cell: leave it out")
+        raise SystemExit(
+            f"--earlier {args.earlier} is of {had}{'' if kept else ', without `each`'}; "
+            f"expected {same}, and `each` in every cell: leave it out")
     cells = {line: {budget: {seed: one | {"right": unpacked(one["right"], args.problems).tolist()}
                              for seed, one in cell["each"].items()}
                     for budget, cell in by.items()} for line, by in metrics["accuracy"].items()}
