@@ -54,8 +54,8 @@ length; share right and standard error. A sound solution is right in its answer 
 ## Training
 
 {steps:,} steps, {tokens:.1f} million tokens: `python experiments/train_tiny.py`; measured by
-`python experiments/eval_tiny.py` ({date}; results under `experiments/results/`). Training and test
-problems are told apart by a checksum, so none is in both.
+`python experiments/eval_tiny.py` ({date}; results under `experiments/results/`). Training and
+test problems are told apart by a checksum, so none is in both.
 
 {history}
 """
