@@ -1,12 +1,13 @@
 """Accuracy against the budget of answers: particles, beams, trees and votes over one model.
 
-Command: python experiments/inference_scaling.py --quick --budgets 1 4 8 16 32 --out FILE
+Command: python experiments/inference_scaling.py --seeds 1 --most 32 --minutes 150 --out FILE
 Hardware: 2 CPU cores.
-Minutes: 58; about 190 of both cores without --quick and --budgets, with --prm (reckoned from the
-  tokens of its cells and 5,500 a second and core); a stopped run goes on where it was (--parts)
+Minutes: 150 for a part of one seed on a busy machine; with three seeds and --prm some six hours of
+  both cores (reckoned from the tokens of its cells and 2,800 a second and core, both at work), so
+  in several sittings: a stopped run goes on where it was (--parts), and --earlier a committed one
 Expected: of 16 answers the particle filter 95.5 %, DVTS 95.5 % and best-of-n 94.5 % by the exact
   checker, 92.5, 90.5 and 84.0 % by the one with wrong verdicts; by that one best-of-n needs 8 times
-  the filter's budget of 4, and never reaches that of 8 (docs/search.md)
+  the filter's budget of 4, and with 128 answers does not reach that of 8 (docs/search.md)
 
 Held-out hard sums, the bundled model at temperature 0.8. Rewards: the exact checker of steps, the
 same with some of its verdicts turned round, and with --prm FOLDER a learned process reward model
