@@ -9,7 +9,7 @@ from jaxlm.eval.plots import LIGHT, Draw, grouped_bars, line, plot
 
 Named = dict[str, tuple[str, Draw, tuple[float, float]]]  # suffix -> title, drawing, inches
 WIDE = (6.4, 3.6)
-PALETTE = (*LIGHT["series"], "#f08c00", "#868e96", "#364fc7", "#d6336c")
+PALETTE = (*LIGHT["series"], "#c92a2a", "#868e96", "#364fc7", "#d6336c")
 
 
 def draw(result: dict[str, Any]) -> dict[str, bytes]:
@@ -27,7 +27,7 @@ def smaller(png: bytes) -> bytes:
     from PIL import Image  # comes with matplotlib
 
     out = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(48).save(out, "PNG", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(200).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
