@@ -2,9 +2,10 @@
 
 Command: python experiments/inference_scaling.py --seeds 1 --most 32 --minutes 150 --out FILE
 Hardware: 2 CPU cores.
-Minutes: 150 for a part of one seed on a busy machine; with three seeds and --prm some six hours of
-  both cores (reckoned from the tokens of its cells and 2,800 a second and core, both at work), so
-  in several sittings: a stopped run goes on where it was (--parts), and --earlier a committed one
+Minutes: 150 at most by --minutes; the committed part of one seed took more than two hours
+  (`device_s`) beside other work, in several sittings. With three seeds and --prm some six hours of
+  both cores, reckoned from the tokens of its cells and 2,800 a second and core (by hand): a stopped
+  run goes on where it was (--parts), and --earlier a committed one
 Expected: of 16 answers the particle filter 95.5 %, DVTS 95.5 % and best-of-n 94.5 % by the exact
   checker, 92.5, 90.5 and 84.0 % by the one with wrong verdicts; by that one best-of-n needs 8 times
   the filter's budget of 4, and with 128 answers does not reach that of 8 (docs/search.md)

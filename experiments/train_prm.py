@@ -2,7 +2,8 @@
 
 Command: python experiments/train_prm.py --out experiments/results/train_prm/cpu.json
 Hardware: 2 CPU cores, 4 GB.
-Minutes: 37, 11 of them for the answers, on one core beside other work; a stopped run goes on.
+Minutes: some 37, 11 of them for the answers, on one core beside other work (by the clock, the
+  committed run in two sittings); a stopped run goes on.
 Expected: first errors told from right lines with an area of 0.86 under the curve, but not good
   enough to search by: the best of 16 by its score is right in 50 % of problems, one sample in 64 %,
   and the one whose lines the model itself held likeliest in 78 % (see docs/rewards.md).
