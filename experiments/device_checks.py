@@ -6,7 +6,6 @@ the accelerator say so instead.
 """
 
 import argparse
-import time
 from functools import partial
 from typing import Any
 
@@ -14,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments._harness import median_seconds
-from experiments.kv_device import each_call, generation_seconds
+from experiments.kv_device import better_of_two, generation, together
 from jaxlm.cache.parse import parse_cache
 from jaxlm.core.tree import nbytes
 from jaxlm.decode.generate import generate
@@ -52,9 +50,13 @@ def library(args: argparse.Namespace) -> dict[str, Any]:
     bundle = load("tiny", dtype=jnp.float32)
     sums = [(12 + 7 * i % 40, 9 + 5 * i % 30) for i in range(4 if args.smoke else 16)]
     found: dict[str, Any] = {"right": {}, "of": len(sums)}
-    for name in ("dense", "squat4", "squat2"):
-        answers = generate(bundle, [f"Q:{a}+{b}=\n" for a, b in sums], max_new_tokens=24,
-                           cache=parse_cache(name))
+    prompts = [f"Q:{a}+{b}=\n" for a, b in sums]
+    texts = together({name: partial(generate, bundle, prompts, max_new_tokens=24,
+                                    cache=parse_cache(name))
+                      for name in ("dense", "squat4", "squat2")})
+    for name, answers in texts.items():
+        if isinstance(answers, Exception):
+            raise answers
         found["right"][name] = sum(answer.text.endswith(f"A:{a + b}\n")
                                    for answer, (a, b) in zip(answers, sums, strict=True))
     text = f"Q:12+30=\n12+30=42\nA:42\n{sample(np.random.default_rng(0), 200, 20, 'test').text}"
@@ -97,9 +99,9 @@ def packed_inputs(spec: Spec, seed: int) -> tuple[jax.Array, PackedKV, list[jax.
     return normal(keys[4], spec.batch, spec.heads, spec.head_dim).astype(dtype), coded(), tails
 
 
-def attention_row(spec: Spec, backend: str, seed: int = 0, interpret: bool = False,
-                  timed: bool = True) -> dict[str, Any]:
-    """A kernel of decode attention against XLA: values, log-sum-exp, milliseconds."""
+def attention_row(spec: Spec, backend: str, seed: int = 0,
+                  interpret: bool = False) -> dict[str, Any]:
+    """A kernel of decode attention against XLA: values, log-sum-exp."""
     q, packed, tails = packed_inputs(spec, seed)
     rows = jnp.arange(spec.batch)
     lengths = spec.capacity - 37 * rows  # one row full, the others ragged
@@ -117,15 +119,10 @@ def attention_row(spec: Spec, backend: str, seed: int = 0, interpret: bool = Fal
     apart = lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max())
     found: dict[str, Any] = {"spec": spec.name, "error": apart(got[0], want[0]),
                              "lse_error": apart(got[1], want[1])}
-    found["within"] = max(found["error"], found["lse_error"]) <= KERNEL_TOLERANCE
-    for name in (backend, "xla") if timed else ():
-        call = lambda q, *inputs, name=name: attend(q, *inputs, name)[0]
-        found[f"{name}_ms"] = 1e3 * each_call(call, q, *inputs)
-    return found
+    return found | {"within": max(found["error"], found["lse_error"]) <= KERNEL_TOLERANCE}
 
 
-def flush_row(spec: Spec, backend: str, seed: int = 0, interpret: bool = False,
-              timed: bool = True) -> dict[str, Any]:
+def flush_row(spec: Spec, backend: str, seed: int = 0, interpret: bool = False) -> dict[str, Any]:
     """A kernel of the flush, with SQuat's compensation, against XLA: share of other codes."""
     _, packed, _ = packed_inputs(spec, seed)
     lead, group = (spec.batch, spec.kv_heads), spec.fmt.group
@@ -146,43 +143,34 @@ def flush_row(spec: Spec, backend: str, seed: int = 0, interpret: bool = False,
         np.asarray(quant.unpack_words(words, bits, group)).ravel()
         for words, bits in ((p.k_words, spec.fmt.k_bits), (p.v_words, spec.fmt.v_bits))])
     other = float((codes(got) != codes(want)).mean()) * spec.capacity / group  # of what is new
-    found: dict[str, Any] = {"spec": spec.name, "other_codes": other,
-                             "within": other <= CODE_TOLERANCE,
-                             "written": bool((codes(want) != codes(packed)).any())}
-    for name in (backend, "xla") if timed else ():
-        run = partial(flush, name=name)
-        found[f"{name}_ms"] = 1e3 * median_seconds(run, packed, k, v, lengths, ready, comp)
-    return found
+    return {"spec": spec.name, "other_codes": other, "within": other <= CODE_TOLERANCE,
+            "written": bool((codes(want) != codes(packed)).any())}
 
 
-def kernels(args: argparse.Namespace, row: Any, name: str | None, budget: float) -> dict[str, Any]:
-    """`row` for each of SPECS that fits into `budget` seconds; one that fails costs no other."""
+def kernels(args: argparse.Namespace, row: Any, name: str | None) -> dict[str, Any]:
+    """`row` for each of SPECS; one that fails costs no other."""
     if on_cpu():
         return SKIPPED
     if name is None:
         return {"skipped": f"no Pallas kernel of this operation for {jax.devices()[0].device_kind}"}
-    end, rows, failed = time.monotonic() + budget, [], {}
-    for spec in (spec for spec in MODELS if spec.name in SPECS):
-        if time.monotonic() > end:
-            failed[spec.name] = "not run: out of time"
-            continue
-        try:
-            rows.append(row(spec, name, args.seed))
-        except Exception as error:  # a shape that one compiler refuses says nothing of the others
-            failed[spec.name] = f"{type(error).__name__}: {error}"[:300]
-    return {"backend": name, "rows": rows, "failed": failed,
-            "within": bool(rows) and not failed and all(found["within"] for found in rows)}
+    rows = together({spec.name: partial(row, spec, name, args.seed)
+                     for spec in MODELS if spec.name in SPECS})
+    failed = {spec: f"{type(error).__name__}: {error}"[:300]
+              for spec, error in rows.items() if isinstance(error, Exception)}
+    good = [found for spec, found in rows.items() if spec not in failed]
+    return {"backend": name, "rows": good, "failed": failed,
+            "within": bool(good) and not failed and all(found["within"] for found in good)}
 
 
 def attention_kernel(args: argparse.Namespace) -> dict[str, Any]:
     """Decode attention: the device's Pallas kernel against XLA."""
     backend = preferred()[0]
-    return kernels(args, attention_row, None if backend == "xla" else backend, 110)
+    return kernels(args, attention_row, None if backend == "xla" else backend)
 
 
 def flush_kernel(args: argparse.Namespace) -> dict[str, Any]:
     """The flush: the device's Pallas kernel against XLA; TPUs have one."""
-    return kernels(args, flush_row, "tpu" if preferred()[0] == "tpu" else None, 60)
+    return kernels(args, flush_row, "tpu" if preferred()[0] == "tpu" else None)
 
 
 def decode_speed(args: argparse.Namespace) -> dict[str, Any]:
@@ -194,9 +182,11 @@ def decode_speed(args: argparse.Namespace) -> dict[str, Any]:
     lm = LM(config)
     params = jax.jit(lambda key: lm.init(key, jnp.bfloat16))(jax.random.key(args.seed))
     found: dict[str, Any] = {"rows": [], "batch": rows, "new": output, "weights": nbytes(params)}
-    for name in KINDS[:2] if small else KINDS:
+    runs = together({name: partial(generation, lm, params, parse_cache(name), rows, output)
+                     for name in (KINDS[:2] if small else KINDS)})
+    for name, run in runs.items():
         try:
-            wall = generation_seconds(lm, params, parse_cache(name), rows, output)
+            wall = better_of_two(run)
             found["rows"].append({"kind": name, "tokens_per_s": rows * output / wall})
         except Exception as error:  # one kind must not cost the others
             found["rows"].append({"kind": name, "failed": f"{type(error).__name__}: {error}"[:300]})

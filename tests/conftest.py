@@ -21,7 +21,9 @@ def _configure_jax() -> None:
     if "xla_backend_optimization_level" not in flags and "xla_gpu" not in flags:
         flags += " --xla_backend_optimization_level=0"
     # Eight devices on two busy cores may meet late; XLA ends the process after 40 s of waiting.
-    if "xla_cpu_collective_call_terminate" not in flags:
+    # An older XLA ends at once at a flag that it does not know: 0.7.2 does not know this one.
+    jaxlib = tuple(int(part) for part in version("jaxlib").split(".")[:2])
+    if "xla_cpu_collective_call_terminate" not in flags and jaxlib >= (0, 10):
         flags += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
     os.environ["XLA_FLAGS"] = flags
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -37,23 +37,23 @@ def test_the_library_gives_what_a_cpu_gives(backend):
 def test_decode_attention_against_xla(spec, backend):
     if preferred()[0] != backend:
         pytest.skip("this device has no Pallas kernel of decode attention")
-    found = device_checks.attention_row(spec, backend, timed=False)
+    found = device_checks.attention_row(spec, backend)
     assert found["within"], found
 
 
 @pytest.mark.parametrize("backend", DEVICES[1:], indirect=True)
 @pytest.mark.parametrize("spec", BIG, ids=lambda spec: spec.name)
 def test_flush_against_xla(spec, backend):
-    found = device_checks.flush_row(spec, backend, timed=False)
+    found = device_checks.flush_row(spec, backend)
     assert found["within"] and found["written"], found
 
 
 def test_the_comparisons_run_and_can_fail(monkeypatch):
     """In interpret mode, where both kernels are right; then against an attention that is wrong."""
     spec = SMALL[10]  # 8-bit scales: with a center
-    found = device_checks.attention_row(spec, "gpu", interpret=True, timed=False)
+    found = device_checks.attention_row(spec, "gpu", interpret=True)
     assert found["within"] and 0 < found["error"] < 1e-3
-    found = device_checks.flush_row(SMALL[9], "tpu", interpret=True, timed=False)
+    found = device_checks.flush_row(SMALL[9], "tpu", interpret=True)
     assert found["within"] and found["written"]
     right = device_checks.quant_decode_attention
 
@@ -62,7 +62,7 @@ def test_the_comparisons_run_and_can_fail(monkeypatch):
         return right(q, packed, late, *args, implementation="xla", **kwargs)
 
     monkeypatch.setattr(device_checks, "quant_decode_attention", wrong)
-    assert not device_checks.attention_row(spec, "gpu", timed=False)["within"]
+    assert not device_checks.attention_row(spec, "gpu")["within"]
 
 
 def test_specs_are_named_as_they_are():

@@ -1,13 +1,15 @@
 """Triton kernel for NVIDIA cards of compute capability 8 and more: grid (row, kv head, split).
 
-The arithmetic is the TPU kernel's: scales go into q and p, codes into the tensor cores as they are.
-Channels are taken in parts of one value-scale group, so any head dim that is a multiple of 16 will
-do though Triton's shapes are powers of two. A code is turned into bfloat16 by writing it into the
-mantissa of 128 (no conversion instruction); the 128 is taken off with the minimum. Of q and p a
-high and a low bfloat16 part fill the 16 rows that a product has anyway. Splits are merged outside.
+Keys and values are dequantised into bfloat16 two codes at a time: a code is written into the
+mantissa of 128, which takes no conversion, and two packed multiply-adds make `code * scale + min`,
+rounded once. The rest is about where things lie: what is loaded and what is computed from it
+without moving is unpacked in the registers that the tensor cores read, so nothing passes through
+shared memory but words and scales, and these ahead of their use. Of q a high and a low bfloat16
+part fill the 16 rows that a product has anyway. Splits are merged outside.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +17,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.quant import QuantFormat, decode_scales
-from pallas_kernels.quant_decode_attention.common import (
-    Softmax,
-    cap,
-    finish,
-    start_softmax,
-    weigh,
-)
+from pallas_kernels.quant_decode_attention.common import EMPTY_LSE, Softmax, cap, finish
 
 _TAIL = 16  # tail tokens at once
-_UNROLL = 4  # token groups a step up to head dim 128, then 1: at 256 four compile for minutes
+_STEP = 8 * 32 * 128  # tokens x channels of a step at most: more compiles for minutes
+_PIECE = 4  # token groups at once where some are masked
 _STAGED = 64 * 128  # words of K or V whose next ones are fetched ahead: more do not fit an A100
 _PROGRAMS = 1024  # enough to fill the largest card several times over
+_LOG2E = math.log2(math.e)  # cards have exp2; q carries the factor
 
 
 def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, interpret=False,
-           unroll=None):
+           dtype=None):
     """q [B, K, G, H], already scaled -> (out [B, K, G, H], lse [B, K, G]).
 
-    `unroll`: token groups a step, 1, 2 or 4; None: a card's, or 1 to interpret, which is quicker.
+    `dtype`: of what is multiplied; None: bfloat16, or float32 to interpret.
     """
     if rotate is not None:
         raise NotImplementedError("keys before RoPE are read by implementation='xla'")
@@ -43,12 +41,14 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
         raise NotImplementedError("Triton needs a power-of-two group of 16 or more, dividing the "
                                   f"head dim into parts of 16 or more; got group {fmt.group}, head "
                                   f"dim {head_dim}; use implementation='xla'")
+    if dtype is None:
+        dtype = jnp.float32 if interpret else jnp.bfloat16
     half = max(8, pl.next_power_of_2(heads))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, half - heads), (0, 0)))
-    q = jnp.concatenate([q, q], 2)
+    q = q if softcap else q * _LOG2E
+    high = q.astype(dtype)
+    q = jnp.concatenate([high, (q - high.astype(jnp.float32)).astype(dtype)], 2)
     tail = _whole_tail(tail, q, lengths)
-    if unroll is None:
-        unroll = _UNROLL if head_dim <= 128 and not interpret else 1
     size = packed.k_words.shape[2] * 32 // fmt.k_bits
     tiles = size // fmt.tile
     splits = max(n for n in range(1, tiles + 1)
@@ -57,6 +57,8 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     center = packed.k_center
     center = jnp.zeros((batch, kv_heads, head_dim), jnp.float32) if center is None else center
 
+    # shifts come from memory: over a computed one Triton would not move the unpacking
+    shifts = jnp.repeat(jnp.arange(32, dtype=jnp.int32), fmt.group)
     row = pl.BlockSpec((1,), lambda b, h, s: (b,))
     whole = lambda *shape: pl.BlockSpec((None, None, *shape),
                                         lambda b, h, s: (b, h) + (0,) * len(shape))
@@ -64,31 +66,34 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     tokens = pl.BlockSpec((None, None, head_dim // width, span), lambda b, h, s: (b, h, 0, s))
     split = lambda *shape: pl.BlockSpec((None, None, None, *shape),
                                         lambda b, h, s: (b, h, s) + (0,) * len(shape))
-    lead = (batch, kv_heads, splits, 2 * half)
-    column = jax.ShapeDtypeStruct(lead, jnp.float32)
+    lead = (batch, kv_heads, splits)
+    column = jax.ShapeDtypeStruct((*lead, half), jnp.float32)
     values, top, total = pl.pallas_call(
         functools.partial(_kernel, fmt=fmt, span=span, splits=splits, softcap=softcap,
-                          unroll=unroll),
-        grid=(batch, kv_heads, splits),
-        in_specs=[row, row, row, whole(2 * half, head_dim), along(span * fmt.k_bits // 32),
+                          dtype=dtype, assembly=not interpret),
+        grid=lead,
+        in_specs=[row, row, row, pl.BlockSpec(shifts.shape, lambda b, h, s: (0,)),
+                  whole(2 * half, head_dim), along(span * fmt.k_bits // 32),
                   along(span // fmt.group), along(span // fmt.group), whole(head_dim),
                   along(span * fmt.v_bits // 32), tokens, tokens,
                   whole(tail[0].shape[2], head_dim), whole(tail[1].shape[2], head_dim)],
-        out_specs=[split(2 * half, head_dim), split(2 * half), split(2 * half)],
-        out_shape=[jax.ShapeDtypeStruct((*lead, head_dim), jnp.float32), column, column],
+        out_specs=[split(2 * half, head_dim), split(half), split(half)],
+        out_shape=[jax.ShapeDtypeStruct((*lead, 2 * half, head_dim), jnp.float32), column,
+                   column],
+        # two channels a thread: a scale of them is the least that is fetched ahead
         compiler_params=plt.CompilerParams(
-            num_warps=4, num_stages=2 if fmt.group * head_dim <= _STAGED else 1),
+            num_warps=max(1, pl.next_power_of_2(head_dim // 64)),
+            num_stages=2 if fmt.group * head_dim <= _STAGED else 1),
         interpret=interpret,
-    )(lengths, first, tail[2], q, packed.k_words, packed.k_scale, packed.k_min, center,
+    )(lengths, first, tail[2], shifts, q, packed.k_words, packed.k_scale, packed.k_min, center,
       packed.v_words, packed.v_scale, packed.v_min, tail[0], tail[1])
-    values = (values[..., :half, :] + values[..., half:, :])[..., :heads, :]
-    return _merge_splits(values, top[..., :heads], total[..., :heads])
+    return _merge_splits(values[..., :heads, :], top[..., :heads, None], total[..., :heads, None])
 
 
 def _whole_tail(tail, q, lengths):
     """A tail whose length is a multiple of `_TAIL`."""
     if tail is None:
-        empty = jnp.zeros((*q.shape[:2], _TAIL, q.shape[3]), jnp.bfloat16)
+        empty = jnp.zeros((*q.shape[:2], _TAIL, q.shape[3]), q.dtype)
         return empty, empty, jnp.zeros_like(lengths)
     extra = -tail[0].shape[2] % _TAIL
     pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) if extra else x
@@ -97,91 +102,127 @@ def _whole_tail(tail, q, lengths):
 
 def _merge_splits(values, top, total):
     best = jnp.max(top, 2, keepdims=True)
-    shrink = jnp.exp(top - best)
-    return finish(Softmax(best[:, :, 0, :, None], jnp.sum(total * shrink, 2)[..., None],
-                          jnp.sum(values * shrink[..., None], 2)))
+    shrink = jnp.exp2(top - best)
+    return finish(Softmax(best[:, :, 0] / _LOG2E, jnp.sum(total * shrink, 2),
+                          jnp.sum(values * shrink, 2)))
 
 
-def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_ref, kc_ref, vw_ref,
-            vs_ref, vm_ref, kt_ref, vt_ref, out_ref, top_ref, total_ref, *, fmt: QuantFormat, span,
-            splits, softcap, unroll):
+def _kernel(length_ref, first_ref, tail_length_ref, shift_ref, q_ref, kw_ref, ks_ref, km_ref,
+            kc_ref, vw_ref, vs_ref, vm_ref, kt_ref, vt_ref, out_ref, top_ref, total_ref, *,
+            fmt: QuantFormat, span, splits, softcap, dtype, assembly):
     length, first, tail_length = length_ref[0], first_ref[0], tail_length_ref[0]
     split, group = pl.program_id(2), fmt.group
     head_dim = q_ref.shape[1]
     width = fmt.channels(head_dim)
-    parts = head_dim // width
-    channels = [pl.ds(c * width, width) for c in range(parts)]
     spans = _power_of_two_spans(head_dim)
     q = [q_ref[:, lanes] for lanes in spans]
-    rows = q[0].shape[0]
+    start = split * span
+    dequantise = functools.partial(_dequantise, dtype=dtype, assembly=assembly)
 
-    absorb = functools.partial(_absorb, first=first, softcap=softcap)
+    def keys(words, slot, at, lanes):
+        scale, low = ks_ref[at, lanes], km_ref[at, lanes]
+        if scale.dtype == jnp.int8:
+            scale, low = decode_scales(scale, low, kc_ref[lanes])
+        return dequantise(words, slot, fmt.k_bits, scale[None], low[None])
 
-    def body(step, state):
-        base = step * unroll  # token groups of one word tile, so that its words are read once
-        k_words, v_words = (
-            [ref[pl.ds(base // (32 // bits) * group, group), lanes] for lanes in pieces]
-            for ref, bits, pieces in ((kw_ref, fmt.k_bits, spans), (vw_ref, fmt.v_bits, channels)))
-        for at in [base + i for i in range(unroll)]:
-            logits = jnp.zeros((rows, group), jnp.float32)
-            for c, lanes in enumerate(spans):
-                scale, low = decode_scales(ks_ref[at, lanes], km_ref[at, lanes], kc_ref[lanes])
-                codes, offset = _codes(k_words[c], at, fmt.k_bits)
-                logits += _scaled_dot(q[c], scale, low, codes, offset, 1)
-            index = split * span + at * group + jax.lax.broadcasted_iota(
-                jnp.int32, (rows, group), 1)
+    def values(words, slot, at, lanes, masked):
+        tokens = pl.ds(at * group, group)
+        parts = pl.ds(lanes.start // width, lanes.size // width)
+        scale, low = vs_ref[parts, tokens], vm_ref[parts, tokens]
+        if scale.dtype == jnp.int8:
+            scale, low = decode_scales(scale, low)
+        if masked:  # a scale not in use may be NaN, and 0 * NaN would reach the sum
+            used = start + at * group + _iota(scale.shape, 1) < length
+            scale, low = (jnp.where(used, x, jnp.zeros_like(x)) for x in (scale, low))
+        shape = (group, lanes.size // width, width)
+        wide = lambda x: jnp.broadcast_to(x.T[:, :, None], shape).reshape(group, lanes.size)
+        return dequantise(words, slot, fmt.v_bits, wide(scale.astype(dtype)),
+                          wide(low.astype(dtype)))
 
-            def values_of(weights, c, at=at):
-                tokens = pl.ds(at * group, group)
-                scale, low = decode_scales(vs_ref[c, tokens], vm_ref[c, tokens])
-                used = split * span + at * group + jnp.arange(group) < length
-                scale, low = jnp.where(used, scale, 0.0), jnp.where(used, low, 0.0)  # as the tail's
-                codes, offset = _codes(v_words[c], at, fmt.v_bits)
-                return _scaled_dot(weights, scale, low, codes, offset, 0)
+    def over(many, masked, step):
+        """A loop's body: `many` token groups at `step(i)`; of masked ones not all are in use."""
 
-            state = absorb(state, logits, index, index < length, values_of)
-        return state
+        def body(i, state):
+            base = step(i) * many
+            k_words, v_words = ([_words(ref, shift_ref, bits, base, many, group, lanes, assembly)
+                                 for lanes in spans]
+                                for ref, bits in ((kw_ref, fmt.k_bits), (vw_ref, fmt.v_bits)))
+            logits = [_both_halves(sum(_dot(q[c], keys(*k_words[c][n], base + n, lanes), 1)
+                                       for c, lanes in enumerate(spans))) for n in range(many)]
+            logits = [x if softcap is None else cap(x, softcap) * _LOG2E for x in logits]
+            if masked:
+                token = start + base * group + _iota(logits[0].shape, 1)
+                logits = [_keep(x, token + n * group, first, length) for n, x in enumerate(logits)]
+            top, total, sums, weights = _weigh(state, logits, dtype)
+            for n, weight in enumerate(weights):
+                sums = [acc + _dot(weight, values(*v_words[c][n], base + n, lanes, masked), 0)
+                        for c, (acc, lanes) in enumerate(zip(sums, spans, strict=True))]
+            return top, total, tuple(sums)
+
+        return body
 
     def tail_body(i, state):
         at = pl.ds(i * _TAIL, _TAIL)
-        logits = jnp.zeros((rows, _TAIL), jnp.float32)
-        used = lambda n: (i * _TAIL + jax.lax.broadcasted_iota(jnp.int32, (_TAIL, n), 0)
-                          < tail_length)
-        read = lambda ref, lanes: jnp.where(used(lanes.size), ref[at, lanes].astype(jnp.float32),
-                                            0.0)
-        for c, lanes in enumerate(spans):
-            for keys in _high_low(read(kt_ref, lanes), kt_ref.dtype):
-                logits += _dot(_split_rows(q[c]), keys, 1)
-        index = i * _TAIL + jax.lax.broadcasted_iota(jnp.int32, (rows, _TAIL), 1)
+        used = lambda n: i * _TAIL + _iota((_TAIL, n), 0) < tail_length
+        read = lambda ref, lanes: _high_low(
+            jnp.where(used(lanes.size), ref[at, lanes].astype(jnp.float32), 0.0), ref.dtype, dtype)
+        logits = _both_halves(sum(_dot(q[c], x, 1) for c, lanes in enumerate(spans)
+                                  for x in read(kt_ref, lanes)))
+        logits = logits if softcap is None else cap(logits, softcap) * _LOG2E
+        token = i * _TAIL + _iota(logits.shape, 1)
+        logits = _keep(logits, token, first - length, tail_length)
+        top, total, sums, [weight] = _weigh(state, [logits], dtype)
+        return top, total, tuple(
+            acc + sum(_dot(weight, x, 0) for x in read(vt_ref, lanes))
+            for acc, lanes in zip(sums, spans, strict=True))
 
-        def values_of(weights, c):
-            high_low = _high_low(read(vt_ref, channels[c]), vt_ref.dtype)
-            return sum(_dot(_split_rows(weights), values, 0) for values in high_low)
-
-        return absorb(state, logits, index + length, index < tail_length, values_of)
-
-    empty = start_softmax((rows,), width)
-    state = (empty.top, empty.total, (empty.values,) * parts)
-    here = lambda token: jnp.clip(token - split * span, 0, span)
-    tokens = unroll * group
-    low, high = here(first) // tokens, (here(length) + tokens - 1) // tokens
-    state = jax.lax.fori_loop(low, jnp.maximum(high, low), body, state)
+    many = _groups_a_step(fmt, head_dim, len(spans))
+    piece = min(_PIECE, many)
+    here = lambda token: jnp.clip(token - start, 0, span)
+    up = lambda tokens, n: (tokens + n * group - 1) // (n * group)
+    low, high = here(first) // (piece * group), up(here(length), piece)
+    # steps all of whose tokens are in use, then the pieces before and after them
+    begin, end = up(here(first), many), here(length) // (many * group)
+    some = end > begin
+    before = jnp.where(some, begin * (many // piece) - low, 0)
+    after = jnp.where(some, end * (many // piece), low)
+    rows = (q[0].shape[0] // 2, 1)
+    state = (jnp.full(rows, EMPTY_LSE, jnp.float32), jnp.zeros(rows, jnp.float32),
+             tuple(jnp.zeros((q[0].shape[0], lanes.size), jnp.float32) for lanes in spans))
+    state = jax.lax.fori_loop(begin, jnp.maximum(end, begin), over(many, False, lambda i: i), state)
+    pieces = over(piece, True, lambda i: jnp.where(i < before, low + i, after + i - before))
+    state = jax.lax.fori_loop(0, before + jnp.maximum(high - after, 0), pieces, state)
     steps = jnp.where(split == splits - 1, (tail_length + _TAIL - 1) // _TAIL, 0)
-    top, total, values = jax.lax.fori_loop(0, steps, tail_body, state)
-    for lanes, acc in zip(channels, values, strict=True):
+    top, total, sums = jax.lax.fori_loop(0, steps, tail_body, state)
+    for lanes, acc in zip(spans, sums, strict=True):
         out_ref[:, lanes] = acc
     top_ref[...] = jnp.sum(top, 1)
     total_ref[...] = jnp.sum(total, 1)
 
 
-def _absorb(state, logits, index, keep, values_of, *, first, softcap):
-    """Online softmax over new logits; `values_of(weights, c)` is channel group c's sum."""
-    logits = cap(_both_halves(logits), softcap)
-    inner = Softmax(state[0], state[1], jnp.zeros((logits.shape[0], 1), jnp.float32))
-    inner, weights = weigh(inner, logits, keep & (index >= first))
-    shrink = jnp.exp(state[0] - inner.top)
-    return (inner.top, inner.total,
-            tuple(acc * shrink + values_of(weights, c) for c, acc in enumerate(state[2])))
+def _groups_a_step(fmt: QuantFormat, head_dim: int, spans: int) -> int:
+    """Token groups of one word tile, so that its words are read once; fewer if that is much."""
+    many = fmt.tile // fmt.group
+    while many > 1 and many * fmt.group * head_dim * spans > _STEP:
+        many //= 2
+    return many
+
+
+def _keep(logits, token, first, length):
+    """Logits of tokens from `first` to `length`; the others far below any maximum."""
+    return jnp.where((token >= first) & (token < length), logits, 2 * EMPTY_LSE)
+
+
+def _weigh(state, logits, dtype):
+    """Online softmax, base 2, over tiles of new logits: the new state and their weights."""
+    top, total, sums = state
+    new = jnp.max(functools.reduce(jnp.maximum, logits), 1, keepdims=True)
+    new = jnp.maximum(top, new)
+    weights = [jnp.exp2(x - new) for x in logits]
+    shrink = jnp.exp2(top - new)
+    total = total * shrink + jnp.sum(sum(weights), 1, keepdims=True)
+    sums = [acc * _twice(shrink) for acc in sums]
+    return new, total, sums, [_twice(x.astype(dtype)) for x in weights]
 
 
 def _power_of_two_spans(size: int) -> list:
@@ -194,20 +235,48 @@ def _power_of_two_spans(size: int) -> list:
     return spans
 
 
-def _scaled_dot(x, scale, low, codes, offset: float, contract: int):
-    """x @ (codes * scale + low), the scales along the contracted axis; x has its rows twice."""
-    scaled = _split_rows(x * scale[None])
-    shift = _first_half(jnp.sum(x * low[None], 1, keepdims=True))
-    shift = shift - offset * jnp.sum(scaled.astype(jnp.float32), 1, keepdims=True)
-    return _dot(scaled, codes, contract) + shift
+def _words(ref, shift_ref, bits, base, many, group, lanes, assembly):
+    """Of each of `many` token groups from `base` on, its words and its slot in them."""
+    slots = 32 // bits
+    ready = _halves if assembly and bits < 8 else lambda words: words
+    if many < slots:
+        shift = shift_ref[pl.ds(bits * (base % slots) * group, group)][:, None]
+        words = ref[pl.ds(base // slots * group, group), lanes] >> shift
+        return [(ready(words), n) for n in range(many)]
+    tiles = [ready(ref[pl.ds((base // slots + i) * group, group), lanes])
+             for i in range(many // slots)]
+    return [(tiles[n // slots], n % slots) for n in range(many)]
 
 
-def _codes(words, token_group, bits: int):
-    """Codes of a token group as bfloat16, and the offset they carry."""
-    code = (words >> (bits * (token_group % (32 // bits)))) & (2**bits - 1)
-    if bits == 8:  # 128 + code needs 8 mantissa bits; there are 7
-        return code.astype(jnp.float32).astype(jnp.bfloat16), 0.0
-    return jax.lax.bitcast_convert_type((code | 0x4300).astype(jnp.int16), jnp.bfloat16), 128.0
+def _halves(words):
+    """Of two neighbouring words, the low halves in one and the high halves in the other."""
+    return plt.elementwise_inline_asm(
+        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", args=[words],
+        constraints="=r,=r,r,r", pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, words.dtype)])[0]
+
+
+def _dequantise(words, slot, bits, scale, low, dtype, assembly):
+    """code * scale + low, rounded once."""
+    scale, low = (jnp.broadcast_to(x.astype(dtype), words.shape) for x in (scale, low))
+    if not assembly or bits == 8:
+        code = (words >> (bits * slot)) & (2**bits - 1)
+        scale, low = scale.astype(jnp.float32), low.astype(jnp.float32)
+        return (code.astype(jnp.float32) * scale + low).astype(dtype)
+    # of a half's codes those in 7 bits, a mantissa, share a shift; 128 + code * 2^at is then in
+    # place, and a multiply-add takes both off again
+    half, slot = divmod(slot, 16 // bits)
+    shift = slot // (7 // bits) * (7 // bits) * bits
+    at = slot * bits - shift
+    both = lambda number: f"{number * 0x00010001:#010x}"
+    return plt.elementwise_inline_asm(
+        f"""{{ .reg .b32 code, unit, away;
+        mov.b32 unit, {both(0x3F80 - (at << 7))}; mov.b32 away, {both(0xC300 - (at << 7))};
+        shr.b32 code, ${1 + half}, {shift};
+        lop3.b32 code, code, {both((2**bits - 1) << at)}, {both(0x4300)}, 0xEA;
+        fma.rn.bf16x2 code, code, unit, away; fma.rn.bf16x2 $0, code, $3, $4; }}""",
+        args=[words, scale, low], constraints="=r,r,r,r,r", pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, dtype)])[0]
 
 
 def _dot(x, y, contract: int):
@@ -215,29 +284,25 @@ def _dot(x, y, contract: int):
                                preferred_element_type=jnp.float32)
 
 
-def _row(x):
-    return jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-
-
-def _split_rows(x):
-    """x has its rows twice: the first half in bfloat16, the second half what that leaves."""
-    high = x.astype(jnp.bfloat16).astype(jnp.float32)
-    return jnp.where(_row(x) < x.shape[0] // 2, high, x - high).astype(jnp.bfloat16)
-
-
-def _first_half(x):
-    return jnp.where(_row(x) < x.shape[0] // 2, x, 0.0)
+def _iota(shape, axis):
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def _both_halves(x):
-    """The sum of the two halves of the rows, in each half."""
+    """The sum of the two halves of the rows."""
     rows, n = x.shape
-    total = jnp.sum(x.reshape(2, rows // 2, n), 0)
-    return jnp.broadcast_to(total[None], (2, rows // 2, n)).reshape(rows, n)
+    return jnp.sum(x.reshape(2, rows // 2, n), 0)
 
 
-def _high_low(x, dtype):
-    high = x.astype(jnp.bfloat16)
-    if dtype == jnp.bfloat16:
+def _twice(x):
+    """The rows, and once more."""
+    rows, n = x.shape
+    return jnp.broadcast_to(x[None], (2, rows, n)).reshape(2 * rows, n)
+
+
+def _high_low(x, held, dtype):
+    """float32 x in parts of `dtype`: one if it is held in that, else two."""
+    high = x.astype(dtype)
+    if dtype == held:
         return (high,)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(dtype)

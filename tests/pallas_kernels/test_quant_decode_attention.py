@@ -109,19 +109,32 @@ def test_sliding_window_start_and_softcap(backend):
 
 
 @pytest.mark.parametrize("spec", [SMALL[9], FIRST], ids=lambda s: s.name)
-def test_the_loop_that_a_card_runs(monkeypatch, spec):
-    """Four token groups a step, as on cards: lengths and window starts within a step."""
-    monkeypatch.setitem(api._TABLE, "gpu", functools.partial(gpu_kernel.attend, unroll=4))
+def test_lengths_and_starts_within_a_step_of_a_card(spec):
+    """Whole steps, the pieces before and after them, and rows that have only one of these."""
     q, packed, tails, _ = inputs(spec)
     run = jax.jit(lambda lengths, tail_lengths, start: quant_decode_attention(
         q, packed, lengths, spec.fmt, *tails, tail_lengths, start=start, implementation="gpu",
         interpret=True))
-    group = spec.fmt.group
+    group, tile = spec.fmt.group, spec.fmt.tile
     for length, start in ((5 * group + 7, 0), (5 * group + 7, 2 * group + 5),
-                          (3 * group, 3 * group + 1), (spec.capacity - 1, group - 1)):
+                          (3 * group, 3 * group + 1), (spec.capacity - 1, group - 1),
+                          (tile + 3 * group, tile // 2), (2 * tile, tile - 1)):
         rows = [[length, group + 1], [5, 0], [start, 0]]
         rows = [row[:spec.batch] for row in rows]
         check(run(*map(jnp.asarray, rows)), by_hand(spec, *rows))
+
+
+def test_what_a_card_rounds(monkeypatch):
+    """Cards multiply in bfloat16: near, and not what float32 gives."""
+    rows = [900, 100], [3, 20]
+    want = by_hand(FIRST, *rows)
+    monkeypatch.setitem(api._TABLE, "gpu", functools.partial(
+        gpu_kernel.attend, dtype=jnp.bfloat16))
+    q, packed, tails, _ = inputs(FIRST)
+    got = quant_decode_attention(q, packed, jnp.asarray(rows[0]), FIRST.fmt, *tails,
+                                 jnp.asarray(rows[1]), implementation="gpu", interpret=True)
+    for x, y in zip(got, want, strict=True):
+        assert 1e-4 < np.abs(x - y).max() < 1e-2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
