@@ -2,10 +2,9 @@
 
 Keys and values are dequantised into bfloat16 two codes at a time: a code is written into the
 mantissa of 128, which takes no conversion, and two packed multiply-adds make `code * scale + min`,
-rounded once. The rest is about where things lie: what is loaded and what is computed from it
-without moving is unpacked in the registers that the tensor cores read, so nothing passes through
-shared memory but words and scales, and these ahead of their use. Of q a high and a low bfloat16
-part fill the 16 rows that a product has anyway. Splits are merged outside.
+rounded once. All else is about where the data lie: a whole word tile is read at once, so words and
+scales come ahead of their use and each word is unpacked where the tensor cores want it. Of q a high
+and a low bfloat16 part fill the 16 rows that a product has anyway. Splits are merged outside.
 """
 
 import functools
@@ -20,7 +19,7 @@ from pallas_kernels.quant import QuantFormat, decode_scales
 from pallas_kernels.quant_decode_attention.common import EMPTY_LSE, Softmax, cap, finish
 
 _TAIL = 16  # tail tokens at once
-_STEP = 8 * 32 * 128  # tokens x channels of a step at most: more compiles for minutes
+_STEP = 8 * 32 * 128  # tokens x channels of a step at most: beyond it compiling takes minutes
 _PIECE = 4  # token groups at once where some are masked
 _STAGED = 64 * 128  # words of K or V whose next ones are fetched ahead: more do not fit an A100
 _PROGRAMS = 1024  # enough to fill the largest card several times over
@@ -57,8 +56,6 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     center = packed.k_center
     center = jnp.zeros((batch, kv_heads, head_dim), jnp.float32) if center is None else center
 
-    # shifts come from memory: over a computed one Triton would not move the unpacking
-    shifts = jnp.repeat(jnp.arange(32, dtype=jnp.int32), fmt.group)
     row = pl.BlockSpec((1,), lambda b, h, s: (b,))
     whole = lambda *shape: pl.BlockSpec((None, None, *shape),
                                         lambda b, h, s: (b, h) + (0,) * len(shape))
@@ -72,8 +69,7 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
         functools.partial(_kernel, fmt=fmt, span=span, splits=splits, softcap=softcap,
                           dtype=dtype, assembly=not interpret),
         grid=lead,
-        in_specs=[row, row, row, pl.BlockSpec(shifts.shape, lambda b, h, s: (0,)),
-                  whole(2 * half, head_dim), along(span * fmt.k_bits // 32),
+        in_specs=[row, row, row, whole(2 * half, head_dim), along(span * fmt.k_bits // 32),
                   along(span // fmt.group), along(span // fmt.group), whole(head_dim),
                   along(span * fmt.v_bits // 32), tokens, tokens,
                   whole(tail[0].shape[2], head_dim), whole(tail[1].shape[2], head_dim)],
@@ -85,7 +81,7 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
             num_warps=max(1, pl.next_power_of_2(head_dim // 64)),
             num_stages=2 if fmt.group * head_dim <= _STAGED else 1),
         interpret=interpret,
-    )(lengths, first, tail[2], shifts, q, packed.k_words, packed.k_scale, packed.k_min, center,
+    )(lengths, first, tail[2], q, packed.k_words, packed.k_scale, packed.k_min, center,
       packed.v_words, packed.v_scale, packed.v_min, tail[0], tail[1])
     return _merge_splits(values[..., :heads, :], top[..., :heads, None], total[..., :heads, None])
 
@@ -107,9 +103,9 @@ def _merge_splits(values, top, total):
                           jnp.sum(values * shrink, 2)))
 
 
-def _kernel(length_ref, first_ref, tail_length_ref, shift_ref, q_ref, kw_ref, ks_ref, km_ref,
-            kc_ref, vw_ref, vs_ref, vm_ref, kt_ref, vt_ref, out_ref, top_ref, total_ref, *,
-            fmt: QuantFormat, span, splits, softcap, dtype, assembly):
+def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_ref, kc_ref, vw_ref,
+            vs_ref, vm_ref, kt_ref, vt_ref, out_ref, top_ref, total_ref, *, fmt: QuantFormat, span,
+            splits, softcap, dtype, assembly):
     length, first, tail_length = length_ref[0], first_ref[0], tail_length_ref[0]
     split, group = pl.program_id(2), fmt.group
     head_dim = q_ref.shape[1]
@@ -144,7 +140,7 @@ def _kernel(length_ref, first_ref, tail_length_ref, shift_ref, q_ref, kw_ref, ks
 
         def body(i, state):
             base = step(i) * many
-            k_words, v_words = ([_words(ref, shift_ref, bits, base, many, group, lanes, assembly)
+            k_words, v_words = ([_words(ref, bits, base, many, group, lanes, assembly)
                                  for lanes in spans]
                                 for ref, bits in ((kw_ref, fmt.k_bits), (vw_ref, fmt.v_bits)))
             logits = [_both_halves(sum(_dot(q[c], keys(*k_words[c][n], base + n, lanes), 1)
@@ -221,8 +217,7 @@ def _weigh(state, logits, dtype):
     weights = [jnp.exp2(x - new) for x in logits]
     shrink = jnp.exp2(top - new)
     total = total * shrink + jnp.sum(sum(weights), 1, keepdims=True)
-    sums = [acc * _twice(shrink) for acc in sums]
-    return new, total, sums, [_twice(x.astype(dtype)) for x in weights]
+    return new, total, [acc * _twice(shrink) for acc in sums], [_twice(x.astype(dtype)) for x in weights]
 
 
 def _power_of_two_spans(size: int) -> list:
@@ -235,13 +230,12 @@ def _power_of_two_spans(size: int) -> list:
     return spans
 
 
-def _words(ref, shift_ref, bits, base, many, group, lanes, assembly):
+def _words(ref, bits, base, many, group, lanes, assembly):
     """Of each of `many` token groups from `base` on, its words and its slot in them."""
     slots = 32 // bits
     ready = _halves if assembly and bits < 8 else lambda words: words
     if many < slots:
-        shift = shift_ref[pl.ds(bits * (base % slots) * group, group)][:, None]
-        words = ref[pl.ds(base // slots * group, group), lanes] >> shift
+        words = ref[pl.ds(base // slots * group, group), lanes] >> (bits * (base % slots))
         return [(ready(words), n) for n in range(many)]
     tiles = [ready(ref[pl.ds((base // slots + i) * group, group), lanes])
              for i in range(many // slots)]
