@@ -100,9 +100,13 @@ def optimiser(recipe: Recipe) -> optax.GradientTransformation:
         inputs = (0, 1) if path.endswith("/o/kernel") else (0,)
         return MuonDimensionNumbers(inputs, tuple(range(len(inputs), leaf.ndim)))
 
-    return muon(rate(recipe.lr), adam_learning_rate=rate(recipe.adam_lr), weight_decay=0.01,
-                adam_b2=0.98,
-                muon_weight_dimension_numbers=lambda params: map_with_path(as_matrix, params))
+    # muon's own Adam, beside it: optax 0.2.6 gives that one no rate of its own
+    parts = {
+        "muon": muon(rate(recipe.lr), weight_decay=0.01,
+                     muon_weight_dimension_numbers=lambda tree: map_with_path(as_matrix, tree)),
+        "adam": optax.nadamw(rate(recipe.adam_lr), b2=0.98, weight_decay=0.0)}
+    part_of = lambda path, leaf: "muon" if as_matrix(path, leaf) else "adam"
+    return optax.partition(parts, lambda params: map_with_path(part_of, params))
 
 
 def fit(lm: LM, recipe: Recipe, work: Path, params: Params | None = None,

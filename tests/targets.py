@@ -59,10 +59,13 @@ def compile_for(
 
 
 def _as_if_on(device: Any) -> Any:
-    """Mosaic kernels ask for the TPU's kind while they are lowered: say it by an abstract mesh."""
-    if device.platform != "tpu":
+    """Kernels ask for the device's kind while they are lowered: say it by an abstract mesh."""
+    if device.platform == "tpu":
+        kind = jax.sharding.AbstractDevice(device.device_kind, 1, "tpu")
+    elif jax.__version_info__ >= (0, 11):  # Triton's ask since then
+        kind = jax.sharding.AbstractDevice(device.device_kind, None, "gpu")
+    else:
         return contextlib.nullcontext()
-    kind = jax.sharding.AbstractDevice(device.device_kind, 1, "tpu")
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("device",), axis_types=auto, abstract_device=kind)
     return jax.sharding.use_abstract_mesh(mesh)

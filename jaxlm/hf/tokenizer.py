@@ -10,6 +10,7 @@ from jaxlm.hf.config import read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
          "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt")  # of those, what holds the tokens
 
 _LOADING = threading.Lock()  # transformers' lazy modules cannot be imported by two threads at once
 
@@ -60,7 +61,12 @@ class Tokenizer:
             backend.no_padding()
             return backend
         try:
-            return self._transformers().backend_tokenizer
+            made = self._transformers()
+            # without any vocabulary many of its classes give the few special tokens they know of
+            names = {*VOCABULARIES, *made.vocab_files_names.values()}
+            if not any((self.folder / name).exists() for name in names):
+                raise ValueError(f"{type(made).__name__} has read no vocabulary")
+            return made.backend_tokenizer
         except (OSError, ValueError, AttributeError, ImportError) as error:
             here = [name for name in FILES if (self.folder / name).exists()]
             raise TokenizerError(

@@ -89,3 +89,14 @@ def linear(x: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
     lead = x.shape[: x.ndim - inputs]
     matrix = kernel.reshape(math.prod(kernel.shape[:inputs]), -1).astype(x.dtype)
     return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*lead, *kernel.shape[inputs:])
+
+
+def against_rows(x: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """`x` (..., D) against every row of a table, float32 (..., V).
+
+    x is a matrix here, as in `linear`: where it has a third axis, XLA:CPU of jaxlib 0.7.2 cannot
+    run the product of bfloat16s that it compiles.
+    """
+    out = jnp.einsum("nd,vd->nv", x.reshape(-1, x.shape[-1]), table_VD.astype(x.dtype),
+                     preferred_element_type=jnp.float32)
+    return out.reshape(*x.shape[:-1], len(table_VD))

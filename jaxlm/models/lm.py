@@ -17,7 +17,7 @@ from jaxlm.models.attention import Mask, attention
 from jaxlm.models.axes import axes_of
 from jaxlm.models.config import LayerPlan, ModelConfig
 from jaxlm.models.decoder import Attend, Block, Decoder, Embed, Norm, Tap
-from jaxlm.models.layers import apply_rope, softcap
+from jaxlm.models.layers import against_rows, apply_rope, softcap
 from jaxlm.models.stack import STACK, split
 from jaxlm.models.xent import token_logprobs
 
@@ -155,9 +155,9 @@ class LM:
     def head(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., D) to float32 logits (..., V) or labels."""
         if self.deep_head:
-            inner = _rows(hidden, params["score"]["inner"]["table"])
+            inner = against_rows(hidden, params["score"]["inner"]["table"])
             hidden = nn.relu(inner + params["score"]["inner"]["bias"]).astype(hidden.dtype)
-        logits = _rows(hidden, self.head_table(params))
+        logits = against_rows(hidden, self.head_table(params))
         if self.labels is None:
             return self.shape_logits(logits)
         score = params["score"]["outer"] if self.deep_head else params["score"]
@@ -300,12 +300,6 @@ class LM:
         final = self.apply(params, tokens_BT, logits_at=None, **apply_args).final
         table = self.head_table(params)
         return token_logprobs(final, table, targets_BT, self.shape_logits, chunk)
-
-
-def _rows(hidden: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """`hidden` against every row of a table, in float32."""
-    return jnp.einsum("...d,vd->...v", hidden, table_VD.astype(hidden.dtype),
-                      preferred_element_type=jnp.float32)
 
 
 def _apply(module: nn.Module, params: Params, *args: Any) -> jax.Array:

@@ -2,9 +2,12 @@
 
 Keys and values are dequantised into bfloat16 two codes at a time: a code is written into the
 mantissa of 128, which takes no conversion, and two packed multiply-adds make `code * scale + min`,
-rounded once. All else is about where the data lie: a whole word tile is read at once, so words and
-scales come ahead of their use and each word is unpacked where the tensor cores want it. Of q a high
-and a low bfloat16 part fill the 16 rows that a product has anyway. Splits are merged outside.
+rounded once. The kernel is bound by instructions and their latency, not by memory, so the rest is
+about where things lie: words and scales are loaded ahead of their use; of q a high and a low
+bfloat16 part fill the 16 rows that a product has anyway. A step reads a word tile, at 2 bits half
+of one: a whole one compiles for half a minute. Of a whole tile Triton unpacks words in the
+registers that the tensor cores read; past the computed shift of half a tile it does not move that,
+and what is unpacked goes through shared memory. Splits are merged outside.
 """
 
 import functools
@@ -19,7 +22,7 @@ from pallas_kernels.quant import QuantFormat, decode_scales
 from pallas_kernels.quant_decode_attention.common import EMPTY_LSE, Softmax, cap, finish
 
 _TAIL = 16  # tail tokens at once
-_STEP = 8 * 32 * 128  # tokens x channels of a step at most: beyond it compiling takes minutes
+_STEP = 8 * 32 * 128  # tokens x channels of a step at most
 _PIECE = 4  # token groups at once where some are masked
 _STAGED = 64 * 128  # words of K or V whose next ones are fetched ahead: more do not fit an A100
 _PROGRAMS = 1024  # enough to fill the largest card several times over
@@ -76,7 +79,8 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
         out_specs=[split(2 * half, head_dim), split(half), split(half)],
         out_shape=[jax.ShapeDtypeStruct((*lead, 2 * half, head_dim), jnp.float32), column,
                    column],
-        # two channels a thread: a scale of them is the least that is fetched ahead
+        # two channels a thread: their scales are 4 bytes, the least that is fetched ahead; four
+        # times as many threads wait for one another longer than they work
         compiler_params=plt.CompilerParams(
             num_warps=max(1, pl.next_power_of_2(head_dim // 64)),
             num_stages=2 if fmt.group * head_dim <= _STAGED else 1),
@@ -217,7 +221,8 @@ def _weigh(state, logits, dtype):
     weights = [jnp.exp2(x - new) for x in logits]
     shrink = jnp.exp2(top - new)
     total = total * shrink + jnp.sum(sum(weights), 1, keepdims=True)
-    return new, total, [acc * _twice(shrink) for acc in sums], [_twice(x.astype(dtype)) for x in weights]
+    sums = [acc * _twice(shrink) for acc in sums]
+    return new, total, sums, [_twice(x.astype(dtype)) for x in weights]
 
 
 def _power_of_two_spans(size: int) -> list:

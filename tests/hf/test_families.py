@@ -144,9 +144,13 @@ def test_numbers_given_as_integers_are_written_as_transformers_reads_them(name, 
     assert theirs.rms_norm_eps == 1 and from_hf(to_hf(config)) == config
 
 
+DIVIDED = ("llama", "gemma2", "gemma3_text")
+
+
 @pytest.mark.parametrize("name", AS_INTEGERS)
 def test_a_width_that_transformers_refuses_is_not_written(name, tmp_path):
-    """Whether a family's width must be a multiple of its heads is for transformers to say."""
+    """Whether a family's width must be a multiple of its heads is for transformers to say. 5.0
+    asks it of none yet; a folder is written for later ones too."""
     transformers = pytest.importorskip("transformers")
     raw = twins.config_of(name) | {"hidden_size": 30}
     config = from_hf(raw)
@@ -154,7 +158,11 @@ def test_a_width_that_transformers_refuses_is_not_written(name, tmp_path):
     try:
         transformers.AutoConfig.from_pretrained(tmp_path)
     except Exception as error:  # the strict validator's own class
-        assert "is not a multiple" in str(error)
+        assert "is not a multiple" in str(error) and name in DIVIDED
+    else:
+        asks = hasattr(transformers.LlamaConfig, "validate_architecture")
+        assert not asks or name not in DIVIDED
+    if name in DIVIDED:
         with pytest.raises(ConfigError, match="dim 30 is not a multiple of num_heads 4"):
             to_hf(config)
     else:

@@ -1,10 +1,12 @@
 """What `load` takes: a folder, a bundled name, a hub id; and what it says when it is none."""
 
+import json
+
 import jax
 import pytest
 
 import jaxlm.hf.bundle
-from jaxlm.core.errors import CheckpointError, ConfigError, DeviceError, JaxlmError
+from jaxlm.core.errors import CheckpointError, ConfigError, DeviceError, JaxlmError, TokenizerError
 from jaxlm.core.mesh import make_mesh
 from jaxlm.hf.bundle import load, resolve
 from tests.tiny import weights, write_folder
@@ -77,12 +79,17 @@ def test_device_and_mesh_exclude_each_other(tiny_folder):
         load(tiny_folder, device="cpu", mesh=make_mesh(data=8))
 
 
-def test_no_tokenizer(tmp_path):
+@pytest.mark.parametrize("named", [None, "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer"])
+def test_no_tokenizer(named, tmp_path):
+    """Of a class by its name alone, or of none, transformers may make a tokenizer of no words."""
     folder = write_folder(tmp_path / "m")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(JaxlmError, match="no tokenizer.json"):
-        load(folder)
+    if named:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named}))
+    for check in (True, False):
+        with pytest.raises(TokenizerError, match="no tokenizer.json"):
+            load(folder, check_tokenizer=check)
 
 
 def test_no_chat_template(bundle):

@@ -9,6 +9,7 @@ from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.tree import flatten, size
 from jaxlm.models.attention import Mask
 from jaxlm.models.config import LayerPlan
+from jaxlm.models.layers import against_rows
 from jaxlm.models.lm import LM, count_params
 from tests.tiny import CONFIG, VOCAB, model
 
@@ -155,6 +156,22 @@ def test_heads_with_labels(tokens):
     assert lm.apply(params, tokens, logits_at="last").logits.shape == (3, 1, 3)
     last = lm.apply(params, tokens, logits_at="last").logits
     close(lm.apply(params, tokens).logits[:, -1:], last)
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (1, 1), (3, 1), (2, 5), (2, 0), (2, 3, 4)], ids=str)
+def test_products_of_bfloat16_are_summed_in_float32(lead):
+    """Each is exact there; what is rounded to bfloat16 at the end is a hundred times farther."""
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    x, table = draw(0, *lead, 16), draw(1, 48, 16)
+    expected = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
+    for run in (against_rows, jax.jit(against_rows)):
+        found = run(x, table)
+        assert found.dtype == jnp.float32 and found.shape == (*lead, 48)
+        close(found, expected)
+    slope = jax.jit(jax.grad(lambda x: against_rows(x, table).sum()))(x)
+    np.testing.assert_allclose(
+        np.asarray(slope, np.float64),
+        np.broadcast_to(np.asarray(table, np.float64).sum(0), x.shape), rtol=2**-7, atol=1e-3)
 
 
 def test_tree_axes_and_counts_agree():
