@@ -87,10 +87,14 @@ def prefill(
     specs = tuple(lm.config.attention(i) for i in range(lm.config.num_layers))
     caches = init_caches(kinds, specs, batch, slots, dtype)
     pos_BT = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
-    hidden, caches = cached_run(
-        lm, params, tokens_BT, kinds, caches,
-        lambda kind, spec, state, q, k, v: kind.prefill(spec, state, q, k, v, pos_BT, lengths_B),
-    )
+
+    def read(kind, spec, state, q, k, v):
+        whole = lambda state, q, k, v: kind.prefill(spec, state, q, k, v, pos_BT, lengths_B)
+        if kind.flush_every is None:
+            return whole(state, q, k, v)
+        return in_turn(whole, lengths_B, state, q, k, v)
+
+    hidden, caches = cached_run(lm, params, tokens_BT, kinds, caches, read)
     logits = lm.head_at(params, hidden, "last", lengths_B)[:, 0]
     return DecodeState(
         tokens_BS=jnp.zeros((batch, slots), jnp.int32).at[:, :time].set(tokens_BT),
@@ -273,6 +277,26 @@ def flush_period(kinds: Kinds) -> int | None:
     """Steps between flushes that suit every layer; None when no kind needs one."""
     periods = [kind.flush_every for kind in kinds if kind is not None and kind.flush_every]
     return min(periods) if periods else None
+
+
+def in_turn(
+    function: Callable[..., Any], lengths_B: jax.Array, state: State, *qkv: jax.Array,
+) -> Any:
+    """`function(state, *qkv)`, a layer's `(out, log_sum_exp, state)`, over before the next's begins.
+
+    Nothing reads codes before the text is drawn, so a compiler codes all layers last, and holds
+    what that works with for each of them. A loop of one turn, how many it cannot know, ends first.
+    """
+
+    def turn(i: jax.Array, carry: Any) -> Any:
+        # what does not change in a loop may be computed ahead of it: tie it to the turn
+        tied, _ = jax.lax.optimization_barrier((qkv, i))
+        return function(carry[2], *tied)
+
+    shapes = jax.eval_shape(function, state, *qkv)
+    out, log_sum_exp = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+    once = jnp.minimum(jnp.max(jnp.abs(lengths_B)), 1)
+    return jax.lax.fori_loop(0, once, turn, (out, log_sum_exp, state))
 
 
 def cached_run(

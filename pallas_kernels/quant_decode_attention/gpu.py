@@ -119,13 +119,13 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
     start = split * span
     dequantise = functools.partial(_dequantise, dtype=dtype, assembly=assembly)
 
-    def keys(words, slot, at, lanes):
+    def keys(held, at, lanes):
         scale, low = ks_ref[at, lanes], km_ref[at, lanes]
         if scale.dtype == jnp.int8:
             scale, low = decode_scales(scale, low, kc_ref[lanes])
-        return dequantise(words, slot, fmt.k_bits, scale[None], low[None])
+        return dequantise(held, fmt.k_bits, scale[None], low[None])
 
-    def values(words, slot, at, lanes, masked):
+    def values(held, at, lanes, masked):
         tokens = pl.ds(at * group, group)
         parts = pl.ds(lanes.start // width, lanes.size // width)
         scale, low = vs_ref[parts, tokens], vm_ref[parts, tokens]
@@ -136,8 +136,7 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
             scale, low = (jnp.where(used, x, jnp.zeros_like(x)) for x in (scale, low))
         shape = (group, lanes.size // width, width)
         wide = lambda x: jnp.broadcast_to(x.T[:, :, None], shape).reshape(group, lanes.size)
-        return dequantise(words, slot, fmt.v_bits, wide(scale.astype(dtype)),
-                          wide(low.astype(dtype)))
+        return dequantise(held, fmt.v_bits, wide(scale.astype(dtype)), wide(low.astype(dtype)))
 
     def over(many, masked, step):
         """A loop's body: `many` token groups at `step(i)`; of masked ones not all are in use."""
@@ -147,7 +146,7 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
             k_words, v_words = ([_words(ref, bits, base, many, group, lanes, assembly)
                                  for lanes in spans]
                                 for ref, bits in ((kw_ref, fmt.k_bits), (vw_ref, fmt.v_bits)))
-            logits = [_both_halves(sum(_dot(q[c], keys(*k_words[c][n], base + n, lanes), 1)
+            logits = [_both_halves(sum(_dot(q[c], keys(k_words[c][n], base + n, lanes), 1)
                                        for c, lanes in enumerate(spans))) for n in range(many)]
             logits = [x if softcap is None else cap(x, softcap) * _LOG2E for x in logits]
             if masked:
@@ -155,7 +154,7 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
                 logits = [_keep(x, token + n * group, first, length) for n, x in enumerate(logits)]
             top, total, sums, weights = _weigh(state, logits, dtype)
             for n, weight in enumerate(weights):
-                sums = [acc + _dot(weight, values(*v_words[c][n], base + n, lanes, masked), 0)
+                sums = [acc + _dot(weight, values(v_words[c][n], base + n, lanes, masked), 0)
                         for c, (acc, lanes) in enumerate(zip(sums, spans, strict=True))]
             return top, total, tuple(sums)
 
@@ -235,7 +234,7 @@ def _power_of_two_spans(size: int) -> list:
     return spans
 
 
-def _words(ref, bits, base, many, group, lanes, assembly):
+def _words(ref, bits, base, many, group, lanes, assembly) -> list[tuple]:
     """Of each of `many` token groups from `base` on, its words and its slot in them."""
     slots = 32 // bits
     ready = _halves if assembly and bits < 8 else lambda words: words
@@ -255,8 +254,9 @@ def _halves(words):
         result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, words.dtype)])[0]
 
 
-def _dequantise(words, slot, bits, scale, low, dtype, assembly):
-    """code * scale + low, rounded once."""
+def _dequantise(held, bits, scale, low, dtype, assembly):
+    """code * scale + low, rounded once, of the codes held in a slot of words."""
+    words, slot = held
     scale, low = (jnp.broadcast_to(x.astype(dtype), words.shape) for x in (scale, low))
     if not assembly or bits == 8:
         code = (words >> (bits * slot)) & (2**bits - 1)

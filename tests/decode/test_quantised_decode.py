@@ -225,6 +225,28 @@ def test_layers_on_a_tpu_take_turns_with_their_matrices():
     assert used[1] - used[0] < 3 * matrix  # it was two matrices a layer, and more
 
 
+@pytest.mark.slow
+def test_layers_on_a_tpu_take_turns_to_code_a_prompt():
+    """Keys, values and what codes them are held of one layer, whatever the number of layers."""
+    from jaxlm.core.targets import target
+
+    chip, rows, length, used = target("v5e:1x1").devices[0], 16, 1024, []
+    place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=SingleDeviceSharding(chip)), tree)
+    kind = Squat(mesh=make_mesh(devices=[chip]))
+    for layers in (2, 6):
+        lm, _ = tiny_model(dim=256, head_dim=128, num_heads=4, num_kv_heads=2, num_layers=layers)
+        read = lambda params, tokens, lengths, keys, lm=lm: prefill(
+            lm, params, Greedy(), tokens, lengths, kind, length + 64, keys)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+        inputs = (lm.shapes(jnp.bfloat16), jax.ShapeDtypeStruct((rows, length), jnp.int32),
+                  jax.ShapeDtypeStruct((rows,), jnp.int32), keys)
+        compiled = jax.jit(read).lower(*place(inputs)).compile()
+        used.append(compiled.memory_analysis().temp_size_in_bytes)
+    keys_and_values = 2 * rows * length * 2 * 128 * 2
+    assert used[1] - used[0] < 2 * keys_and_values  # it was ten times as much
+
+
 def test_cache_shardings_follow_rows_and_heads():
     """Every leaf of a quantised state is split as its rows and kv heads are."""
     lm, params = tiny_model(num_heads=16, num_kv_heads=8)
