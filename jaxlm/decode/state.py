@@ -282,7 +282,7 @@ def flush_period(kinds: Kinds) -> int | None:
 def in_turn(
     function: Callable[..., Any], lengths_B: jax.Array, state: State, *qkv: jax.Array,
 ) -> Any:
-    """`function(state, *qkv)`, a layer's `(out, log_sum_exp, state)`, over before the next's begins.
+    """`function(state, *qkv)`, a layer's (out, log_sum_exp, state), over before the next begins.
 
     Nothing reads codes before the text is drawn, so a compiler codes all layers last, and holds
     what that works with for each of them. A loop of one turn, how many it cannot know, ends first.
