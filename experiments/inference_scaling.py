@@ -164,7 +164,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     plan(args)
     problems, bundle = problems_of(args), jaxlm.load(args.model, dtype=jnp.float32)
     rewards, left_out = rewards_of(args, bundle)
-    cells, earlier = gone_before(args)
+    cells, sibling, earlier = gone_before(args)
     settings = {name: str(getattr(args, name)) for name in
                 ("model", "problems", "seed", "smoke")}
     parts = _harness.Resumable(args.parts, settings)
@@ -176,7 +176,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for reward, made in rewards.items():
             add_searched(cells, parts, request_of(bundle, made), reward, problems, seed, args)
     metrics = table(cells, len(problems), args)
-    metrics["larger"] = larger(args, parts, problems, left_out)
+    metrics["larger"] = larger(args, parts, problems) if args.larger else sibling
+    if not metrics["larger"]:
+        left_out.append("the larger sibling: no --larger")
     metrics["budget_to_match_larger"] = matching(metrics["accuracy"], metrics["larger"])
     if args.late:
         left_out.append(f"{args.late} cells of searches, for want of time (--minutes)")
@@ -185,14 +187,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                       "device_s": spent, **earlier}
 
 
-def gone_before(args: argparse.Namespace) -> tuple[Cells, dict[str, Any]]:
-    """The cells of --earlier, and its origin.
+def gone_before(args: argparse.Namespace) -> tuple[Cells, dict[str, Any], dict[str, Any]]:
+    """The cells of --earlier, its larger sibling's accuracy, and its origin.
 
     Raises: SystemExit where it is of other problems or of another learned reward, or too old to
       keep which problems were right.
     """
     if not args.earlier:
-        return {}, {}
+        return {}, {}, {}
     earlier = json.loads(args.earlier.read_text())
     metrics = earlier["metrics"]
     same = {"problems": args.problems, "smoke": args.smoke, "judge": args.judge}
@@ -209,7 +211,7 @@ def gone_before(args: argparse.Namespace) -> tuple[Cells, dict[str, Any]]:
                              for seed, one in cell["each"].items()}
                     for budget, cell in by.items()} for line, by in metrics["accuracy"].items()}
     about = {name: earlier[name] for name in ("command", "commit", "sources")}
-    return cells, {"earlier": about | {"device_s": metrics["device_s"]}}
+    return cells, metrics["larger"], {"earlier": about | {"device_s": metrics["device_s"]}}
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -338,12 +340,9 @@ def matching(accuracy: dict[str, dict[str, Any]], sibling: dict[str, Any]) -> di
     return found
 
 
-def larger(args: argparse.Namespace, parts: _harness.Resumable, problems: list[Problem],
-           left_out: list[str]) -> dict[str, Any]:
+def larger(args: argparse.Namespace, parts: _harness.Resumable,
+           problems: list[Problem]) -> dict[str, Any]:
     """A larger sibling's accuracy greedily and of one sample: what the small one has to reach."""
-    if not args.larger:
-        left_out.append("the larger sibling: no --larger")
-        return {}
     request = request_of(jaxlm.load(str(args.larger), dtype=jnp.float32), None)
 
     def compute() -> dict[str, Any]:

@@ -88,15 +88,16 @@ def test_an_earlier_result_s_cells_count_as_if_measured_again(tmp_path):
     made = cells(50, {"particle-filter|checker": {"1": 0.3, "4": 0.6},
                       "dvts|checker": {"1": 0.5, "4": 0.5}}, 2)
     args = argparse.Namespace(seed=0, seeds=2, problems=50, smoke=False, earlier=None, judge="")
-    assert scaling.gone_before(args) == ({}, {})
+    assert scaling.gone_before(args) == ({}, {}, {})
     first = {"particle-filter|checker": {budget: {"0": seeds["0"]} for budget, seeds in
                                          made["particle-filter|checker"].items()}}
     args.earlier = tmp_path / "cpu.json"
-    metrics = scaling.table(first, 50, args) | {"device_s": 5.0, "judge": "one"}
+    metrics = scaling.table(first, 50, args) | {
+        "device_s": 5.0, "judge": "one", "larger": {"greedy": 0.9}}
     written = {"command": "c", "commit": "1", "sources": "2", "smoke": False, "metrics": metrics}
     args.earlier.write_text(json.dumps(_harness.plain(written)))
-    found, about = scaling.gone_before(args)
-    assert found == first
+    found, sibling, about = scaling.gone_before(args)
+    assert found == first and sibling == {"greedy": 0.9}
     assert about == {"earlier": {"command": "c", "commit": "1", "sources": "2", "device_s": 5.0}}
     for line, by in made.items():
         for budget, seeds in by.items():
