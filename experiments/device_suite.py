@@ -5,8 +5,10 @@ Hardware: one GPU or TPU; on a CPU the parts that need one say "skipped: no acce
 Minutes: 9 at most; a part that does not fit is reported as not run; run again to go on with it.
 Expected: every `within` true: answers, logits against the CPU's, kernels against XLA; copy
   bandwidth of 0.8 of the card's data sheet. On an H200 decode attention over 2-bit codes at 0.23 of
-  that bandwidth, 1.2 times as fast as cuDNN's over bfloat16 (4 bits: 0.57, 1.8 times); what came
-  after `library` was not run there
+  that bandwidth, 1.2 times as fast as cuDNN's over bfloat16 (4 bits: 0.57, 1.8 times).
+
+The committed H200 result ends with `library`. It was measured with XLA's autotuning and its Triton
+products off (`device_info.xla_flags`), which compiles sooner.
 """
 
 import argparse

@@ -103,8 +103,10 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         Row("device_suite", "kv_attention.roofline_fraction",
             "the same, 2 bits: bytes a second over those of a copy"),
         Row("device_suite", "kv_attention.codes.4 bits.roofline", "the same, 4 bits"),
-        Row("device_suite", "library.logits.error",
+        Row("device_suite", "library.logits.error_as_is",
             "the bundled model's logits against the CPU's, of the largest", "{:.1e}"),
+        Row("device_suite", "library.logits.error",
+            "the same with products in full (jax_default_matmul_precision)", "{:.1e}"),
     ),
     "Particles and search": (
         Row("smc_exact", "evidence_z_max",
@@ -195,6 +197,7 @@ HEADLINES = (
         "every family, float32", "{:.1e}"),
     Row("bench_decode", "decode_b1_ratio.tiny", "greedy decoding against transformers' generate, "
         "bundled model, batch 1", TIMES),
+    Row("bench_decode", "decode_b32_ratio.tiny", "the same at batch 32", TIMES),
     Row("bench_decode", "decode_135m_ratio", "decoding a 135M shape, against transformers' static "
         "cache with torch.compile", TIMES),
     Row("bench_decode", "prefill_ratio.tiny", "prefill, batch 8 x 256, bundled model, against "
@@ -203,8 +206,6 @@ HEADLINES = (
         "2-bit keys, logit error over plain KIVI's (without shrunk grids) at equal bytes"),
     Row("kv_speed", "cpu_step_vs_dense",
         "a decode step with a 2-bit cache, time over float32 dense, 8 rows x 4,096 tokens"),
-    Row("device_suite", "kv_attention.speedup_over_bf16", "decode attention over 2-bit codes "
-        "against the fastest over bfloat16, 8 rows x 65,536 tokens", TIMES),
     Row("kv_capacity", "capacity_ratio", "rows of 16k tokens that fit v5e:2x4 by its compiler, "
         "Llama-3.1-8B, 2-bit cache over bfloat16", TIMES),
     Row("kv_quality", "recall_drop_points", "recall in one prompt, points lost at 2 bits"),

@@ -82,6 +82,7 @@ def prefill(
     if time > slots:
         raise ShapeError(f"prompts are {time} tokens wide but the cache holds {slots}; raise slots")
     kinds = layer_kinds(lm, cache, params)
+    lengths_B = lengths_B.astype(jnp.int32)
     tokens_BT = jnp.where(jnp.arange(time) < lengths_B[:, None], tokens_BT, 0)  # any padding
     dtype = params["embed"]["table"].dtype
     specs = tuple(lm.config.attention(i) for i in range(lm.config.num_layers))
@@ -285,18 +286,11 @@ def in_turn(
     """`function(state, *qkv)`, a layer's (out, log_sum_exp, state), over before the next begins.
 
     Nothing reads codes before the text is drawn, so a compiler codes all layers last, and holds
-    what that works with for each of them. A loop of one turn, how many it cannot know, ends first.
+    what that works with for each of them. A branch, which of them it cannot know, ends first.
     """
-
-    def turn(i: jax.Array, carry: Any) -> Any:
-        # what does not change in a loop may be computed ahead of it: tie it to the turn
-        tied, _ = jax.lax.optimization_barrier((qkv, i))
-        return function(carry[2], *tied)
-
     shapes = jax.eval_shape(function, state, *qkv)
-    out, log_sum_exp = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
-    once = jnp.minimum(jnp.max(jnp.abs(lengths_B)), 1)
-    return jax.lax.fori_loop(0, once, turn, (out, log_sum_exp, state))
+    nothing = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.cond((lengths_B != 0).any(), function, nothing, state, *qkv)
 
 
 def cached_run(

@@ -1,13 +1,14 @@
 """Triton kernel for NVIDIA cards of compute capability 8 and more: grid (row, kv head, split).
 
-Keys and values are dequantised into bfloat16 two codes at a time: a code is written into the
-mantissa of 128, which takes no conversion, and two packed multiply-adds make `code * scale + min`,
-rounded once. The kernel is bound by instructions and their latency, not by memory, so the rest is
-about where things lie: words and scales are loaded ahead of their use; of q a high and a low
-bfloat16 part fill the 16 rows that a product has anyway. A step reads a word tile, at 2 bits half
-of one: a whole one compiles for half a minute. Of a whole tile Triton unpacks words in the
-registers that the tensor cores read; past the computed shift of half a tile it does not move that,
-and what is unpacked goes through shared memory. Splits are merged outside.
+Keys and values are made into bfloat16 two at a time: a code is written into the mantissa of 128,
+which takes no conversion, and two packed multiply-adds make `code * scale + min` of it. For 2 and 4
+bits scales are bfloat16 then, whatever they are kept in. Of q a high and a low bfloat16 part fill
+the 16 rows that a product has anyway.
+
+The kernel is bound by instructions and by waiting, not by memory. So words and scales are loaded
+ahead of their use, and few threads meet at barriers. Triton unpacks words in the registers that the
+tensor cores read only where no run-time shift comes first, that is, where a step is whole word
+tiles; else what is unpacked goes through shared memory. Splits are merged outside.
 """
 
 import functools
@@ -38,7 +39,7 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     if rotate is not None:
         raise NotImplementedError("keys before RoPE are read by implementation='xla'")
     batch, kv_heads, heads, head_dim = q.shape
-    width = fmt.channels(head_dim)
+    width = head_dim // packed.v_scale.shape[2]  # of one head, where several lie side by side
     if fmt.group & (fmt.group - 1) or fmt.group < 16 or width < 16:
         raise NotImplementedError("Triton needs a power-of-two group of 16 or more, dividing the "
                                   f"head dim into parts of 16 or more; got group {fmt.group}, head "
@@ -47,7 +48,7 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
         dtype = jnp.float32 if interpret else jnp.bfloat16
     half = max(8, pl.next_power_of_2(heads))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, half - heads), (0, 0)))
-    q = q if softcap else q * _LOG2E
+    q = q * _LOG2E if softcap is None else q
     high = q.astype(dtype)
     q = jnp.concatenate([high, (q - high.astype(jnp.float32)).astype(dtype)], 2)
     tail = _whole_tail(tail, q, lengths)
@@ -69,7 +70,7 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
     lead = (batch, kv_heads, splits)
     column = jax.ShapeDtypeStruct((*lead, half), jnp.float32)
     values, top, total = pl.pallas_call(
-        functools.partial(_kernel, fmt=fmt, span=span, splits=splits, softcap=softcap,
+        functools.partial(_kernel, fmt=fmt, width=width, span=span, splits=splits, softcap=softcap,
                           dtype=dtype, assembly=not interpret),
         grid=lead,
         in_specs=[row, row, row, whole(2 * half, head_dim), along(span * fmt.k_bits // 32),
@@ -79,8 +80,7 @@ def attend(q, packed, lengths, first, tail, *, fmt, softcap=None, rotate=None, i
         out_specs=[split(2 * half, head_dim), split(half), split(half)],
         out_shape=[jax.ShapeDtypeStruct((*lead, 2 * half, head_dim), jnp.float32), column,
                    column],
-        # two channels a thread: their scales are 4 bytes, the least that is fetched ahead; four
-        # times as many threads wait for one another longer than they work
+        # two channels a thread: their scales are 4 bytes, the least that is fetched ahead
         compiler_params=plt.CompilerParams(
             num_warps=max(1, pl.next_power_of_2(head_dim // 64)),
             num_stages=2 if fmt.group * head_dim <= _STAGED else 1),
@@ -108,12 +108,11 @@ def _merge_splits(values, top, total):
 
 
 def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_ref, kc_ref, vw_ref,
-            vs_ref, vm_ref, kt_ref, vt_ref, out_ref, top_ref, total_ref, *, fmt: QuantFormat, span,
-            splits, softcap, dtype, assembly):
+            vs_ref, vm_ref, kt_ref, vt_ref, out_ref, top_ref, total_ref, *, fmt: QuantFormat, width,
+            span, splits, softcap, dtype, assembly):
     length, first, tail_length = length_ref[0], first_ref[0], tail_length_ref[0]
     split, group = pl.program_id(2), fmt.group
     head_dim = q_ref.shape[1]
-    width = fmt.channels(head_dim)
     spans = _power_of_two_spans(head_dim)
     q = [q_ref[:, lanes] for lanes in spans]
     start = split * span
@@ -123,7 +122,8 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
         scale, low = ks_ref[at, lanes], km_ref[at, lanes]
         if scale.dtype == jnp.int8:
             scale, low = decode_scales(scale, low, kc_ref[lanes])
-        return dequantise(held, fmt.k_bits, scale[None], low[None])
+        scale, low = (_kept(x, fmt.k_bits, dtype)[None] for x in (scale, low))
+        return dequantise(held, fmt.k_bits, scale, low)
 
     def values(held, at, lanes, masked):
         tokens = pl.ds(at * group, group)
@@ -136,14 +136,15 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
             scale, low = (jnp.where(used, x, jnp.zeros_like(x)) for x in (scale, low))
         shape = (group, lanes.size // width, width)
         wide = lambda x: jnp.broadcast_to(x.T[:, :, None], shape).reshape(group, lanes.size)
-        return dequantise(held, fmt.v_bits, wide(scale.astype(dtype)), wide(low.astype(dtype)))
+        scale, low = (wide(_kept(x, fmt.v_bits, dtype)) for x in (scale, low))
+        return dequantise(held, fmt.v_bits, scale, low)
 
     def over(many, masked, step):
         """A loop's body: `many` token groups at `step(i)`; of masked ones not all are in use."""
 
         def body(i, state):
             base = step(i) * many
-            k_words, v_words = ([_words(ref, bits, base, many, group, lanes, assembly)
+            k_words, v_words = ([_words(ref, bits, base, many, group, lanes)
                                  for lanes in spans]
                                 for ref, bits in ((kw_ref, fmt.k_bits), (vw_ref, fmt.v_bits)))
             logits = [_both_halves(sum(_dot(q[c], keys(k_words[c][n], base + n, lanes), 1)
@@ -200,7 +201,7 @@ def _kernel(length_ref, first_ref, tail_length_ref, q_ref, kw_ref, ks_ref, km_re
 
 
 def _groups_a_step(fmt: QuantFormat, head_dim: int, spans: int) -> int:
-    """Token groups of one word tile, so that its words are read once; fewer if that is much."""
+    """Token groups of one word tile; where that is more than _STEP, of a half, a quarter, ..."""
     many = fmt.tile // fmt.group
     while many > 1 and many * fmt.group * head_dim * spans > _STEP:
         many //= 2
@@ -234,36 +235,26 @@ def _power_of_two_spans(size: int) -> list:
     return spans
 
 
-def _words(ref, bits, base, many, group, lanes, assembly) -> list[tuple]:
+def _words(ref, bits, base, many, group, lanes) -> list[tuple]:
     """Of each of `many` token groups from `base` on, its words and its slot in them."""
     slots = 32 // bits
-    ready = _halves if assembly and bits < 8 else lambda words: words
     if many < slots:
         words = ref[pl.ds(base // slots * group, group), lanes] >> (bits * (base % slots))
-        return [(ready(words), n) for n in range(many)]
-    tiles = [ready(ref[pl.ds((base // slots + i) * group, group), lanes])
-             for i in range(many // slots)]
+        return [(words, n) for n in range(many)]
+    tiles = [ref[pl.ds((base // slots + i) * group, group), lanes] for i in range(many // slots)]
     return [(tiles[n // slots], n % slots) for n in range(many)]
 
 
-def _halves(words):
-    """Of two neighbouring words, the low halves in one and the high halves in the other."""
-    return plt.elementwise_inline_asm(
-        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", args=[words],
-        constraints="=r,=r,r,r", pack=2,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, words.dtype)])[0]
-
-
 def _dequantise(held, bits, scale, low, dtype, assembly):
-    """code * scale + low, rounded once, of the codes held in a slot of words."""
+    """code * scale + low of the codes in a slot of words; scale and low as `_kept` gives them."""
     words, slot = held
-    scale, low = (jnp.broadcast_to(x.astype(dtype), words.shape) for x in (scale, low))
+    scale, low = (jnp.broadcast_to(x, words.shape) for x in (scale, low))
     if not assembly or bits == 8:
         code = (words >> (bits * slot)) & (2**bits - 1)
         scale, low = scale.astype(jnp.float32), low.astype(jnp.float32)
         return (code.astype(jnp.float32) * scale + low).astype(dtype)
-    # of a half's codes those in 7 bits, a mantissa, share a shift; 128 + code * 2^at is then in
-    # place, and a multiply-add takes both off again
+    # two words' halves go side by side. Of a half's codes those in 7 bits, a mantissa, share a
+    # shift; 128 + code * 2^at is then in place, and a multiply-add takes both off again
     half, slot = divmod(slot, 16 // bits)
     shift = slot // (7 // bits) * (7 // bits) * bits
     at = slot * bits - shift
@@ -271,11 +262,16 @@ def _dequantise(held, bits, scale, low, dtype, assembly):
     return plt.elementwise_inline_asm(
         f"""{{ .reg .b32 code, unit, away;
         mov.b32 unit, {both(0x3F80 - (at << 7))}; mov.b32 away, {both(0xC300 - (at << 7))};
-        shr.b32 code, ${1 + half}, {shift};
+        prmt.b32 code, $1, $2, {("0x5410", "0x7632")[half]}; shr.b32 code, code, {shift};
         lop3.b32 code, code, {both((2**bits - 1) << at)}, {both(0x4300)}, 0xEA;
         fma.rn.bf16x2 code, code, unit, away; fma.rn.bf16x2 $0, code, $3, $4; }}""",
         args=[words, scale, low], constraints="=r,r,r,r,r", pack=2,
         result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, dtype)])[0]
+
+
+def _kept(x, bits, dtype):
+    """A scale or minimum as codes of so many bits are multiplied by it."""
+    return x.astype(jnp.float32 if bits == 8 else dtype)
 
 
 def _dot(x, y, contract: int):
@@ -294,7 +290,7 @@ def _both_halves(x):
 
 
 def _twice(x):
-    """The rows, and once more."""
+    """The rows, and once more: a product has 16, and who reads its result takes the first half."""
     rows, n = x.shape
     return jnp.broadcast_to(x[None], (2, rows, n)).reshape(2 * rows, n)
 

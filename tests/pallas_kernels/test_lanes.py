@@ -29,6 +29,7 @@ SPECS = (  # 1 to 8 queries a kv head, odd numbers among them; every width of co
     Spec("gqa5-96-k2v4", 1, 20, 4, 96, 512, 32, B24, "float32"),
     Spec("96-group64", 1, 4, 4, 96, 1024, 64, QuantFormat(group=64), "float32"),
     Spec("gqa2-96-8bit", 1, 8, 4, 96, 256, 32, B88, "float32"),
+    Spec("64-group128-4bit", 2, 2, 2, 64, 1024, 32, QuantFormat(4, 4, 128), "float32"),
 )
 
 
@@ -44,13 +45,13 @@ def packed_beside(packed, many):
                            k_center=center)
 
 
+QUICK = ((SPECS[0], "tpu"), (SPECS[3], "xla"), (SPECS[6], "gpu"))
 slow = pytest.mark.slow  # the kernels' interpreter is slow to compile: a few cases are quick
 
 
 @pytest.mark.parametrize("spec, backend", [
-    (SPECS[0], "tpu"), (SPECS[3], "xla"),
-    *(pytest.param(spec, backend, marks=slow) for spec in SPECS for backend in ("tpu", "xla")
-      if (spec, backend) not in ((SPECS[0], "tpu"), (SPECS[3], "xla")))],
+    *QUICK, *(pytest.param(spec, backend, marks=slow) for spec in SPECS
+              for backend in ("tpu", "xla", "gpu") if (spec, backend) not in QUICK)],
     ids=lambda x: getattr(x, "name", x))
 def test_attention_equals_that_of_heads_alone(spec, backend):
     """At odd lengths, padded rows and an empty one."""
