@@ -1,5 +1,6 @@
 """Verification and conversion: a right checkpoint passes, a wrong one is found."""
 
+import builtins
 import json
 import sys
 from argparse import Namespace
@@ -169,7 +170,14 @@ def converted(capsys, source, folder):
 
 
 def test_the_command_asks_for_torch_before_it_converts(twin, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
+    def without_torch(name, *rest):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'")
+        return given(name, *rest)
+
+    given = builtins.__import__  # not `sys.modules["torch"] = None`: tyro imports what is there
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without_torch)
     assert "pip install torch" in converted(capsys, twin("llama"), tmp_path / "out")
 
 
