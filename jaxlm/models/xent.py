@@ -33,7 +33,7 @@ def token_logprobs(
     chunk = min(whole("chunk", chunk), vocab)
     count = -(-vocab // chunk)
     slices = jnp.pad(table_VD, ((0, count * chunk - vocab), (0, 0))).reshape(count, chunk, dim)
-    # a matrix from the start: reshaped in each slice, a TPU moves up to a tenth more bytes
+    # a matrix from the start: reshaped in each slice, a TPU would move more bytes
     hidden, targets = hidden_BTD.reshape(-1, dim), targets_BT.reshape(-1)
 
     @jax.checkpoint

@@ -5,10 +5,10 @@ which takes no conversion, and two packed multiply-adds make `code * scale + min
 bits scales are bfloat16 then, whatever they are kept in. Of q a high and a low bfloat16 part fill
 the 16 rows that a product has anyway.
 
-The kernel is bound by instructions and by waiting, not by memory. So words and scales are loaded
-ahead of their use, and few threads meet at barriers. Triton unpacks words in the registers that the
-tensor cores read only where no run-time shift comes first, that is, where a step is whole word
-tiles; else what is unpacked goes through shared memory. Splits are merged outside.
+Over 2 bits it runs far below the copy bandwidth (`experiments/device_suite.py`), so words and
+scales are loaded ahead of their use, and few threads meet at barriers. Triton unpacks words in the
+registers that the tensor cores read only where no run-time shift comes first, that is, where a step
+is whole word tiles; else what is unpacked goes through shared memory. Splits are merged outside.
 """
 
 import functools
