@@ -2,17 +2,18 @@
 
 Command: python experiments/make_models.py --out experiments/results/make_models/cpu.json
 Hardware: 2 CPU cores, 4 GB; a GPU shortens it.
-Minutes: 5.3 processor hours in all (small 1.0, large 3.5, each sibling 0.3), so 2.7 hours on 2 idle
-  cores at the least, by `--pace`, which times a few steps of each and makes nothing; `--only NAME`
-  makes one. A stopped run goes on where it was; what is finished is not made again, unless its
-  recipe or its base has changed or a folder of it is gone.
+Minutes: about 3 processor hours in all, 1.5 hours on 2 idle cores; a stopped run goes on where it
+  was. What is finished is not made again, unless its recipe or its base has changed or a folder of
+  it is gone. `--only NAME` makes one; several such may run at once.
 Expected: every folder loads; siblings beat the model they come from on their own skill, or are
-  named under `not_better`. Not run whole yet: only `--smoke` and `--pace` were
+  named under `not_better`.
 
-FOLDER/small/step_N and FOLDER/large/step_N are trained as the bundled model is, six checkpoints
-along each run, the last its end. FOLDER/minus, times and recall are the bundled model fine-tuned
-on one skill each: three-digit subtraction, products of larger numbers, and recall alone. Every
-checkpoint gets a held-out loss, the last of each run a few problems of each kind.
+FOLDER/small/step_N is trained as the bundled model is. FOLDER/large/step_N is the bundled model
+with a copy behind each of its layers, at first silent, trained on. Both leave six checkpoints, the
+last their end. FOLDER/minus, times and recall are the bundled model fine-tuned on one skill each:
+three-digit subtraction, products of larger numbers, and recall alone. Every checkpoint gets a
+held-out loss, the last of each run a few problems of each kind. `--pace` makes nothing: it times
+a few steps of each.
 """
 
 import argparse
@@ -44,7 +45,8 @@ from experiments.tiny_training import (
     short_run,
     write_folder,
 )
-from experiments.train_tiny import LAST, RATE, SMOKE, curriculum
+from experiments.train_tiny import LAST, LONG, RATE, SMOKE, curriculum
+from jaxlm.core.tree import Params, flatten, map_with_path
 from jaxlm.decode.generate import generate
 from jaxlm.eval import arithmetic
 from jaxlm.eval.arithmetic import Level
@@ -52,7 +54,9 @@ from jaxlm.eval.skills import share, solve_arithmetic, solve_recall
 from jaxlm.hf.bundle import Bundle, load
 from jaxlm.models.lm import LM, count_params
 
-SIZES = {"small": dict(dim=96, layers=8, ffn=256), "large": dict(dim=256, layers=12, ffn=704)}
+SMALL = dict(dim=96, layers=8, ffn=256)
+SIZES = ("small", "large")
+GROWN_STEPS = 500
 MINUS = Level(terms=(3, 5), signs="-", number=(1, 299), max_total=999)
 TIMES = Level(terms=(1, 2), products=(1, 1), factor=(20, 99), max_total=999)
 SKILLS = {
@@ -84,24 +88,56 @@ def digest_of(*what: Any) -> str:
     return hashlib.sha256(json.dumps(_harness.plain(what)).encode()).hexdigest()[:12]
 
 
-def size(name: str, args: argparse.Namespace) -> Part:
-    """One size, trained as the bundled model is, with checkpoints along the run."""
-    lm, recipe = LM(model_config(**SIZES[name])), Recipe(curriculum, RATE, seed=args.seed)
+def grown(base: Bundle) -> tuple[LM, Params]:
+    """The base with a copy behind each layer that adds nothing yet: the same function, twice as
+    deep (block expansion, arXiv 2401.02415, section 3.2).
+
+    Raises: ValueError where a layer has a bias, which a copy would add.
+    """
+    if biased := [path for path in flatten(base.params) if path.endswith("bias")]:
+        raise ValueError(f"got {biased[0]} in the base; expected no biases: a copy would add it")
+    silent = lambda path, leaf: leaf * (not path.endswith(("/o/kernel", "/down/kernel")))
+    layers = base.lm.config.num_layers
+    params = {name: leaf for name, leaf in base.params.items() if not name.startswith("layers_")}
+    for i in range(layers):
+        layer = base.params[f"layers_{i}"]
+        params |= {f"layers_{2 * i}": layer, f"layers_{2 * i + 1}": map_with_path(silent, layer)}
+    return LM(replace(base.lm.config, num_layers=2 * layers)), params
+
+
+def late(step: int) -> Mix:
+    """The end of the bundled model's curriculum: wide sums and recall, each sixth batch long."""
+    return LONG if step % 6 == 5 else LAST
+
+
+def begun(name: str, args: argparse.Namespace) -> tuple[LM, Recipe, Params | None]:
+    """A size's model, how it is trained, and what from where that is not from scratch."""
+    lm, recipe, params = LM(model_config(**SMALL)), Recipe(curriculum, RATE, seed=args.seed), None
+    if name == "large":
+        lm, params = grown(load(args.base, dtype=jnp.float32))
+        rate = tuple((step, 0.45 * share) for step, share in short_run(GROWN_STEPS))
+        recipe = Recipe(late, rate, seed=args.seed + 1)  # other data than the base has seen
     if args.smoke:
-        lm = LM(model_config(dim=32, layers=2, ffn=64))
+        lm = lm if params else LM(model_config(dim=32, layers=2, ffn=64))
         recipe = Recipe(lambda step: SMOKE, short_run(CHECKPOINTS), seed=args.seed)
+    return lm, recipe, params
+
+
+def size(name: str, args: argparse.Namespace) -> Part:
+    """One size, with checkpoints along its run."""
+    lm, recipe, params = begun(name, args)
     at = [recipe.steps * i // CHECKPOINTS for i in range(1, CHECKPOINTS + 1)]
-    digest = digest_of(described(lm, recipe, None), at)
+    digest = digest_of(described(lm, recipe, params), at)
     folders = {n: args.folder / name / f"step_{n}" for n in at}
     work = args.folder / ".work" / f"{name}-{digest}"
     part = Part(name, digest, tuple(folders.values()), lambda: make())
 
     def make() -> dict[str, Any]:
         marks = {n: partial(write_folder, lm, folder=folder) for n, folder in folders.items()}
-        _, summary = fit(lm, recipe, work, marks=marks)
+        _, summary = fit(lm, recipe, work, params=params, marks=marks)
         if part.lost:  # the run went on behind them
             shutil.rmtree(work)
-            _, summary = fit(lm, recipe, work, marks=marks)
+            _, summary = fit(lm, recipe, work, params=params, marks=marks)
         mix, opened = SMOKE if args.smoke else LAST, partial(load, dtype=jnp.float32)
         losses = {n: loss_of(opened(folder), mix, args.seed) for n, folder in folders.items()}
         return {"parameters": count_params(lm), "checkpoints": at, "held_out_loss": losses,
@@ -189,7 +225,7 @@ def own_skill(name: str, bundle: Bundle, args: argparse.Namespace) -> dict[str, 
 def made(store: _harness.Resumable, part: Part) -> dict[str, Any]:
     """A part's findings; made now where it is not there whole, of this recipe and this base."""
     key = f"{part.name} {part.digest}"
-    stale = [k for k in store.parts if k.split()[0] == part.name and (k != key or part.lost)]
+    stale = [k for k in store.parts if k != key or part.lost]
     if stale:  # before their folders change
         for other in stale:
             del store.parts[other]
@@ -197,17 +233,17 @@ def made(store: _harness.Resumable, part: Part) -> dict[str, Any]:
     return store(key, part.make)
 
 
-def paces(seed: int) -> dict[str, Any]:
+def paces(args: argparse.Namespace) -> dict[str, Any]:
     """The processor hours of everything, before any of it is made."""
-    sizes = {name: pace(LM(model_config(**SIZES[name])), Recipe(curriculum, RATE, seed=seed))
-             for name in SIZES}
-    return sizes | {name: pace(LM(model_config()), sibling_recipe(name, seed)) for name in SKILLS}
+    sizes = {name: pace(*begun(name, args)[:2]) for name in SIZES}
+    return sizes | {name: pace(LM(model_config()), sibling_recipe(name, args.seed))
+                    for name in SKILLS}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Make what is asked for and is not there yet."""
     if args.pace:
-        return {"pace": paces(args.seed)}
+        return {"pace": paces(args)}
     if not args.smoke:
         return make_all(args)
     with tempfile.TemporaryDirectory() as scratch:
@@ -217,12 +253,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return make_all(args)
 
 
+def store_of(name: str, args: argparse.Namespace) -> _harness.Resumable:
+    """What is known of a finished part; a file each, so that several `--only` may run at once."""
+    return _harness.Resumable(args.folder / ".work" / f"{name}.json", {"part": name})
+
+
 def make_all(args: argparse.Namespace) -> dict[str, Any]:
     """The parts, one after another, and which siblings are no better than their base."""
-    store = _harness.Resumable(args.folder / "made.json", {"parts": "by what they depend on"})
     kinds = dict.fromkeys(SIZES, size) | dict.fromkeys(SKILLS, sibling)
     chosen = [args.only] if args.only else list(kinds)
-    found = {name: made(store, kinds[name](name, args)) for name in chosen}
+    found = {name: made(store_of(name, args), kinds[name](name, args)) for name in chosen}
     worse = [name for name in chosen if not found[name].get("better", True)]
     if worse:
         print(f"no better than their base at their own skill: {', '.join(worse)}", file=sys.stderr)

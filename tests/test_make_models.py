@@ -1,8 +1,12 @@
 """The models made on demand: what is finished is checked again, and each is scored."""
 
 import argparse
+import dataclasses
 import json
 
+import chex
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import _harness, make_models
@@ -11,7 +15,7 @@ from experiments.make_models import Part, made
 
 @pytest.fixture
 def store(tmp_path):
-    return lambda: _harness.Resumable(tmp_path / "made.json", {})
+    return lambda name="small": _harness.Resumable(tmp_path / f"{name}.json", {})
 
 
 def part(tmp_path, digest, calls, name="small"):
@@ -32,7 +36,7 @@ def test_a_part_is_made_anew_where_it_changed_or_a_folder_is_gone(tmp_path, stor
     one, two = part(tmp_path, "one", calls), part(tmp_path, "two", calls)
     other = part(tmp_path, "other", calls, "smaller")
     for _ in range(2):
-        assert made(store(), one) == {"made": "one"} and made(store(), other)
+        assert made(store(), one) == {"made": "one"} and made(store("smaller"), other)
     assert calls == ["one", "other"]
     (one.folders[0] / "config.json").unlink()
     made(store(), one)
@@ -40,7 +44,7 @@ def test_a_part_is_made_anew_where_it_changed_or_a_folder_is_gone(tmp_path, stor
     made(store(), two)  # overwrites the folders of the first recipe ...
     assert made(store(), one) == {"made": "one"} and calls[3:] == ["two", "one"]  # ... so again
     assert (one.folders[0] / "config.json").read_text() == "one"
-    made(store(), other)
+    made(store("smaller"), other)
     assert len(calls) == 5
 
 
@@ -67,18 +71,32 @@ def test_what_a_part_depends_on(tmp_path, monkeypatch):
     digest = lambda **changes: make_models.size("small", arguments(tmp_path, **changes)).digest
     first = digest()
     assert digest() == first != digest(seed=1)
-    monkeypatch.setitem(make_models.SIZES, "small", dict(dim=96, layers=9, ffn=256))
+    monkeypatch.setattr(make_models, "SMALL", dict(dim=96, layers=9, ffn=256))
     assert digest() != first
     monkeypatch.undo()
     monkeypatch.setattr(make_models, "CHECKPOINTS", 8)
     assert digest() != first
 
 
+def test_the_larger_size_begins_as_the_same_function(tmp_path):
+    base = make_models.load("tiny", dtype=jnp.float32)
+    lm, params = make_models.grown(base)
+    assert lm.config.num_layers == 2 * base.lm.config.num_layers
+    tokens = jnp.arange(24).reshape(2, 12) % base.lm.config.vocab_size
+    chex.assert_trees_all_close(lm.apply(params, tokens).logits,
+                                base.lm.apply(base.params, tokens).logits, atol=1e-4)
+    grads = jax.grad(lambda p: jnp.sum(lm.apply(p, tokens).logits ** 2))(params)
+    assert all(jnp.any(grads[f"layers_{i}"]["mlp"]["down"]["kernel"]) for i in range(16))
+    biased = {**base.params, "layers_0": {"attn": {"q": {"bias": jnp.ones(2)}}}}
+    with pytest.raises(ValueError, match=r"layers_0/attn/q/bias.*no biases"):
+        make_models.grown(dataclasses.replace(base, params=biased))
+
+
 def test_a_size_whose_checkpoint_is_gone_is_trained_anew(tmp_path, monkeypatch):
     """Going on from the last checkpoint would not write the ones before it."""
     runs = []
 
-    def fit(lm, recipe, work, marks):
+    def fit(lm, recipe, work, params, marks):
         begun = (work / "begun").exists()
         work.mkdir(parents=True, exist_ok=True)
         (work / "begun").touch()
@@ -105,7 +123,7 @@ def test_a_sibling_that_is_no_better_is_named(tmp_path, monkeypatch, capsys):
         name, "0", (), lambda: {"better": name != "times"}))
     found = make_models.measure(arguments(tmp_path))
     assert found["not_better"] == ["times"] and "times" in capsys.readouterr().err
-    assert json.loads((tmp_path / "made.json").read_text())["parts"]["minus 0"]["better"]
+    assert json.loads((tmp_path / ".work" / "minus.json").read_text())["parts"]["minus 0"]["better"]
     half, most = {"value": 0.5, "error": 0.0}, {"value": 0.75, "error": 0.0}
     better = lambda loss, before, after: make_models.better(
         {"loss_before": 1.0, "loss_after": loss, "accuracy_before": before,
