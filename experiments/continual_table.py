@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from math import fsum
 from typing import Any
 
 from experiments.continual_tasks import ORDERS
@@ -120,7 +121,7 @@ def known(metrics: dict[str, Any]) -> list[list[str]]:
             for score in ("accuracy", "chosen"):
                 seen = [(one[score][at + 1][at], one[score][-1][at]) for one in mine
                         if (at := one["order"].index(task)) < len(one["order"]) - 1]
-                line += [f"{sum(x) / len(x):.2f}" for x in zip(*seen, strict=True)]
+                line += [f"{fsum(x) / len(x):.2f}" for x in zip(*seen, strict=True)]
         lines.append(line)
     return lines
 
