@@ -20,9 +20,13 @@ def _configure_jax() -> None:
     # A third less processor time: the programs are small, and most of a test is their compilation.
     if "xla_backend_optimization_level" not in flags and "xla_gpu" not in flags:
         flags += " --xla_backend_optimization_level=0"
-    # Eight devices on two busy cores may meet late; XLA ends the process after 40 s of waiting.
-    # An older XLA ends at once at a flag that it does not know: 0.7.2 does not know this one.
+    # An XLA ends at once at a flag that it does not know.
     jaxlib = tuple(int(part) for part in version("jaxlib").split(".")[:2])
+    # Another third to a half less: fusions are compiled the older way, which 0.11 has no more.
+    # Programs as users compile them are what the rows of the newest versions run.
+    if "xla_cpu_use_fusion_emitters" not in flags and "xla_gpu" not in flags and jaxlib < (0, 11):
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    # Eight devices on two busy cores may meet late; XLA ends the process after 40 s of waiting.
     if "xla_cpu_collective_call_terminate" not in flags and jaxlib >= (0, 10):
         flags += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
     os.environ["XLA_FLAGS"] = flags
