@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxlm import __version__
-from jaxlm.core.errors import DeviceError
+from jaxlm.core.errors import ConfigError, DeviceError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
             "tokenizers", "safetensors", "numpy", "libtpu", "jax-cuda12-plugin",
@@ -100,12 +100,18 @@ def advice() -> list[str]:
             for name in visible_accelerators()]
 
 
-def require(platform_name: str | None = None) -> list[Any]:
-    """The devices of one platform (`cpu`, `gpu`, `tpu`); None: whatever jax uses.
+def require(platform_name: str | jax.Device | None = None) -> list[Any]:
+    """The devices of one platform (`cpu`, `gpu`, `tpu`); None: whatever jax uses; of a device, it.
 
-    Raises: DeviceError when there is none, with what was found and what to install.
+    Raises: DeviceError when there is none, with what was found and what to install; ConfigError
+      for what names no platform.
     """
     default = backend()
+    if isinstance(platform_name, jax.Device):
+        return [platform_name]
+    if platform_name is not None and not isinstance(platform_name, str):
+        raise ConfigError(f"device is {platform_name!r}; expected 'cpu', 'gpu', 'tpu' or a "
+                          "jax.Device")
     try:
         return jax.devices(platform_name)
     except RuntimeError as error:

@@ -48,7 +48,8 @@ def whole(name: str, value: Any, low: int = 1, high: int = 2**31 - 1) -> int:
     """
     fine = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not fine or not low <= value <= high:
-        limits = f"of at least {low}" if high == 2**31 - 1 else f"from {low} to {high}"
+        plain = high == 2**31 - 1 and not (fine and value > high)
+        limits = f"of at least {low}" if plain else f"from {low} to {high}"
         raise ConfigError(f"{name} is {value!r}; expected a whole number {limits}")
     return int(value)
 
@@ -65,6 +66,15 @@ def flag(name: str, value: Any) -> None:
     """ConfigError unless `value` is True or False: any text would count as true."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}; expected True or False")
+
+
+def unicode(name: str, text: str, error: type[JaxlmError] = ConfigError) -> None:
+    """`error` for a text that no file and no tokenizer can hold: one with half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as found:
+        raise error(f"{name} holds {text[found.start]!r} at character {found.start}, which is no "
+                    "character; expected valid Unicode, such as bytes decoded as UTF-8") from found
 
 
 def share(name: str, value: Any) -> None:

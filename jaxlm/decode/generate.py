@@ -12,7 +12,15 @@ import numpy as np
 from jaxlm.cache.base import CacheKind, broken_layer
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.local import place_kind
-from jaxlm.core.errors import ConfigError, NumericsError, ShapeError, TokenizerError, whole
+from jaxlm.core.errors import (
+    ConfigError,
+    NumericsError,
+    ShapeError,
+    TokenizerError,
+    flag,
+    unicode,
+    whole,
+)
 from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
 from jaxlm.decode.samplers import Greedy, Sampler, check_sampler
@@ -176,14 +184,15 @@ def prepare(
     for row, prompt in enumerate(ids):
         tokens[row, : len(prompt)] = prompt
     strings = check_strings(stop)
+    flag("include_stop", include_stop)
     rule = text_rule(bundle, strings, ids=check_stop_ids(bundle, stop_ids))
     lengths = jnp.asarray([len(i) for i in ids], jnp.int32)
     tokens_BT, lengths_B, keys_B = shard_batch(
         (jnp.asarray(tokens), lengths, row_keys(key, len(ids))), bundle.mesh,
-        settings=(settings, rule, strings, bool(include_stop), max_new, room),
+        settings=(settings, rule, strings, include_stop, max_new, room),
     )
     return Job(ids, many, tokens_BT, lengths_B, keys_B, round_up(room, BUCKET), rule, strings,
-               bool(include_stop))
+               include_stop)
 
 
 def check_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
@@ -193,6 +202,8 @@ def check_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
         raise ConfigError(f"stop is {stop!r}; expected a string or a list of strings")
     if not all(isinstance(string, str) and string for string in given):
         raise ConfigError(f"stop is {stop!r}; expected strings that are not empty")
+    for string in given:
+        unicode("a stop string", string)
     return tuple(sorted(set(given)))
 
 

@@ -125,8 +125,9 @@ def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]
     return out
 
 
-def perplexity(scores: Sequence[Score]) -> float:
-    """`exp` of the mean negative log-probability over all tokens of all texts."""
+def perplexity(scores: Score | Sequence[Score]) -> float:
+    """`exp` of the mean negative log-probability over all tokens of all texts, or of one."""
+    scores = [scores] if isinstance(scores, Score) else scores
     if not scores:
         raise ShapeError("got no scores; expected at least one")
     return float(np.exp(-np.concatenate([s.logprobs for s in scores]).mean(dtype=np.float64)))

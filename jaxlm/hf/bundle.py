@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxlm.core.device import backend, require
-from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError
+from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError, flag
 from jaxlm.core.hosts import is_writer, spans_processes, together
 from jaxlm.core.mesh import RULES, Rules, shardings
 from jaxlm.core.tree import Params, flatten
@@ -30,6 +30,11 @@ from jaxlm.models.lm import LM
 BUNDLED = {"tiny": pathlib.Path(__file__).parents[1] / "bundled" / "tiny"}
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LABEL_FIELDS = ("id2label", "label2id", "problem_type")
+# What changes even greedy text in transformers, with the value that changes nothing.
+PENALTIES = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
+             "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
+             "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+             "sequence_bias": None, "forced_bos_token_id": None, "forced_eos_token_id": None}
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Bundle:
 
 def load(
     source: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None,
-    rules: Rules = RULES, device: str | None = None, revision: str | None = None,
+    rules: Rules = RULES, device: str | jax.Device | None = None, revision: str | None = None,
     check_tokenizer: bool = True, ignore_fields: Sequence[str] = (),
 ) -> Bundle:
     """Load a Hugging Face checkpoint.
@@ -75,7 +80,7 @@ def load(
         checkpoint's own elsewhere.
       mesh: place every parameter over this mesh by `rules`, tensor by tensor. It may span several
         processes, all of which call, and each of which reads only what its devices hold.
-      device: "cpu", "gpu" or "tpu"; default whatever jax uses.
+      device: "cpu", "gpu" or "tpu", or a jax.Device; default whatever jax uses.
       revision: of a hub id.
       check_tokenizer: refuse a tokenizer whose size is not the model's, or whose bos id is not
         and config.json's is no special token. Another model's of like size passes: nothing in a
@@ -113,6 +118,7 @@ def _load(
     if check_tokenizer:
         _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
     stop_ids = _stop_ids(tokenizer, raw, folder, config.vocab_size)
+    _warn_of_penalties(folder)
     if dtype is None and (target.platform if target else backend()) == "cpu":
         dtype = jnp.float32
     dtype = None if dtype == "own" else dtype
@@ -211,14 +217,29 @@ def _stop_ids(
     tokenizer: Tokenizer, raw: dict[str, Any], folder: pathlib.Path, vocab: int
 ) -> tuple[int, ...]:
     """The ids that end a text, by generation_config.json, config.json and the tokenizer."""
-    stops = _generation_settings(folder).get("eos_token_id", raw.get("eos_token_id"))
-    found = stops if isinstance(stops, list) else [stops]
-    if any(i is not None and (type(i) is not int or not 0 <= i < vocab) for i in found):
-        raise ConfigError(
-            f"{folder}: eos_token_id is {stops}; expected ids from 0 to {vocab - 1}"
-        )
+    own = raw.get("eos_token_id")
+    generation = _generation_settings(folder).get("eos_token_id", own)
+    listed = lambda stops: stops if isinstance(stops, list) else [stops]
+    for stops in (own, generation):
+        if any(i is not None and (type(i) is not int or not 0 <= i < vocab)
+               for i in listed(stops)):
+            raise ConfigError(
+                f"{folder}: eos_token_id is {stops!r}; expected ids from 0 to {vocab - 1}"
+            )
     eos = tokenizer.id_of("eos_token")
-    return tuple(sorted({i for i in (*found, eos) if i is not None}))
+    return tuple(sorted({i for i in (*listed(generation), eos) if i is not None}))
+
+
+def _warn_of_penalties(folder: pathlib.Path) -> None:
+    """Say which of generation_config.json's settings change greedy text: none is applied here."""
+    settings = _generation_settings(folder)
+    kept = {name: settings[name] for name, neutral in PENALTIES.items()
+            if settings.get(name) not in (None, neutral)}
+    if kept:
+        warnings.warn(
+            f"{folder}: generation_config.json asks for {kept}, which transformers applies and "
+            "jaxlm does not; for a repetition penalty pass sampler=jaxlm.Categorical("
+            "temperature=0, repetition_penalty=...)", stacklevel=4)
 
 
 def _generation_settings(folder: pathlib.Path) -> dict[str, Any]:
@@ -245,6 +266,7 @@ def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) 
       ConfigError: the family's config.json cannot express the model (a plan, say).
     """
     check_bundle(bundle)
+    flag("overwrite", overwrite)
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
         raise CheckpointError(f"folder is {folder!r}; expected the path of a folder to write")
     shared = spans_processes(bundle.params)

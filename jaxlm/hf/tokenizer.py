@@ -5,7 +5,7 @@ import pathlib
 import threading
 from typing import Any
 
-from jaxlm.core.errors import TokenizerError
+from jaxlm.core.errors import TokenizerError, unicode
 from jaxlm.hf.config import read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
@@ -121,12 +121,23 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text, with the tokenizer's own begin and end marks where `special`."""
+        """Ids of a text, with the tokenizer's own begin and end marks where `special`.
+
+        Raises: TokenizerError for half a character, as bytes that are no UTF-8 become.
+        """
+        unicode("text", text, TokenizerError)
         return self._backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Any, special: bool = False) -> str:
-        """Text of ids; special tokens are dropped unless `special`."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+        """Text of ids; special tokens are dropped unless `special`.
+
+        Raises: TokenizerError for a number that is no id.
+        """
+        whole = [int(i) for i in ids]
+        if whole and not 0 <= min(whole) <= max(whole) < 2**31:
+            raise TokenizerError(f"got the id {min(whole) if min(whole) < 0 else max(whole)}; "
+                                 "expected ids of the vocabulary, from 0 on")
+        return self._backend.decode(whole, skip_special_tokens=not special)
 
     @property
     def has_template(self) -> bool:

@@ -72,6 +72,8 @@ def _missing(folder: pathlib.Path, path: pathlib.Path) -> str:
 
 def open_file(path: pathlib.Path) -> Any:
     """A safetensors file, lazily."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; expected a safetensors file")
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError, ValueError) as error:
@@ -196,7 +198,8 @@ def read_slice(
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from error
     if not _finite(array):
-        raise CheckpointError(f"{path}: tensor {name!r} holds NaN or infinity; the file is damaged")
+        raise CheckpointError(f"{path}: tensor {name!r} holds NaN or infinity, or what "
+                              "float32 cannot hold; the file is damaged")
     return to_ours(array, name, taken)[inner]
 
 

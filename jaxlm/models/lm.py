@@ -337,7 +337,10 @@ def pick(
 
 def check_tokens(tokens_BT: jax.Array) -> tuple[int, int]:
     """The shape (B, T) of token ids; ShapeError for another rank, a float, or nothing at all."""
-    shape, dtype = jnp.shape(tokens_BT), jnp.result_type(tokens_BT)
+    if not isinstance(tokens_BT, jax.Array | np.ndarray):
+        raise ShapeError(f"tokens are {tokens_BT!r}; expected an array of whole numbers "
+                         "(rows, time), such as jnp.array([[1, 2]])")
+    shape, dtype = tokens_BT.shape, tokens_BT.dtype
     if len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
         raise ShapeError(
             f"tokens are {dtype} {shape}; expected whole numbers (rows, time), at least one of each"

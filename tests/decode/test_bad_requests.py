@@ -61,6 +61,10 @@ def no_compute(monkeypatch):
     ("a", {"stop_ids": [True]}, TokenizerError, ["stop_ids", "True"]),
     ("a", {"stop_ids": 5}, ConfigError, ["stop_ids is 5", "a list"]),
     ("a", {"stop_ids": "xy"}, ConfigError, ["stop_ids is 'xy'", "a list"]),
+    ("a", {"max_new_tokens": 2**40}, ConfigError, [str(2**40), f"from 1 to {2**31 - 1}"]),
+    ("a", {"include_stop": "no"}, ConfigError, ["include_stop is 'no'", "True or False"]),
+    ("Q:\ud800", {}, TokenizerError, [r"'\ud800' at character 2", "valid Unicode"]),
+    ("a", {"stop": ["b", "\ud800"]}, ConfigError, ["a stop string", "valid Unicode"]),
 ])
 def test_generate_and_stream_refuse(bundle, prompts, arguments, error, words):
     arguments = {"max_new_tokens": 16} | arguments
@@ -85,6 +89,7 @@ def test_stream_refuses_a_chunk(bundle, chunk):
       for bad in (1, 0, 129, 8.0, True, "8")],
     *[("ab", {"window": 8, "stride": bad}, ConfigError, ["stride is", "from 1 to 7"])
       for bad in (0, 8, -1, 2.0, True)],
+    ("ab\udcff", {}, TokenizerError, [r"'\udcff' at character 2", "valid Unicode"]),
     *[("ab", {"batch": bad}, ConfigError, ["batch is", "at least 1"]) for bad in (0, 1.5, None)],
 ])
 def test_score_refuses(bundle, texts, arguments, error, words):

@@ -33,6 +33,7 @@ def test_scores_equal_the_model_s_log_probabilities(bundle):
         assert list(found.tokens) == ids
         np.testing.assert_allclose(found.logprobs, expected, atol=1e-5)
         assert found.perplexity == pytest.approx(np.exp(-expected.mean()), rel=1e-5)
+        assert perplexity(found) == pytest.approx(found.perplexity, rel=1e-6)
 
 
 def test_windows_give_each_token_the_context_that_was_promised(bundle):

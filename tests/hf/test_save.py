@@ -187,6 +187,15 @@ def test_what_could_not_be_loaded_again_replaces_nothing(bundle, tmp_path, chang
     same(load(folder).params, bundle.params)
 
 
+@pytest.mark.parametrize("overwrite", ["no", 1, None])
+def test_only_true_overwrites(bundle, tmp_path, overwrite):
+    folder = save(bundle, tmp_path / "m")
+    before = contents(folder)
+    with pytest.raises(ConfigError, match="overwrite is .* expected True or False"):
+        save(bundle, folder, overwrite=overwrite)
+    assert contents(folder) == before
+
+
 def test_a_tokenizer_that_is_gone(tmp_path):
     folder = write_folder(tmp_path / "m")
     bundle = load(folder)

@@ -95,3 +95,45 @@ def test_no_tokenizer(named, tmp_path):
 def test_no_chat_template(bundle):
     with pytest.raises(JaxlmError, match="no usable chat template"):
         bundle.tokenizer.chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_device_is_taken_as_it_is(tiny_folder):
+    device = jax.devices()[-1]
+    assert load(tiny_folder, device=device).params["embed"]["table"].devices() == {device}
+    with pytest.raises(ConfigError, match="device is 5; expected 'cpu', 'gpu', 'tpu' or a jax"):
+        load(tiny_folder, device=5)
+
+
+def test_a_setting_that_changes_greedy_text_elsewhere_is_named(tmp_path, recwarn):
+    folder = write_folder(tmp_path / "m")
+    settings = {"temperature": 0.7, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    load(folder)
+    assert not recwarn.list
+    settings |= {"repetition_penalty": 1.1}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match=r"\{'repetition_penalty': 1.1\}, which transformers"):
+        load(folder)
+
+
+def test_an_end_that_is_no_token_is_refused_though_another_file_has_one(tmp_path):
+    folder = write_folder(tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"eos_token_id": "x"}))
+    with pytest.raises(ConfigError, match="eos_token_id is 'x'; expected ids from 0"):
+        load(folder)
+
+
+def test_weights_that_are_a_folder(tmp_path):
+    folder = write_folder(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="model.safetensors is a folder"):
+        load(folder)
+
+
+@pytest.mark.parametrize("ids", [[-1], [5, 2**31]])
+def test_what_is_no_id_is_not_decoded(bundle, ids):
+    with pytest.raises(TokenizerError, match=f"got the id {ids[-1]}; expected ids"):
+        bundle.tokenizer.decode(ids)
