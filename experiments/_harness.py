@@ -145,10 +145,11 @@ def versions() -> dict[str, str]:
 
 
 def origin(script: Path) -> dict[str, Any]:
-    """What a result was made from; none of it is ever edited afterwards.
+    """What a result was made from: three fields that nobody edits afterwards.
 
     `commit`, of which a rebase makes another (`JAXLM_COMMIT` where there is no git); `dirty`, that
-    tracked files differed from it (None: unknown); `sources`, which survives a rebase.
+    tracked files differed from it (None: unknown); `sources`, which survives a rebase. In a result
+    only `command` may be edited, to take folders of one machine out (docs/experiments.md).
     """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")

@@ -56,13 +56,13 @@ GROUPS: dict[str, tuple[Row, ...]] = {
     "Decoding": (
         Row("parity", "max_logit_error", "largest logit difference from transformers, random twins "
             "of every family, float32", "{:.1e}"),
-        Row("bench_decode", "decode_b1_ratio",
-            "greedy decoding, batch 1, against transformers' generate", TIMES),
-        Row("bench_decode", "decode_b32_ratio", "the same at batch 32", TIMES),
+        *(Row("bench_decode", f"decode_b{rows}_ratio", f"greedy decoding, batch {rows}, against "
+              "transformers' generate", TIMES) for rows in (1, 32)),
         Row("bench_decode", "decode_135m_ratio",
-            "a 135M shape, against transformers' static cache with torch.compile", TIMES),
+            "greedy decoding, 135M random weights, against transformers' static cache with "
+            "torch.compile", TIMES),
         Row("bench_decode", "bandwidth_fraction",
-            "a 135M shape: share of the machine's memory bandwidth"),
+            "greedy decoding, 135M random weights: share of the machine's memory bandwidth"),
         Row("bench_decode", "prefill_ratio", "prefill, batch 8 x 256, against transformers", TIMES),
         Row("bench_decode", "first_token_s",
             "`jaxlm generate`, process start to first token, compiled before", "{:.1f} s"),
@@ -74,13 +74,14 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         Row("quant_ablation", "heldout_ratio_geomean",
             "2-bit keys, logit error over plain KIVI's (without shrunk grids) at equal bytes, "
             "held-out queries, geometric mean"),
-        Row("quant_ablation", "heldout_ratio_max", "the same, worst input"),
+        Row("quant_ablation", "heldout_ratio_max",
+            "2-bit keys, logit error over plain KIVI's, held-out queries, worst input"),
         Row("quant_decode_cpu", "cpu_attention_vs_dense",
             "attention over 2-bit codes, time over float32 dense, 8 rows x 4,096 tokens"),
         Row("kv_speed", "cpu_step_vs_dense",
             "a decode step with a 2-bit cache, time over float32 dense, 8 rows x 4,096 tokens"),
         Row("kv_speed", "cpu_step_vs_quantizedcache",
-            "the same step against transformers' QuantizedCache, 2 bits", TIMES),
+            "a decode step with a 2-bit cache, against transformers' QuantizedCache", TIMES),
         Row("kv_capacity", "kv_bytes_fraction_4k",
             "bytes of a 2-bit cache over 16-bit, everything counted, 4,096 tokens", "{:.3f}"),
         Row("kv_capacity", "capacity_ratio", "rows of 16k tokens that fit v5e:2x4 by its compiler, "
@@ -99,25 +100,25 @@ GROUPS: dict[str, tuple[Row, ...]] = {
                               ("exact.pallas decode kernel", "bfloat16, jax's Pallas kernel"),
                               ("exact.jaxlm dense", "bfloat16, jaxlm's own"))),
         Row("device_suite", "kv_attention.speedup_over_bf16",
-            "the same, 2 bits against the fastest over bfloat16", TIMES),
-        Row("device_suite", "kv_attention.roofline_fraction",
-            "the same, 2 bits: bytes a second over those of a copy"),
-        Row("device_suite", "kv_attention.codes.4 bits.roofline", "the same, 4 bits"),
-        Row("device_suite", "library.logits.error_as_is",
-            "the bundled model's logits against the CPU's, of the largest", "{:.1e}"),
-        Row("device_suite", "library.logits.error",
-            "the same with products in full (jax_default_matmul_precision)", "{:.1e}"),
+            "decode attention over 2 bits, against the fastest over bfloat16", TIMES),
+        *(Row("device_suite", f"kv_attention.{path}", f"decode attention over {bits} bits: bytes "
+              "a second over those of a copy")
+          for path, bits in (("roofline_fraction", 2), ("codes.4 bits.roofline", 4))),
+        Row("device_suite", "library.logits.error_as_is", "the bundled model's logits, largest "
+            "difference from the CPU's over the largest logit", "{:.1e}"),
+        Row("device_suite", "library.logits.error", "the bundled model's logits, with float32 "
+            "products (jax_default_matmul_precision): largest difference likewise", "{:.1e}"),
     ),
     "Particles and search": (
         Row("smc_exact", "evidence_z_max",
             "evidence of the Monte Carlo core over seeds, largest absolute z from enumeration"),
-        Row("smc_exact", "tv_over_floor",
-            "distance of its laws from the exact ones, over that of exact draws, mean of settings"),
-        Row("smc_exact", "tv_over_floor_max", "the same, the largest of all settings"),
+        *(Row("smc_exact", f"tv_over_floor{tail}", "distance of the core's laws from the exact "
+              f"ones, over that of exact draws, {words} of all settings")
+          for tail, words in (("", "mean"), ("_max", "largest"))),
         Row("smc_exact", "tv_over_floor_bound",
-            "what exact draws keep that largest below, 99 times of 100"),
-        Row("smc_exact", "its_hub_rejected_z",
-            "absolute z of the rule that weighs finished particles again, same test", "{:.0f}"),
+            "that largest distance: what exact draws stay below 99 times of 100"),
+        Row("smc_exact", "its_hub_rejected_z", "evidence by the published rule, which weighs "
+            "finished particles again: absolute z from enumeration", "{:.0f}"),
         *(Row("inference_scaling", f"accuracy.{method}|{reward}.16.value",
               f"hard sums, 16 answers, {words}: {method}", PERCENT)
           for reward, words in (("checker", "exact checker"),
@@ -126,12 +127,13 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         Row("pf_speed", "pf_overhead_ratio",
             "particle filter, 32 particles x 8 prompts, time per iteration over plain decoding"),
         Row("pf_speed", "row_utilisation.uniform_fixed",
-            "rows at work, steps of 8 to 24 tokens"),
+            "share of rows at work, steps of 8 to 24 tokens"),
         Row("pf_speed", "row_utilisation.lognormal_fixed",
-            "rows at work, log-normal steps (median 12)"),
+            "share of rows at work, log-normal steps (median 12)"),
         Row("pf_speed", "lent_speed",
             "speed of a queue, 256 rows at once of 16 resident prompts, over all rows of 8"),
-        Row("pf_speed", "lent_speed_alone", "the part of it that is resampling by prompt"),
+        Row("pf_speed", "lent_speed_alone",
+            "speed of a queue, 255 rows at once of 8 resident prompts, over all rows of 8"),
         Row("pf_speed", "lent_bytes_ratio", "memory of 16 resident prompts over that of 8"),
         Row("pf_speed", "prompt_copies", "copies of a prompt that 32 particles hold", "{:.0f}"),
         Row("pf_speed", "resample_extra_layers",
@@ -142,10 +144,10 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "32 plain requests at once over HTTP, time over `generate`'s"),
         Row("bench_serve", "vs_its_hub_speed",
             "particle filter over HTTP, against its_hub's over the same server", TIMES),
-        Row("bench_serve", "vs_its_hub_accuracy_points", "the same, accuracy points",
-            "{:+.1f}"),
-        Row("bench_serve", "vs_its_hub_accuracy_error", "their standard error, 40 problems",
-            "{:.1f}"),
+        Row("bench_serve", "vs_its_hub_accuracy_points",
+            "particle filter over HTTP, accuracy points above its_hub's, 40 problems", "{:+.1f}"),
+        Row("bench_serve", "vs_its_hub_accuracy_error",
+            "standard error of these accuracy points", "{:.1f}"),
         Row("bench_serve", "mixed_requests", "of 1,000 requests at once, answers that are not "
             "those alone", "{:.0f}"),
         Row("bench_serve", "rss_growth_mb", "the server's memory over 5,000 plain requests, MB "
@@ -154,21 +156,21 @@ GROUPS: dict[str, tuple[Row, ...]] = {
     "Fine-tuning": (
         Row("osft_exact", "golden_max_error",
             "OSFT over five steps, largest difference from mini_trainer's weights", "{:.1e}"),
-        Row("osft_exact", "peft_max_error", "the same from peft's, where gradients alone are "
-            "projected, float32", "{:.1e}"),
+        Row("osft_exact", "peft_max_error", "OSFT over five steps, largest difference from "
+            "peft's weights, gradients alone projected, float32", "{:.1e}"),
         *(Row("osft_exact", f"leak_{side}", f"OSFT, 1,000 AdamW steps: leak into the kept {words} "
               "subspace, over the weights' norm", "{:.1e}")
           for side, words in (("left", "input"), ("right", "output"))),
-        Row("osft_exact", "control.update.leak_left_of_update", "the same run with the projection "
-            "before AdamW: share of the update that leaks", PERCENT),
+        Row("osft_exact", "control.update.leak_left_of_update", "OSFT with the projection "
+            "before AdamW, 1,000 steps: share of the update that leaks", PERCENT),
         Row("osft_kill", "kills", "training killed with -9, a checkpoint a step", "{:.0f} kills"),
         Row("osft_kill", "resume_bit_exact", "of these, kills of runs that ended to the bit as the "
             "one never killed", "{:.0f}"),
         Row("osft_speed", "trainer_overhead", "the trainer's loop (data, packing, logs), seconds a "
             "step over bare optax steps on the same batches"),
-        Row("osft_speed", "step_ratio_full", "an OSFT step over a full step, form"),
-        Row("osft_speed", "step_ratio_peft", "the same over peft's OSF, form"),
-        Row("osft_speed", "step_ratio_mini_trainer", "the same over mini_trainer's, form"),
+        *(Row("osft_speed", f"step_ratio_{name}", f"time of an OSFT step over {words}, form")
+          for name, words in (("full", "a full step's"), ("peft", "peft's OSF"),
+                              ("mini_trainer", "mini_trainer's"))),
         *(Row("osft_speed", f"mfu.{name}", f"model FLOPs of a step over the CPU's measured float32 "
               f"peak, {words}", PERCENT)
           for name, words in (("full", "full"), ("update", "OSFT, form update"))),
@@ -178,7 +180,7 @@ GROUPS: dict[str, tuple[Row, ...]] = {
           for row in ("full", "replay", "ewc", "olora", "osft importance", "osft uniform")
           for metric, words in (("accuracy", "average accuracy"), ("forgetting", "forgetting"),
                                 ("chosen_accuracy", "average accuracy among a task's own labels"),
-                                ("chosen_forgetting", "forgetting of that"))),
+                                ("chosen_forgetting", "forgetting among a task's own labels"))),
         *(Row("sft_recipe", f"windows.window 8.early_{name}_spearman.{end}", f"36 fine-tuning "
               f"runs, {words} of the first 8 steps: rank correlation with the final quality{which}",
               "{:+.2f}")
@@ -195,11 +197,10 @@ GROUPS: dict[str, tuple[Row, ...]] = {
 HEADLINES = (
     Row("parity", "max_logit_error", "largest logit difference from transformers, random twins of "
         "every family, float32", "{:.1e}"),
-    Row("bench_decode", "decode_b1_ratio.tiny", "greedy decoding against transformers' generate, "
-        "bundled model, batch 1", TIMES),
-    Row("bench_decode", "decode_b32_ratio.tiny", "the same at batch 32", TIMES),
-    Row("bench_decode", "decode_135m_ratio", "decoding a 135M shape, against transformers' static "
-        "cache with torch.compile", TIMES),
+    *(Row("bench_decode", f"decode_b{rows}_ratio.tiny", "greedy decoding against transformers' "
+          f"generate, bundled model, batch {rows}", TIMES) for rows in (1, 32)),
+    Row("bench_decode", "decode_135m_ratio", "greedy decoding, 135M random weights, against "
+        "transformers' static cache with torch.compile", TIMES),
     Row("bench_decode", "prefill_ratio.tiny", "prefill, batch 8 x 256, bundled model, against "
         "transformers", TIMES),
     Row("quant_ablation", "heldout_ratio_geomean",
@@ -210,13 +211,14 @@ HEADLINES = (
         "Llama-3.1-8B, 2-bit cache over bfloat16", TIMES),
     Row("kv_quality", "recall_drop_points", "recall in one prompt, points lost at 2 bits"),
     Row("kv_quality", "arithmetic_drop_points", "worked sums, hard split, points lost at 2 bits"),
-    Row("kv_quality", "arithmetic_drop_points_4bit", "the same at 4 bits"),
+    Row("kv_quality", "arithmetic_drop_points_4bit",
+        "worked sums, hard split, points lost at 4 bits"),
     *(Row("inference_scaling", f"accuracy.{method}|checker, noise 0.1.16.value", "hard sums, 16 "
           f"answers, a tenth of the checker's verdicts wrong: {method}", PERCENT)
       for method in ("particle-filter", "best-of-n")),
     Row("bench_serve", "serve_overhead_ratio",
         "32 plain requests at once over HTTP, time over `generate`'s"),
-    Row("osft_speed", "step_ratio_full.update", "a step of OSFT over a full step, time"),
+    Row("osft_speed", "step_ratio_full.update", "time of an OSFT step over a full step's"),
     *(Row("osft_continual", f"accuracy.{row}", f"five tasks in turn, average accuracy: {row}",
           PERCENT) for row in ("full", "osft importance", "replay")),
 )

@@ -251,6 +251,9 @@ def _generation_settings(folder: pathlib.Path) -> dict[str, Any]:
 def save(bundle: Bundle, folder: str | os.PathLike, *, overwrite: bool = False) -> pathlib.Path:
     """Write a folder that transformers loads: config, safetensors, tokenizer.
 
+    The weights are written in the dtype that they have here, and config.json says which. On a CPU
+    `load` makes all weights float32, so a bfloat16 checkpoint is saved in twice its bytes; load it
+    with `dtype="own"` to keep the checkpoint's dtype.
     All is written beside `folder` under a temporary name and then put in place in one move, so
     a full disk or a kill leaves what was there. Where the system cannot swap two folders in one
     call (macOS, some network disks) the move is two renames, and a kill between them leaves what
