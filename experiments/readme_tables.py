@@ -100,9 +100,9 @@ GROUPS: dict[str, tuple[Row, ...]] = {
                               ("exact.pallas decode kernel", "bfloat16, jax's Pallas kernel"),
                               ("exact.jaxlm dense", "bfloat16, jaxlm's own"))),
         Row("device_suite", "kv_attention.speedup_over_bf16",
-            "decode attention over 2 bits, against the fastest over bfloat16", TIMES),
-        *(Row("device_suite", f"kv_attention.{path}", f"decode attention over {bits} bits: bytes "
-              "a second over those of a copy")
+            "decode attention, 2-bit cache, against the fastest with bfloat16", TIMES),
+        *(Row("device_suite", f"kv_attention.{path}", f"decode attention, {bits}-bit cache: "
+              "bytes a second over those of a copy")
           for path, bits in (("roofline_fraction", 2), ("codes.4 bits.roofline", 4))),
         Row("device_suite", "library.logits.error_as_is", "the bundled model's logits, largest "
             "difference from the CPU's over the largest logit", "{:.1e}"),
