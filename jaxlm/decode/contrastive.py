@@ -6,7 +6,7 @@ text, one of each model.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from jaxlm.cache.dense import Dense
 from jaxlm.core.errors import ConfigError, ShapeError
 from jaxlm.core.hosts import readable
 from jaxlm.core.tree import Params
-from jaxlm.decode.generate import Prompt, placed, prefill_jit, prepare, read, to_ids
+from jaxlm.decode.generate import Generation, Prompt, placed, prefill_jit, prepare, read, to_ids
+from jaxlm.decode.options import Options
 from jaxlm.decode.samplers import Greedy, Sampler, check
 from jaxlm.decode.state import DecodeState, Kinds, draw_and_read, flush, flush_period
 from jaxlm.decode.stop import NEVER, Stop
@@ -116,13 +117,27 @@ class Forced:
         return logprob_of(logits_BV, token_B)
 
 
+class ContrastOptions(Options, total=False):
+    """Of `contrast`, for type checkers."""
+
+    rule: Contrast
+
+
+@overload
+def contrast(
+    expert: Bundle, amateur: Bundle, prompts: Prompt, **options: Unpack[ContrastOptions]
+) -> Generation: ...
+@overload
+def contrast(
+    expert: Bundle, amateur: Bundle, prompts: Sequence[Prompt], **options: Unpack[ContrastOptions]
+) -> list[Generation]: ...
 def contrast(
     expert: Bundle, amateur: Bundle, prompts: Prompt | Sequence[Prompt], *, rule: Contrast = PAPER,
     max_new_tokens: int = 64, sampler: Sampler = Greedy(),
     cache: CacheKind | Kinds | str = Dense(), key: jax.Array | None = None,
     stop: str | Sequence[str] = (), include_stop: bool = False,
     stop_ids: Sequence[int] | None = None, max_len: int | None = None,
-) -> Any:
+) -> Generation | list[Generation]:
     """Continue prompts by the contrast of two models.
 
     Args:

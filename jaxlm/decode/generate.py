@@ -3,7 +3,7 @@
 import os
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxlm.core.errors import (
 )
 from jaxlm.core.hosts import to_host
 from jaxlm.core.mesh import shard_batch
+from jaxlm.decode.options import Options, StreamOptions
 from jaxlm.decode.samplers import Greedy, Sampler, check_sampler
 from jaxlm.decode.state import DecodeState, Kinds, decode, layer_kinds, prefill
 from jaxlm.decode.stop import Stop
@@ -52,12 +53,18 @@ class Generation:
     finish: str
 
 
+@overload
+def generate(bundle: Bundle, prompts: Prompt, **options: Unpack[Options]) -> Generation: ...
+@overload
+def generate(
+    bundle: Bundle, prompts: Sequence[Prompt], **options: Unpack[Options]
+) -> list[Generation]: ...
 def generate(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64,
     sampler: Sampler = Greedy(), cache: CacheKind | Kinds | str = Dense(),
     key: jax.Array | None = None, stop: str | Sequence[str] = (), include_stop: bool = False,
     stop_ids: Sequence[int] | None = None, max_len: int | None = None,
-) -> Any:
+) -> Generation | list[Generation]:
     """Continue prompts.
 
     Args:
@@ -91,12 +98,20 @@ def generate(
     return answers if job.many else answers[0]
 
 
+@overload
+def stream(
+    bundle: Bundle, prompts: Prompt, **options: Unpack[StreamOptions]
+) -> Generator[str, None, Generation]: ...
+@overload
+def stream(
+    bundle: Bundle, prompts: Sequence[Prompt], **options: Unpack[StreamOptions]
+) -> Generator[list[str], None, list[Generation]]: ...
 def stream(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64,
     sampler: Sampler = Greedy(), cache: CacheKind | Kinds | str = Dense(),
     key: jax.Array | None = None, stop: str | Sequence[str] = (), include_stop: bool = False,
     stop_ids: Sequence[int] | None = None, max_len: int | None = None, chunk: int = 8,
-) -> Generator[Any, None, Any]:
+) -> Generator[str | list[str], None, Generation | list[Generation]]:
     """`generate` in pieces of `chunk` tokens, by the same compiled loop: the tokens are identical.
 
     Yields: the new text (a list of texts for a list of prompts) since the last piece. What may yet
@@ -113,7 +128,7 @@ def stream(
 
 def _pieces(
     bundle: Bundle, job: "Job", max_new_tokens: int, sampler: Sampler, kinds: Kinds, chunk: int,
-) -> Generator[Any, None, Any]:
+) -> Generator[str | list[str], None, Generation | list[Generation]]:
     """The loop of `stream`."""
     state = prefill_jit(bundle.lm, bundle.params, sampler, job.tokens_BT, job.lengths_B,
                         kinds, job.slots, job.keys_B)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,20 @@ class Score:
         return float(np.exp(-self.logprobs.mean()))
 
 
+@overload
+def score(
+    bundle: Bundle, texts: Prompt, *, window: int | None = ..., stride: int | None = ...,
+    batch: int = ...,
+) -> Score: ...
+@overload
+def score(
+    bundle: Bundle, texts: Sequence[Prompt], *, window: int | None = ..., stride: int | None = ...,
+    batch: int = ...,
+) -> list[Score]: ...
 def score(
     bundle: Bundle, texts: Prompt | Sequence[Prompt], *, window: int | None = None,
     stride: int | None = None, batch: int = 8,
-) -> Any:
+) -> Score | list[Score]:
     """Log-probability of every token of every text, float32.
 
     A text longer than `window` is read in windows that start `stride` tokens apart; each token

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxlm.core.device import backend, require
 from jaxlm.core.errors import CheckpointError, ConfigError, TokenizerError, flag
@@ -68,7 +69,7 @@ class Bundle:
 
 
 def load(
-    source: str | os.PathLike, *, dtype: Any = None, mesh: Mesh | None = None,
+    source: str | os.PathLike, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None,
     rules: Rules = RULES, device: str | jax.Device | None = None, revision: str | None = None,
     check_tokenizer: bool = True, ignore_fields: Sequence[str] = (),
 ) -> Bundle:

@@ -14,7 +14,7 @@ its own tokens a step (one for Qwen's layout, a turn's header for RLHFlow's).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,9 @@ from jaxlm.rewards.layout import (
     layout_of,
     words,
 )
+
+if TYPE_CHECKING:  # it imports this file
+    from jaxlm.rewards.process_text import TextProcessReward
 
 AGGREGATES = ("prod", "min", "last", "model")
 
@@ -229,7 +232,7 @@ def problem_ids(
 def process_reward(
     bundle: Bundle, policy: Bundle, *, layout: Layout | None = None, aggregate: str = "last",
     steps: int = 64, chunk: int = 16, on_device: bool | None = None,
-) -> Any:
+) -> "ProcessReward | TextProcessReward":
     """A process reward model for the answers of `policy`.
 
     Args:

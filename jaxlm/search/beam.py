@@ -8,7 +8,7 @@ its_hub keeps as many as its `beam_width` says: here, a width of N / `beam_width
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ from jaxlm.decode.samplers import Sampler
 from jaxlm.decode.state import Kinds
 from jaxlm.hf.bundle import Bundle
 from jaxlm.rewards.base import Reward
-from jaxlm.search.base import OnResult, Steps
+from jaxlm.search.base import OnResult, SearchResult, Steps
 from jaxlm.search.engine import Report
+from jaxlm.search.options import BeamOptions
 from jaxlm.search.particles import LINES, WARM
 from jaxlm.search.run import make_task, search
 
@@ -96,6 +97,14 @@ def best_of_trees(score_RP: jax.Array, width: int) -> jax.Array:
     return jnp.repeat(first + jnp.argmax(grouped, -1).astype(jnp.int32), width, axis=1)
 
 
+@overload
+def beam_search(
+    bundle: Bundle, prompts: Prompt, reward: Reward, **options: Unpack[BeamOptions]
+) -> SearchResult: ...
+@overload
+def beam_search(
+    bundle: Bundle, prompts: Sequence[Prompt], reward: Reward, **options: Unpack[BeamOptions]
+) -> list[SearchResult]: ...
 def beam_search(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, *, budget: int = 16,
     width: int = 4, steps: Steps = LINES, sampler: Sampler = WARM,
@@ -103,7 +112,7 @@ def beam_search(
     at_once: int | None = None, rows: int | None = None, quorum: int | None = None,
     memory: int | None = None, questions: str | Sequence[str] | None = None,
     on_result: OnResult | None = None,
-) -> Any:
+) -> SearchResult | list[SearchResult]:
     """Beam search over steps: of `budget` rows the `budget / width` best go on, `width` times each.
 
     Ended answers stay, and compete; the best last score is chosen.
@@ -119,6 +128,14 @@ def beam_search(
                   on_result=on_result)
 
 
+@overload
+def dvts(
+    bundle: Bundle, prompts: Prompt, reward: Reward, **options: Unpack[BeamOptions]
+) -> SearchResult: ...
+@overload
+def dvts(
+    bundle: Bundle, prompts: Sequence[Prompt], reward: Reward, **options: Unpack[BeamOptions]
+) -> list[SearchResult]: ...
 def dvts(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, *, budget: int = 16,
     width: int = 4, steps: Steps = LINES, sampler: Sampler = WARM,
@@ -126,7 +143,7 @@ def dvts(
     at_once: int | None = None, rows: int | None = None, quorum: int | None = None,
     memory: int | None = None, questions: str | Sequence[str] | None = None,
     on_result: OnResult | None = None,
-) -> Any:
+) -> SearchResult | list[SearchResult]:
     """Diverse verifier tree search: `budget / width` trees that never meet; in each the best of
     `width` rows goes on, `width` times.
 
@@ -141,7 +158,7 @@ def dvts(
 def ranked(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, method: Beams,
     on_result: OnResult | None = None, **options: Any,
-) -> Any:
+) -> SearchResult | list[SearchResult]:
     """The search that both are."""
     task = make_task(bundle, prompts, reward, method, **options)
     return task.unwrap(search(task, on_result))

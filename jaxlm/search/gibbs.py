@@ -14,7 +14,7 @@ another law (tests/search/test_gibbs.py refuses the second).
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from jaxlm.hf.bundle import Bundle
 from jaxlm.rewards.base import Reward
 from jaxlm.search.base import Answer, SearchResult, Steps
 from jaxlm.search.engine import Population
+from jaxlm.search.options import GibbsOptions
 from jaxlm.search.particles import LINES, WARM, Filter, filter_of
 from jaxlm.search.run import (
     Task,
@@ -111,6 +112,14 @@ class Chain:
         return self.last.text
 
 
+@overload
+def particle_gibbs(
+    bundle: Bundle, prompts: Prompt, reward: Reward, **options: Unpack[GibbsOptions]
+) -> Chain: ...
+@overload
+def particle_gibbs(
+    bundle: Bundle, prompts: Sequence[Prompt], reward: Reward, **options: Unpack[GibbsOptions]
+) -> list[Chain]: ...
 def particle_gibbs(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, *, particles: int = 8,
     sweeps: int = 4, temperatures: Sequence[float] = (1.0,), steps: Steps = LINES,
@@ -118,7 +127,7 @@ def particle_gibbs(
     key: jax.Array | None = None, weight: str = "odds", choose: str = "best",
     rows: int | None = None, memory: int | None = None,
     questions: str | Sequence[str] | None = None,
-) -> Any:
+) -> Chain | list[Chain]:
     """Particle Gibbs; with several temperatures, parallel tempering with swaps between them.
 
     Chain k has the law `p prod f(r_t)^(1 / temperature_k)`; after each sweep neighbours exchange

@@ -8,11 +8,12 @@ with f(r) = r / (1 - r), the odds, by default. Source: arXiv 2502.01618, section
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import ArrayLike
 
 from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
@@ -22,8 +23,9 @@ from jaxlm.decode.samplers import Categorical, Sampler, check
 from jaxlm.decode.state import Kinds
 from jaxlm.hf.bundle import Bundle
 from jaxlm.rewards.base import Reward
-from jaxlm.search.base import OnResult, Steps
+from jaxlm.search.base import OnResult, SearchResult, Steps
 from jaxlm.search.engine import Report
+from jaxlm.search.options import FilterOptions
 from jaxlm.search.run import make_task, search
 from jaxlm.smc import filter as smc
 from jaxlm.smc.entropic import RULES, temperature
@@ -150,16 +152,25 @@ def filter_of(
     return method
 
 
+@overload
+def particle_filter(
+    bundle: Bundle, prompts: Prompt, reward: Reward, **options: Unpack[FilterOptions]
+) -> SearchResult: ...
+@overload
+def particle_filter(
+    bundle: Bundle, prompts: Sequence[Prompt], reward: Reward, **options: Unpack[FilterOptions]
+) -> list[SearchResult]: ...
 def particle_filter(
     bundle: Bundle, prompts: Prompt | Sequence[Prompt], reward: Reward, *, particles: int = 8,
     steps: Steps = LINES, sampler: Sampler = WARM,
     cache: CacheKind | Kinds | str = Dense(), key: jax.Array | None = None, weight: str = "odds",
-    tau: Any = 1.0, threshold: Any = 0.5, scheme: str = "systematic", temper: str | None = None,
-    temper_below: Any = 0.5, early: Any = 0.5, forget: bool = False, choose: str = "best",
+    tau: ArrayLike = 1.0, threshold: ArrayLike = 0.5, scheme: str = "systematic",
+    temper: str | None = None, temper_below: ArrayLike = 0.5, early: ArrayLike = 0.5,
+    forget: bool = False, choose: str = "best",
     at_once: int | None = None, rows: int | None = None, quorum: int | None = None,
     memory: int | None = None, compat: str | None = None,
     questions: str | Sequence[str] | None = None, on_result: OnResult | None = None,
-) -> Any:
+) -> SearchResult | list[SearchResult]:
     """Particle filter: better answers of one model, by a reward of every step.
 
     With a reward on the device, all steps of all prompts are one loop there; with one on the host,

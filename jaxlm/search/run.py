@@ -62,7 +62,7 @@ class Task:
     choose: str
     questions: tuple[str, ...] | None = None
 
-    def unwrap(self, found: list[SearchResult]) -> Any:
+    def unwrap(self, found: list[SearchResult]) -> SearchResult | list[SearchResult]:
         """A list when one was given."""
         return found if self.job.many else found[0]
 
