@@ -72,9 +72,9 @@ def call(name: str, arguments: list[str]) -> int:
     command = importlib.import_module(f"jaxlm.cli.{name.replace('-', '_')}")
     if hasattr(command, "main"):  # its arguments depend on a file that one of them names
         return command.main(arguments)
-    from jaxlm.cli.arguments import in_words
+    from jaxlm.cli.arguments import of_function
 
-    code = tyro.cli(in_words(command.run), prog=f"jaxlm {name}", args=arguments)
+    code = tyro.cli(of_function(command.run), prog=f"jaxlm {name}", args=arguments)
     sys.stdout.flush()
     return code or 0
 
@@ -86,6 +86,7 @@ def usage() -> str:
     return "\n".join([
         "usage: jaxlm COMMAND [ARGUMENTS]", "", *lines, "",
         "`jaxlm COMMAND --help` lists a command's arguments; `jaxlm --version` the version.",
+        "An option of several values may be said again: `--stop a --stop b` is `--stop a b`.",
     ])
 
 

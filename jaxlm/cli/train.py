@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import tyro
 
+from jaxlm.cli.arguments import of_dataclass
 from jaxlm.cli.options import note
 from jaxlm.core.device import enable_compilation_cache
 from jaxlm.core.errors import ConfigError, DeviceError, NumericsError
@@ -38,9 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     default = read_config(names[0]) if names else Config()
     where, options = distributed(arguments[len(names):])
     default, options = of_kind(default, options)
-    config = tyro.cli(
-        tyro.conf.AvoidSubcommands[Config], prog="jaxlm train CONFIG.yaml", default=default,
-        args=options, description=main.__doc__)
+    made, back = of_dataclass(default)
+    config: Config = back(tyro.cli(
+        type(made), prog="jaxlm train CONFIG.yaml", args=options, description=main.__doc__))
     if where is not None:
         join(where)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -302,12 +302,12 @@ def test_a_reward_that_raises_is_that_problem_s_alone(tmp_path, request_, name):
     assert len(set().union(*calls)) == 3 and sum(bad in asked for asked in calls) <= 8
 
 
-def command(tmp_path, capsys, *more, anew=True):
+def command(tmp_path, capsys, *more, anew=True, jobs=("--method", "fake", "--particles", "2")):
     """The settings and the records of `jaxlm solve`, or its refusal."""
     path = tmp_path / "r.jsonl"
     if anew:
         path.unlink(missing_ok=True)
-    argv = ["--model", "tiny", "--data", "easy", "--method", "fake", "--particles", "2"]
+    argv = ["--model", "tiny", "--data", "easy", *jobs]
     if main(["solve", *argv, "--out", str(path), *more]):
         return capsys.readouterr().err
     head, *records = map(json.loads, path.read_text().splitlines())
@@ -354,11 +354,12 @@ def test_steps_and_stops_are_as_asked_and_part_of_what_a_file_was_made_with(
 
 
 def test_more_answers_than_memory_are_refused_on_a_cpu_too(tmp_path, capsys, monkeypatch):
-    asked = ["--limit", "1", "--method", "self-consistency", "--particles", "100000"]
+    jobs = ("--method", "self-consistency", "--particles", "100000")
     says = r"100000 particles for each of 1 prompts need .*; \d+ particles fit"
-    assert re.search(says, command(tmp_path, capsys, *asked, "--memory-mb", "1"))
+    refusal = lambda *more: command(tmp_path, capsys, "--limit", "1", *more, jobs=jobs)
+    assert re.search(says, refusal("--memory-mb", "1"))
     monkeypatch.setattr("jaxlm.search.memory.host_memory_left", lambda: 2**20)
-    assert re.search(says, command(tmp_path, capsys, *asked))
+    assert re.search(says, refusal())
 
 
 @pytest.mark.slow
