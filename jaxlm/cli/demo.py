@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.cli import INTERRUPTED
-from jaxlm.cli.options import Device, Names, columns, note, open_model
+from jaxlm.cli.options import Device, Loading, Names, columns, note, open_model
 from jaxlm.core.errors import whole
 from jaxlm.eval import demo_page
 from jaxlm.eval.demo import QUICK, Plan, measure
@@ -34,7 +34,7 @@ def run(
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; --out names the report's folder")
     whole("--seed", seed, 0)
-    bundle = open_model(model, device, None, None, ignore_fields, check_tokenizer)
+    bundle = open_model(model, Loading(device, None, ignore_fields, check_tokenizer))
     plan = QUICK if quick else Plan()
     try:
         with tqdm(total=plan.parts, disable=None, leave=False) as bar:  # None: only on a terminal

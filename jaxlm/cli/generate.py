@@ -10,7 +10,7 @@ import tyro
 
 from jaxlm.cache.policy import open_cache
 from jaxlm.cli import clock
-from jaxlm.cli.options import Device, Dtype, Model, Names, note, open_model, read_text
+from jaxlm.cli.options import Loading, Model, note, open_model, read_text
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.decode.generate import Generation, generate
 from jaxlm.decode.generate import stream as stream_text
@@ -26,8 +26,7 @@ def run(
     repetition_penalty: float | None = None, mirostat: float | None = None,
     logit_bias: tuple[str, ...] = (), seed: int = 0, stop: tuple[str, ...] = (),
     include_stop: bool = False, cache: str = "dense", stream: bool = True,
-    device: Device | None = None, dtype: Dtype | None = None, revision: str | None = None,
-    ignore_fields: Names = (), check_tokenizer: bool = True,
+    loading: Loading = Loading(), revision: str | None = None,
 ) -> None:
     """Continue a prompt: the text goes to stdout, the speed to stderr.
 
@@ -48,13 +47,10 @@ def run(
       cache: how keys and values are kept: dense, kivi2, squat2, squat4v2:group=64, ..., or a
         file of `jaxlm tune-cache`.
       stream: show the text while it grows.
-      device: where to run; default what jax finds.
-      dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
       revision: of a hub id.
-      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
-      check_tokenizer: refuse a tokenizer that looks like another model's.
+      loading: how a model is loaded.
     """
-    bundle = open_model(model, device, dtype, revision, ignore_fields, check_tokenizer)
+    bundle = open_model(model, loading, revision)
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "cache": open_cache(cache, bundle.lm.config, bundle.params),

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -18,18 +18,32 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
 
 
-def open_model(
-    model: str, device: str | None = None, dtype: str | None = None, revision: str | None = None,
-    ignore_fields: Sequence[str] = (), check_tokenizer: bool = True,
-) -> Bundle:
+@tyro.conf.configure(tyro.conf.OmitArgPrefixes)  # --device, not --loading.device
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded.
+
+    Args:
+      device: where to run; default what jax finds.
+      dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
+      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
+      check_tokenizer: refuse a tokenizer that looks like another model's.
+    """
+
+    device: Device | None = None
+    dtype: Dtype | None = None
+    ignore_fields: Names = ()
+    check_tokenizer: bool = True
+
+
+def open_model(model: str, loading: Loading = Loading(), revision: str | None = None) -> Bundle:
     """Load a model, with compiled programs kept on disk from run to run."""
     try:
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else the person has chosen
             enable_compilation_cache()
     except OSError as error:
         note(f"compiled programs are not kept, so each start compiles anew: {error}")
-    return load(model, device=device, dtype=dtype, revision=revision,
-                ignore_fields=ignore_fields, check_tokenizer=check_tokenizer)
+    return load(model, revision=revision, **vars(loading))
 
 
 def read_text(source: str | os.PathLike) -> str:

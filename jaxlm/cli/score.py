@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.cli.options import Device, Dtype, Model, Names, columns, open_model, read_text
+from jaxlm.cli.options import Loading, Model, columns, open_model, read_text
 from jaxlm.core.errors import ConfigError
 from jaxlm.decode.score import Score, perplexity, score
 from jaxlm.hf.bundle import Bundle
@@ -16,8 +16,7 @@ def run(
     model: Model, files: Files = (), /, text: tuple[str, ...] = (),
     window: int | None = None, stride: int | None = None, batch: int = 8,
     per_token: bool = False, format: Literal["table", "tsv", "json"] = "table",
-    device: Device | None = None, dtype: Dtype | None = None, revision: str | None = None,
-    ignore_fields: Names = (), check_tokenizer: bool = True,
+    loading: Loading = Loading(), revision: str | None = None,
 ) -> None:
     """Tokens, mean log-probability (natural logarithm) and perplexity of each text.
 
@@ -30,17 +29,14 @@ def run(
       batch: windows computed together.
       per_token: one line for every token instead of one for every text.
       format: a table for people, or tsv or json for programs.
-      device: where to run; default what jax finds.
-      dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
       revision: of a hub id.
-      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
-      check_tokenizer: refuse a tokenizer that looks like another model's.
+      loading: how a model is loaded.
     """
     names = [*files, *(f"text {i}" for i in range(len(text)))]
     if not names:
         raise ConfigError("got nothing to score; name files, or - for stdin, or pass --text")
     texts = [*map(read_text, files), *text]
-    bundle = open_model(model, device, dtype, revision, ignore_fields, check_tokenizer)
+    bundle = open_model(model, loading, revision)
     scores = score(bundle, texts, window=window, stride=stride, batch=batch)
     rows = by_token(bundle, names, scores) if per_token else by_text(names, scores)
     print(written(rows, format))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.cache.policy import open_cache
-from jaxlm.cli.options import Device, Dtype, Names, note, open_model, read_text
+from jaxlm.cli.options import Loading, note, open_model, read_text
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.decode.batcher import Batcher
 from jaxlm.eval.named_reward import open_reward
@@ -22,8 +22,7 @@ def run(
     readers: int | None = None, prompt_cache_mb: int = 256, queue: int = 256,
     search_queue: int = 16, max_body_kb: int = 1024, max_budget: int = 64,
     chat_template: str | None = None, name: str | None = None, token_file: Path | None = None,
-    grace: float = 30.0, device: Device | None = None, dtype: Dtype | None = None,
-    revision: str | None = None, ignore_fields: Names = (), check_tokenizer: bool = True,
+    grace: float = 30.0, loading: Loading = Loading(), revision: str | None = None,
 ) -> None:
     """Serve a model: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics.
 
@@ -49,11 +48,8 @@ def run(
       name: of the model in the protocol; default what was given as model.
       token_file: a file whose text clients must send as bearer token; JAXLM_TOKEN does the same.
       grace: seconds that answers in flight get at SIGTERM; a second signal ends all at once.
-      device: where to run; default what jax finds.
-      dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
       revision: of a hub id.
-      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
-      check_tokenizer: refuse a tokenizer that looks like another model's.
+      loading: how a model is loaded.
     """
     app, server = serving()
     from jaxlm.serve.engine import Engine
@@ -68,8 +64,7 @@ def run(
     token, template = read_token(token_file), template_of(chat_template, app.VERBATIM)
     warn_of(host, token)
     with listen(host, port) as listener:  # before a model is read: a taken port is known at once
-        opened = partial(open_model, device=device, dtype=dtype, ignore_fields=ignore_fields,
-                         check_tokenizer=check_tokenizer)
+        opened = partial(open_model, loading=loading)
         bundle = opened(model, revision=revision)
         check_template(bundle, template)
         kinds = open_cache(cache, bundle.lm.config, bundle.params)

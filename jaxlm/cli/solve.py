@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxlm.cli.options import Device, Dtype, Names, columns, note, open_model
+from jaxlm.cli.options import Loading, columns, note, open_model
 from jaxlm.core.errors import ConfigError, whole
 from jaxlm.eval import solve as solving
 from jaxlm.eval.named_reward import open_reward
@@ -31,8 +31,7 @@ def run(
     temperature: float = 0.8, max_steps: int = 40, max_new_tokens: int | None = None,
     delimiter: tuple[str, ...] | None = None, step_tokens: int | None = None,
     stop: tuple[str, ...] = (), cache: str = "dense", memory_mb: int | None = None, seed: int = 0,
-    data_seed: int = 0, retry_failed: bool = False, device: Device | None = None,
-    dtype: Dtype | None = None, ignore_fields: Names = (), check_tokenizer: bool = True,
+    data_seed: int = 0, retry_failed: bool = False, loading: Loading = Loading(),
 ) -> None:
     """Answer the problems of a file, and say how many are right; a stopped run goes on.
 
@@ -67,23 +66,21 @@ def run(
       seed: of the sampling; with a problem's id it fixes its answer.
       data_seed: of the problems that easy, medium and hard draw.
       retry_failed: solve again what failed in an earlier run, or could not be judged.
-      device: where to run; default what jax finds.
-      dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
-      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
-      check_tokenizer: refuse a tokenizer that looks like another model's.
+      loading: how a model is loaded.
     """
     jobs = jobs_of(method, particles, prm)
     check(seed, data_seed, limit=limit, batch=batch, rows=rows, max_steps=max_steps,
           memory_mb=memory_mb, max_new_tokens=max_new_tokens, step_tokens=step_tokens)
-    reading_as = dict[str, Any](ignore_fields=ignore_fields, check_tokenizer=check_tokenizer)
-    bundle = open_model(model, device, dtype, **reading_as)
+    reading_as = dict[str, Any](ignore_fields=loading.ignore_fields,
+                                check_tokenizer=loading.check_tokenizer)
+    bundle = open_model(model, loading)
     found = open_data(data, bundle.tokenizer, task, limit, data_seed)
     for line, reason in found.wrong:
         note(f"{data} line {line} is left out: {reason}")
     steps = steps_of(found.task, delimiter, step_tokens, max_steps, max_new_tokens, stop)
     settings = {"model": model, "data": data, "task": found.task, "prm": prm, "seed": seed,
                 "data_seed": data_seed, "aggregate": aggregate, "temperature": temperature,
-                "steps": asdict(steps), "cache": cache, "dtype": dtype}
+                "steps": asdict(steps), "cache": cache, "dtype": loading.dtype}
     with ExitStack() as stack:
         request = Request(
             bundle, reward_of(prm, bundle, found.task, aggregate, max_steps, reading_as),

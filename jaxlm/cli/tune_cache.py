@@ -10,7 +10,7 @@ from jaxlm.cache.base import CacheKind
 from jaxlm.cache.dense import Dense
 from jaxlm.cache.parse import cache_name, parse_cache
 from jaxlm.cache.policy import write_policy
-from jaxlm.cli.options import Device, Dtype, Model, Names, columns, note, open_model, read_text
+from jaxlm.cli.options import Loading, Model, columns, note, open_model, read_text
 from jaxlm.eval.tune_cache import layer_bytes, tune
 
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
@@ -20,8 +20,7 @@ def run(
     model: Model, text: File, /, out: str = "cache_policy.json",
     candidates: tuple[str, ...] = ("squat2", "squat4v2", "squat4", "squat8", "dense"),
     budget: float = 0.3, tokens: int = 512, slots: int = 4096, points: int = 6,
-    device: Device | None = None, dtype: Dtype | None = None, revision: str | None = None,
-    ignore_fields: Names = (), check_tokenizer: bool = True,
+    loading: Loading = Loading(), revision: str | None = None,
 ) -> None:
     """Measure how each layer bears each cache kind, and write the best mix within a budget.
 
@@ -34,14 +33,11 @@ def run(
       tokens: of the text that are used; its first half must be long enough to be coded.
       slots: tokens a row that bytes are counted for.
       points: mixes within the budget that are measured, the dearest among them.
-      device: where to run; default what jax finds.
-      dtype: of the parameters; default float32 on a CPU, the checkpoint's own elsewhere.
       revision: of a hub id.
-      ignore_fields: of config.json, unknown to jaxlm, that you know not to change the maths.
-      check_tokenizer: refuse a tokenizer that looks like another model's.
+      loading: how a model is loaded.
     """
     kinds = [parse_cache(name) for name in candidates]
-    bundle = open_model(model, device, dtype, revision, ignore_fields, check_tokenizer)
+    bundle = open_model(model, loading, revision)
     lm = bundle.lm
     ids = bundle.tokenizer.encode(read_text(text))[:min(tokens, lm.config.max_len)]
     found = tune(lm, bundle.params, jnp.asarray([ids], jnp.int32), kinds, slots, points, budget)
