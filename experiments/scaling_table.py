@@ -140,5 +140,19 @@ def said(one: dict[str, Any]) -> str:
     return word(one) + (f" ({word(one['low'])} to {word(one['high'])})" if "low" in one else "")
 
 
+def larger_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """A line a method and reward: with how many answers it is right as often as the larger model."""
+    sibling, needed = metrics["larger"], metrics["budget_to_match_larger"]
+    whats = {"greedy": "greedily", "one_sample": "in one sample"}
+    cells = [["method", "reward", *(f"as the larger one {words}, {sibling[what]:.1%}"
+                                    for what, words in whats.items())], ["---"] * 4]
+    for line in needed["greedy"]:
+        method, _, reward = line.partition("|")
+        cells.append([method, reward, *(
+            f"{'more than ' if one['at_least'] else ''}{one['budget']:.1f}"
+            for one in (needed[what][line] for what in whats))])
+    return cells
+
+
 TABLES = {"checker": accuracy_table("checker"), "noisy": accuracy_table("checker, noise 0.1"),
-          "ratios": ratio_table}
+          "ratios": ratio_table, "larger": larger_table}

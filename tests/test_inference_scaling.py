@@ -34,6 +34,12 @@ def test_every_method_is_matched_with_the_larger_sibling():
     assert found["greedy"]["dvts|checker"] == {"budget": pytest.approx(64), "at_least": False}
     assert found["one_sample"]["particle-filter|checker"]["budget"] == pytest.approx(2)
     assert scaling.matching(ACCURACY, {}) == {}
+    sibling = {"greedy": 0.7, "one_sample": 0.95}
+    table = scaling_table.larger_table(
+        {"larger": sibling, "budget_to_match_larger": scaling.matching(ACCURACY, sibling)})
+    assert table[0][2:] == ["as the larger one greedily, 70.0%",
+                            "as the larger one in one sample, 95.0%"]
+    assert ["particle-filter", "checker", "32.0", "more than 64.0"] in table
 
 
 def test_ratios_are_those_of_two_budgets_at_every_one_of_the_filter_s():
