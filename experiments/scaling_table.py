@@ -141,7 +141,7 @@ def said(one: dict[str, Any]) -> str:
 
 
 def larger_table(metrics: dict[str, Any]) -> list[list[str]]:
-    """A line a method and reward: with how many answers it is right as often as the larger model."""
+    """A line a method and reward: the answers with which it is right as often as the larger one."""
     sibling, needed = metrics["larger"], metrics["budget_to_match_larger"]
     whats = {"greedy": "greedily", "one_sample": "in one sample"}
     cells = [["method", "reward", *(f"as the larger one {words}, {sibling[what]:.1%}"
@@ -149,7 +149,7 @@ def larger_table(metrics: dict[str, Any]) -> list[list[str]]:
     for line in needed["greedy"]:
         method, _, reward = line.partition("|")
         cells.append([method, reward, *(
-            f"{'more than ' if one['at_least'] else ''}{one['budget']:.1f}"
+            f"{'more than ' if one['at_least'] else ''}{one['budget']:.1f}".removesuffix(".0")
             for one in (needed[what][line] for what in whats))])
     return cells
 

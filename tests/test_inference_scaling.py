@@ -39,7 +39,7 @@ def test_every_method_is_matched_with_the_larger_sibling():
         {"larger": sibling, "budget_to_match_larger": scaling.matching(ACCURACY, sibling)})
     assert table[0][2:] == ["as the larger one greedily, 70.0%",
                             "as the larger one in one sample, 95.0%"]
-    assert ["particle-filter", "checker", "32.0", "more than 64.0"] in table
+    assert ["particle-filter", "checker", "32", "more than 64"] in table
 
 
 def test_ratios_are_those_of_two_budgets_at_every_one_of_the_filter_s():
