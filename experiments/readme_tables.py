@@ -52,6 +52,9 @@ GROUPS: dict[str, tuple[Row, ...]] = {
           for n in (4, 16)),
         *(Row("eval_tiny", f"recall.{length}.value", f"bundled model, recall over {length} tokens",
               PERCENT) for length in (64, 256, 1024)),
+        *(Row("make_models", f"{size}.skills.arithmetic.hard.value",
+              f"a {size} sibling, 64 problems of hard arithmetic, greedy", PERCENT)
+          for size in ("small", "large")),
     ),
     "Decoding": (
         Row("parity", "max_logit_error", "largest logit difference from transformers, random twins "
