@@ -2,7 +2,7 @@
 
 Command: python experiments/make_models.py --out experiments/results/make_models/cpu.json
 Hardware: 2 CPU cores, 4 GB; a GPU shortens it.
-Minutes: about 120 of processor time in all, by --pace. The committed run took 81 (small), 80
+Minutes: 111 of processor time in all, by --pace. The committed run took 81 (small), 80
   (large), 19, 10 and 18 (siblings), two at a time beside other work. A stopped run goes on where
   it was. What is finished is not made again, unless its recipe or its base has changed or a folder
   of it is gone. `--only NAME` makes one; several such may run at once.

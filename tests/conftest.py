@@ -17,13 +17,13 @@ def _configure_jax() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         flags += " --xla_force_host_platform_device_count=8"
-    # A third less processor time: the programs are small, and most of a test is their compilation.
+    # Less processor time: the programs are small, and most of a test is their compilation.
     if "xla_backend_optimization_level" not in flags and "xla_gpu" not in flags:
         flags += " --xla_backend_optimization_level=0"
     # An XLA ends at once at a flag that it does not know.
     jaxlib = tuple(int(part) for part in version("jaxlib").split(".")[:2])
-    # Another third to a half less: fusions are compiled the older way, which 0.11 has no more.
-    # Programs as users compile them are what the rows of the newest versions run.
+    # And less again: fusions are compiled the older way, which 0.11 has no more. So it is the
+    # newest versions' tests that run the fusions which users get.
     if "xla_cpu_use_fusion_emitters" not in flags and "xla_gpu" not in flags and jaxlib < (0, 11):
         flags += " --xla_cpu_use_fusion_emitters=false"
     # Eight devices on two busy cores may meet late; XLA ends the process after 40 s of waiting.

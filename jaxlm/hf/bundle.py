@@ -119,7 +119,7 @@ def _load(
     if check_tokenizer:
         _check_tokenizer(tokenizer, raw, folder, config.vocab_size)
     stop_ids = _stop_ids(tokenizer, raw, folder, config.vocab_size)
-    _warn_of_penalties(folder)
+    _warn_of_penalties(folder, raw)
     if dtype is None and (target.platform if target else backend()) == "cpu":
         dtype = jnp.float32
     dtype = None if dtype == "own" else dtype
@@ -231,14 +231,17 @@ def _stop_ids(
     return tuple(sorted({i for i in (*listed(generation), eos) if i is not None}))
 
 
-def _warn_of_penalties(folder: pathlib.Path) -> None:
-    """Say which of generation_config.json's settings change greedy text: none is applied here."""
-    settings = _generation_settings(folder)
+def _warn_of_penalties(folder: pathlib.Path, raw: dict[str, Any]) -> None:
+    """Say which generation settings change greedy text: none is applied here.
+
+    They stand in generation_config.json, or, of older checkpoints without one, in config.json.
+    """
+    settings = _generation_settings(folder) or raw
     kept = {name: settings[name] for name, neutral in PENALTIES.items()
             if settings.get(name) not in (None, neutral)}
     if kept:
         warnings.warn(
-            f"{folder}: generation_config.json asks for {kept}, which transformers applies and "
+            f"{folder}: its generation settings ask for {kept}, which transformers applies and "
             "jaxlm does not; for a repetition penalty pass sampler=jaxlm.Categorical("
             "temperature=0, repetition_penalty=...)", stacklevel=4)
 

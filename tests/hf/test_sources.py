@@ -112,7 +112,13 @@ def test_a_setting_that_changes_greedy_text_elsewhere_is_named(tmp_path, recwarn
     assert not recwarn.list
     settings |= {"repetition_penalty": 1.1}
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    with pytest.warns(UserWarning, match=r"\{'repetition_penalty': 1.1\}, which transformers"):
+    named = r"\{'repetition_penalty': 1.1\}, which transformers"
+    with pytest.warns(UserWarning, match=named):
+        load(folder)
+    (folder / "generation_config.json").unlink()  # as older checkpoints have it
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | settings))
+    with pytest.warns(UserWarning, match=named):
         load(folder)
 
 
